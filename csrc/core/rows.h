@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every row kernel of the core does: walk a row in blocks that stay in L1, widened to the
+// compute type and divided by the temperature, and sum in lanes that do not depend on compiler
+// flags or threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "check.h"
+#include "half.h"
+#include "opd/math.h"
+#include "opd/opd.h"
+
+namespace opd {
+
+// columns in a block: a few float arrays of this length fit in L1
+constexpr int kBlock = 512;
+// partial sums kept side by side; float32 sums over 152k columns need at least 8
+constexpr int kLanes = 16;
+
+template <class T>
+struct alignas(64) Block {
+  T values[kBlock];
+};
+
+inline int round_up_to_lanes(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// Sum of the first `count` values, a multiple of kLanes.
+template <class T>
+double lane_sum(const T* values, int count) {
+  T lanes[kLanes] = {};
+  for (int i = 0; i < count; i += kLanes) {
+#pragma GCC ivdep
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
+  }
+  double sum = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(lanes[lane]);
+  return sum;
+}
+
+template <class T>
+T lane_max(const T* values, int count) {
+  T lanes[kLanes];
+  std::fill(lanes, lanes + kLanes, -std::numeric_limits<T>::infinity());
+  for (int i = 0; i < count; i += kLanes) {
+#pragma GCC ivdep
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const T value = values[i + lane];
+      lanes[lane] = value > lanes[lane] ? value : lanes[lane];
+    }
+  }
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
+// One row of logits, read block by block as T = float or double.
+template <class T>
+class LogitsRow {
+ public:
+  LogitsRow(opd_const_matrix_t matrix, int64_t row, int64_t vocab_size, double temperature)
+      : matrix_(matrix),
+        offset_(row * matrix.row_stride),
+        vocab_size_(vocab_size),
+        temperature_(static_cast<T>(temperature)) {}
+
+  int64_t vocab_size() const { return vocab_size_; }
+
+  // Pointer to `count` = min(kBlock, vocab_size - begin) values of logits / temperature, padded
+  // with -inf to a multiple of kLanes: the matrix itself where it will do, else `scratch`.
+  const T* block(int64_t begin, int count, T* scratch) const {
+    switch (matrix_.dtype) {
+      case OPD_FLOAT32:
+        return stage<float>(begin, count, scratch);
+      case OPD_FLOAT64:
+        return stage<double>(begin, count, scratch);
+      case OPD_BFLOAT16:
+        return stage<BFloat16>(begin, count, scratch);
+      default:
+        return stage<Float16>(begin, count, scratch);
+    }
+  }
+
+ private:
+  template <class Stored>
+  const T* stage(int64_t begin, int count, T* scratch) const {
+    const Stored* source = static_cast<const Stored*>(matrix_.data) + offset_ + begin;
+    if constexpr (std::is_same_v<Stored, T>) {
+      if (temperature_ == T(1) && count % kLanes == 0) return source;
+    }
+    const T temperature = temperature_;
+    if (temperature == T(1)) {
+#pragma GCC ivdep
+      for (int i = 0; i < count; ++i) scratch[i] = static_cast<T>(to_real(source[i]));
+    } else {
+#pragma GCC ivdep
+      for (int i = 0; i < count; ++i) scratch[i] = static_cast<T>(to_real(source[i])) / temperature;
+    }
+    std::fill(scratch + count, scratch + round_up_to_lanes(count),
+              -std::numeric_limits<T>::infinity());
+    return scratch;
+  }
+
+  opd_const_matrix_t matrix_;
+  int64_t offset_;
+  int64_t vocab_size_;
+  T temperature_;
+};
+
+// fn(begin, count) over the blocks of a row.
+template <class Fn>
+void for_each_block(int64_t vocab_size, Fn&& fn) {
+  for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
+    fn(begin, static_cast<int>(std::min<int64_t>(kBlock, vocab_size - begin)));
+  }
+}
+
+// A log-sum-exp as two values of T: z - lse is done in two steps, so that the rounding of a large
+// lse to float32 does not scale a whole row of probabilities.
+template <class T>
+struct Shift {
+  explicit Shift(double lse)
+      : high(static_cast<T>(lse)), low(static_cast<T>(lse - static_cast<double>(high))) {
+    // inf - inf would hide that the row has no finite logit
+    if (std::isinf(lse)) low = T(0);
+  }
+  T high, low;
+};
+
+// The elementwise loops are functions of their own, never inlined: inside the row walkers the
+// compiler does not prove the buffers distinct and leaves the loops scalar.
+#define OPD_ELEMENTWISE __attribute__((noinline))
+
+template <class T>
+OPD_ELEMENTWISE void exp_block(const T* __restrict__ block, T shift, int padded,
+                               T* __restrict__ out) {
+#pragma GCC ivdep
+  for (int i = 0; i < padded; ++i) out[i] = exp(block[i] - shift);
+}
+
+// Running log-sum-exp over blocks: the largest logit so far and the sum relative to it.
+template <class T>
+class RunningLse {
+ public:
+  // `padded` is a multiple of kLanes; `scratch` holds as many values.
+  void add(const T* block, int padded, T* scratch) {
+    const T largest = std::max(largest_, lane_max(block, padded));
+    if (largest > largest_) {
+      sum_ *= std::exp(static_cast<double>(largest_) - static_cast<double>(largest));
+      largest_ = largest;
+    }
+    // a block of nothing but -inf adds zero, and a NaN in it still shows
+    const T reference = largest_ == -std::numeric_limits<T>::infinity() ? T(0) : largest_;
+    exp_block(block, reference, padded, scratch);
+    sum_ += lane_sum(scratch, padded);
+  }
+
+  T largest() const { return largest_; }
+  double lse() const { return static_cast<double>(largest_) + std::log(sum_); }
+
+ private:
+  T largest_ = -std::numeric_limits<T>::infinity();
+  double sum_ = 0.0;
+};
+
+template <class T>
+double row_lse(const LogitsRow<T>& logits, T* largest) {
+  Block<T> staged, scratch;
+  RunningLse<T> running;
+  for_each_block(logits.vocab_size(), [&](int64_t begin, int count) {
+    const T* block = logits.block(begin, count, staged.values);
+    running.add(block, round_up_to_lanes(count), scratch.values);
+  });
+  *largest = running.largest();
+  return running.lse();
+}
+
+// First column that holds the largest value; -1 if none compares equal (a row of NaN).
+template <class T>
+int64_t first_argmax(const LogitsRow<T>& logits, T largest) {
+  Block<T> staged;
+  for (int64_t begin = 0; begin < logits.vocab_size(); begin += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, logits.vocab_size() - begin));
+    const T* block = logits.block(begin, count, staged.values);
+    for (int i = 0; i < count; ++i) {
+      if (block[i] == largest) return begin + i;
+    }
+  }
+  return -1;
+}
+
+// Writes `count` values of T as the matrix's dtype.
+template <class T>
+void store_block(opd_matrix_t matrix, int64_t row, int64_t begin, int count, const T* values) {
+  const int64_t offset = row * matrix.row_stride + begin;
+  const auto write = [&](auto* out) {
+    out += offset;
+#pragma GCC ivdep
+    for (int i = 0; i < count; ++i) {
+      if constexpr (std::is_same_v<decltype(out), double*>) {
+        out[i] = static_cast<double>(values[i]);
+      } else {
+        from_real(static_cast<float>(values[i]), out + i);
+      }
+    }
+  };
+  switch (matrix.dtype) {
+    case OPD_FLOAT32:
+      return write(static_cast<float*>(matrix.data));
+    case OPD_FLOAT64:
+      return write(static_cast<double*>(matrix.data));
+    case OPD_BFLOAT16:
+      return write(static_cast<BFloat16*>(matrix.data));
+    default:
+      return write(static_cast<Float16*>(matrix.data));
+  }
+}
+
+// Zeros columns [begin, end) of a row. Every supported dtype spells zero as zero bytes.
+inline void zero_columns(opd_matrix_t matrix, int64_t row, int64_t begin, int64_t end) {
+  const int64_t size = matrix.dtype == OPD_FLOAT64 ? 8 : matrix.dtype == OPD_FLOAT32 ? 4 : 2;
+  char* start = static_cast<char*>(matrix.data) + (row * matrix.row_stride + begin) * size;
+  std::fill(start, start + std::max<int64_t>(0, end - begin) * size, char{0});
+}
+
+inline void check_dtype(const char* op, const char* name, int32_t dtype) {
+  OPD_CHECK(dtype >= OPD_FLOAT32 && dtype <= OPD_FLOAT16, op, ": ", name,
+            " dtype must be an opd_dtype_t, got ", dtype);
+}
+
+inline void check_temperature(const char* op, const char* name, double temperature) {
+  OPD_CHECK(temperature > 0.0 && std::isfinite(temperature), op, ": ", name,
+            " must be positive and finite, got ", temperature);
+}
+
+inline void check_struct_size(const char* op, uint32_t got, size_t expected) {
+  OPD_CHECK(got == expected, op, ": struct_size must be ", expected, ", got ", got,
+            ". The caller was compiled against another opd.h.");
+}
+
+inline void check_width(const char* op, int64_t grad_width, int64_t vocab_size) {
+  OPD_CHECK(grad_width >= vocab_size, op, ": grad_width must be at least vocab_size ", vocab_size,
+            ", got ", grad_width);
+}
+
+inline void check_sizes(const char* op, int64_t num_tokens, int64_t vocab_size) {
+  OPD_CHECK(num_tokens >= 0, op, ": num_tokens must be >= 0, got ", num_tokens);
+  OPD_CHECK(vocab_size > 0, op, ": vocab_size must be > 0, got ", vocab_size);
+}
+
+}  // namespace opd

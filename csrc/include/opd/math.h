@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scalar maths shared by the CPU and CUDA kernels. Host float versions are branch-free polynomials
+// so that the compiler vectorises the loops they sit in; device and double versions call the
+// standard functions. Accuracy of the host float versions: docs/numerics.md, section "Elementary
+// functions"; held by tests/csrc/test_math.cpp.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define OPD_HD __host__ __device__ __forceinline__
+#else
+#define OPD_HD inline __attribute__((always_inline))
+#endif
+
+namespace opd {
+
+template <class T>
+OPD_HD T select(bool condition, T if_true, T if_false) {
+  return condition ? if_true : if_false;
+}
+
+namespace detail {
+
+OPD_HD float bits_to_float(int32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __int_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+#endif
+}
+
+OPD_HD int32_t float_to_bits(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_int(value);
+#else
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+#endif
+}
+
+// x = n ln 2 + r, |r| <= ln 2 / 2; returns expm1(r) and 2^n. Needs -87.3 <= x <= 88.
+OPD_HD float expm1_reduced(float x, float* scale) {
+  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits
+  const float shifter = 12582912.0f;
+  const float shifted = x * 1.44269504088896341f + shifter;
+  const float n = shifted - shifter;
+  float r = x - n * 0.693359375f;
+  r = r + n * 2.12194440054690583e-4f;
+  *scale = bits_to_float((float_to_bits(shifted) << 23) + (127 << 23));
+  float poly = 1.9908904505427957e-4f;
+  poly = poly * r + 1.3934543821960688e-3f;
+  poly = poly * r + 8.33328440785408e-3f;
+  poly = poly * r + 4.166645556688309e-2f;
+  poly = poly * r + 0.1666666716337204f;
+  poly = poly * r + 0.5f;
+  return poly * (r * r) + r;
+}
+
+// log(1 + f) for sqrt(1/2) <= 1 + f <= sqrt(2), exact in f.
+OPD_HD float log1p_reduced(float f) {
+  float poly = -7.859894633293152e-2f;
+  poly = poly * f + 0.12885838747024536f;
+  poly = poly * f - 0.13130463659763336f;
+  poly = poly * f + 0.14180703461170197f;
+  poly = poly * f - 0.16624347865581512f;
+  poly = poly * f + 0.20002302527427673f;
+  poly = poly * f - 0.25000816583633423f;
+  poly = poly * f + 0.33333316445350647f;
+  const float square = f * f;
+  return f - 0.5f * square + (square * f) * poly;
+}
+
+}  // namespace detail
+
+// e^x. Exactly 0 for x < -87.33 (so exp(-inf) == 0), inf for x > 88, NaN for NaN.
+OPD_HD float exp(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::expf(x);
+#else
+  const float low = -87.33f;
+  const float high = 88.0f;
+  float clamped = x < low ? low : x;
+  clamped = clamped > high ? high : clamped;
+  float scale;
+  const float em1 = detail::expm1_reduced(clamped, &scale);
+  float result = em1 * scale + scale;
+  result = x < low ? 0.0f : result;
+  return x > high ? std::numeric_limits<float>::infinity() : result;
+#endif
+}
+
+// e^x - 1 for x <= 0, right to the last bits near 0; exactly -1 at -inf.
+OPD_HD float expm1_nonpositive(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::expm1f(x);
+#else
+  const float clamped = x < -87.33f ? -87.33f : x;
+  float scale;
+  const float em1 = detail::expm1_reduced(clamped, &scale);
+  return em1 * scale + (scale - 1.0f);
+#endif
+}
+
+// log(keep + (1 - keep) e^x) for x <= 0, from em1 = expm1(x), with weight = 1 - keep: right near
+// x = 0 (where it is log1p(weight * em1)) and for keep so small that 1 - keep rounds to 1.
+OPD_HD float log_mix(float em1, float keep, float weight) {
+  const float f = weight * em1;
+#if defined(__CUDA_ARCH__)
+  const float value = keep + weight * (em1 + 1.0f);
+  return value > 0.7071f ? ::log1pf(f) : ::logf(value);
+#else
+  const float value = keep + weight * (em1 + 1.0f);
+  const int32_t bits = detail::float_to_bits(value);
+  // exponent relative to sqrt(1/2), so that the mantissa lands in [sqrt(1/2), sqrt(2))
+  const int32_t exponent = (bits - 0x3f3504f3) >> 23;
+  const float mantissa = detail::bits_to_float(bits - (exponent << 23));
+  const float reduced = exponent == 0 ? f : mantissa - 1.0f;
+  const float n = static_cast<float>(exponent);
+  return (n * -2.12194440054690583e-4f + detail::log1p_reduced(reduced)) + n * 0.693359375f;
+#endif
+}
+
+OPD_HD double exp(double x) { return ::exp(x); }
+OPD_HD double expm1_nonpositive(double x) { return ::expm1(x); }
+OPD_HD double log_mix(double em1, double keep, double weight) {
+  const double value = keep + weight * (em1 + 1.0);
+  return value > 0.7071 ? ::log1p(weight * em1) : ::log(value);
+}
+
+// a * phi(x) with phi(x) = e^x - 1 - x >= 0 and b = a e^x: the Bregman form of a KL summand, which
+// keeps its relative accuracy as b -> a, where a * (-x) alone would cancel over the row.
+// a == 0 gives b, its limit.
+OPD_HD float bregman(float a, float b, float x) {
+  float poly = 2.7722801405616337e-6f;
+  poly = poly * x + 2.535482963139657e-5f;
+  poly = poly * x + 1.9844024791382253e-4f;
+  poly = poly * x + 1.388545148074627e-3f;
+  poly = poly * x + 8.33331048488617e-3f;
+  poly = poly * x + 4.166673496365547e-2f;
+  poly = poly * x + 0.1666666716337204f;
+  poly = poly * x + 0.5f;
+  const float near = a * ((x * x) * poly);
+  const float far = (b - a) - a * x;
+  const float value = (x < 1.0f && x > -1.0f) ? near : far;
+  return a == 0.0f ? b : value;
+}
+
+OPD_HD double bregman(double a, double b, double x) {
+  if (a == 0.0) return b;
+  if (!(x < 0.5 && x > -0.5)) return (b - a) - a * x;
+  // Taylor series of phi(x) / x^2; the 17th term is below 1e-21 at |x| = 1/2
+  double poly = 0.0;
+  double factorial_inverse[17];
+  factorial_inverse[0] = 0.5;
+  for (int k = 1; k < 17; ++k) factorial_inverse[k] = factorial_inverse[k - 1] / (k + 2);
+  for (int k = 16; k >= 0; --k) poly = poly * x + factorial_inverse[k];
+  return a * (x * x * poly);
+}
+
+}  // namespace opd

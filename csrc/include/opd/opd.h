@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The C API of opd-kernels: row kernels that take pointers and write into the caller's buffers.
+ * C99. Nothing here allocates, throws, prints or exits. Every function returns a status; the text of
+ * the last failure on this thread is opd_last_error().
+ *
+ * Letters: T tokens (rows), V vocabulary. P teacher, Q student. Values are in nats.
+ * The compute type is float64 if both logits are float64, else float32; "real" below means it. */
+#ifndef OPD_OPD_H_
+#define OPD_OPD_H_
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define OPD_API __attribute__((visibility("default")))
+#else
+#define OPD_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum opd_status_t {
+  OPD_OK = 0,
+  OPD_INVALID_ARGUMENT = 1,
+  OPD_UNSUPPORTED = 2,
+  OPD_INTERNAL = 3
+} opd_status_t;
+
+typedef enum opd_dtype_t {
+  OPD_FLOAT32 = 0,
+  OPD_FLOAT64 = 1,
+  OPD_BFLOAT16 = 2,
+  OPD_FLOAT16 = 3
+} opd_dtype_t;
+
+/* Ids of divergences.h's list. param0: beta of jsd, alpha of the skewed KLs. param1: 1 detaches the
+ * mixture of skew_reverse_kl. */
+typedef enum opd_divergence_t {
+  OPD_FORWARD_KL = 0,
+  OPD_REVERSE_KL = 1,
+  OPD_JSD = 2,
+  OPD_SKEW_FORWARD_KL = 3,
+  OPD_SKEW_REVERSE_KL = 4,
+  OPD_TOTAL_VARIATION = 5
+} opd_divergence_t;
+
+/* Rows of the statistics output, [OPD_NUM_STATISTICS, T]. */
+enum {
+  OPD_STATISTIC_STUDENT_ENTROPY = 0,
+  OPD_STATISTIC_TEACHER_ENTROPY = 1,
+  OPD_STATISTIC_FORWARD_KL = 2,
+  OPD_STATISTIC_REVERSE_KL = 3,
+  OPD_STATISTIC_TOP1_AGREEMENT = 4,
+  OPD_NUM_STATISTICS = 5
+};
+
+/* A row-major matrix whose last dimension is contiguous; row_stride counts elements. */
+typedef struct opd_matrix_t {
+  void* data;
+  int64_t row_stride;
+  int32_t dtype; /* opd_dtype_t */
+} opd_matrix_t;
+
+typedef struct opd_const_matrix_t {
+  const void* data;
+  int64_t row_stride;
+  int32_t dtype;
+} opd_const_matrix_t;
+
+/* Runs body(context, begin, end) over a partition of [0, num_rows), in any order, on any threads. */
+typedef void (*opd_rows_fn)(void* context, int64_t begin, int64_t end);
+typedef void (*opd_parallel_for_fn)(int64_t num_rows, opd_rows_fn body, void* context);
+
+/* What a divergence of two rows is made of; shared by the three entry points below. */
+typedef struct opd_divergence_spec_t {
+  int32_t divergence; /* opd_divergence_t */
+  double param0, param1;
+  double student_temperature, teacher_temperature; /* > 0; divide the logits */
+  int64_t num_tokens;
+  int64_t vocab_size;              /* the columns that count; the rest of a row is never read */
+  opd_parallel_for_fn parallel_for; /* NULL: OpenMP if built with it, else one thread */
+} opd_divergence_spec_t;
+
+/* loss[t] = token_weights[t] * D(P_t, Q_t). Rows of weight 0 give exactly 0 and are not read. */
+typedef struct opd_divergence_fwd_args_t {
+  uint32_t struct_size; /* sizeof(this struct), so that fields can be appended */
+  opd_divergence_spec_t spec;
+  opd_const_matrix_t student_logits, teacher_logits;
+  const void* token_weights; /* [T] real, or NULL for ones */
+  void* loss;                /* [T] real, out */
+  double* student_lse;       /* [T] out: log-sum-exp of logits / temperature */
+  double* teacher_lse;       /* [T] out */
+  void* grad_sum;            /* [T] real, out: sum_v dterm_v */
+  void* statistics;          /* [OPD_NUM_STATISTICS, T] real, out, unweighted; or NULL */
+} opd_divergence_fwd_args_t;
+
+OPD_API opd_status_t opd_divergence_fwd_cpu(const opd_divergence_fwd_args_t* args);
+
+/* grad_student_logits[t, v] = grad_loss[t] token_weights[t] dD_t/dz_v, rounded to its dtype; zero in
+ * columns vocab_size .. grad_width. */
+typedef struct opd_divergence_bwd_args_t {
+  uint32_t struct_size;
+  opd_divergence_spec_t spec;
+  opd_const_matrix_t student_logits, teacher_logits;
+  const void* grad_loss;     /* [T] real */
+  const void* token_weights; /* [T] real, or NULL */
+  const double* student_lse; /* [T] from the forward call */
+  const double* teacher_lse;
+  const void* grad_sum;             /* [T] real, from the forward call */
+  opd_matrix_t grad_student_logits; /* out */
+  int64_t grad_width;
+} opd_divergence_bwd_args_t;
+
+OPD_API opd_status_t opd_divergence_bwd_cpu(const opd_divergence_bwd_args_t* args);
+
+/* Loss and gradient in one call, in place: student_logits becomes token_weights[t] dD_t/dz_v, and
+ * teacher_logits is scratch. Float32 or float64 logits. */
+typedef struct opd_divergence_fwd_grad_args_t {
+  uint32_t struct_size;
+  opd_divergence_spec_t spec;
+  opd_matrix_t student_logits; /* in: logits, out: gradient */
+  opd_matrix_t teacher_logits; /* in: logits, out: undefined */
+  const void* token_weights;   /* [T] real, or NULL */
+  void* loss;                  /* [T] real, out */
+  void* statistics;            /* as above, or NULL */
+} opd_divergence_fwd_grad_args_t;
+
+OPD_API opd_status_t opd_divergence_fwd_grad_cpu(const opd_divergence_fwd_grad_args_t* args);
+
+/* logprobs[t] = log Q_t(token_ids[t]); lse[t] of logits / temperature; entropy[t] of Q_t. */
+typedef struct opd_token_logprobs_spec_t {
+  double temperature;
+  int64_t num_tokens;
+  int64_t vocab_size;
+  opd_parallel_for_fn parallel_for;
+} opd_token_logprobs_spec_t;
+
+typedef struct opd_token_logprobs_fwd_args_t {
+  uint32_t struct_size;
+  opd_token_logprobs_spec_t spec;
+  opd_const_matrix_t logits;
+  const int64_t* token_ids; /* [T], each in [0, vocab_size) */
+  void* logprobs;           /* [T] real, out */
+  double* lse;              /* [T] out */
+  void* entropy;            /* [T] real, out */
+} opd_token_logprobs_fwd_args_t;
+
+OPD_API opd_status_t opd_token_logprobs_fwd_cpu(const opd_token_logprobs_fwd_args_t* args);
+
+/* grad_logits[t, v] = (g_logprob (1[v = id] - q_v) + g_lse q_v - g_entropy q_v (log q_v + H)) /
+ * temperature. grad_logits may be the logits themselves (float32 or float64). */
+typedef struct opd_token_logprobs_bwd_args_t {
+  uint32_t struct_size;
+  opd_token_logprobs_spec_t spec;
+  opd_const_matrix_t logits;
+  const int64_t* token_ids;
+  const void* grad_logprobs; /* [T] real */
+  const double* grad_lse;    /* [T] */
+  const void* grad_entropy;  /* [T] real */
+  const double* lse;         /* [T] from the forward call */
+  const void* entropy;       /* [T] real, from the forward call */
+  opd_matrix_t grad_logits;  /* out */
+  int64_t grad_width;        /* columns vocab_size .. grad_width are set to zero */
+} opd_token_logprobs_bwd_args_t;
+
+OPD_API opd_status_t opd_token_logprobs_bwd_cpu(const opd_token_logprobs_bwd_args_t* args);
+
+/* term and dterm of n entries, float64: what any port of a divergence can be checked against.
+ * Entry i has log-probabilities teacher_logprob[i], student_logprob[i]. */
+OPD_API opd_status_t opd_divergence_eval(int32_t divergence, double param0, double param1, int64_t n,
+                                         const double* teacher_logprob,
+                                         const double* student_logprob, double* term,
+                                         double* dterm);
+
+/* Text of the last failure on this thread; "" if there was none. Owned by the library. */
+OPD_API const char* opd_last_error(void);
+
+OPD_API const char* opd_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* OPD_OPD_H_ */

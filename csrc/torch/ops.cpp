@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+// The compiled ops of torch.ops.opd: every schema on this screen, then pointer extraction and the
+// C API call. No maths. LibTorch stable ABI: one build runs on every torch >= 2.11, any Python.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+#include "opd/opd.h"
+
+STABLE_TORCH_LIBRARY(opd, m) {
+  m.def(
+      "divergence_fwd(Tensor student_logits, Tensor teacher_logits, Tensor? token_weights, "
+      "int divergence, float param0, float param1, float student_temperature, "
+      "float teacher_temperature, int vocab_size, bool with_statistics) -> "
+      "(Tensor loss, Tensor student_lse, Tensor teacher_lse, Tensor grad_sum, Tensor statistics)");
+  m.def(
+      "divergence_bwd(Tensor grad_loss, Tensor student_logits, Tensor teacher_logits, "
+      "Tensor? token_weights, Tensor student_lse, Tensor teacher_lse, Tensor grad_sum, "
+      "int divergence, float param0, float param1, float student_temperature, "
+      "float teacher_temperature, int vocab_size) -> Tensor");
+  m.def(
+      "divergence_fwd_grad_(Tensor(a!) student_logits, Tensor(b!) teacher_logits, "
+      "Tensor? token_weights, int divergence, float param0, float param1, "
+      "float student_temperature, float teacher_temperature, int vocab_size, "
+      "bool with_statistics) -> (Tensor loss, Tensor statistics)");
+  m.def(
+      "token_logprobs_fwd(Tensor logits, Tensor token_ids, float temperature, int vocab_size) -> "
+      "(Tensor logprobs, Tensor lse, Tensor entropy)");
+  m.def(
+      "token_logprobs_bwd(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, "
+      "Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, float temperature, "
+      "int vocab_size) -> Tensor");
+  m.def(
+      "token_logprobs_bwd_(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, "
+      "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, float temperature, "
+      "int vocab_size) -> ()");
+  // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
+  m.def(
+      "fused_linear_divergence_fwd(Tensor student_hidden, Tensor student_lm_head_weight, "
+      "Tensor teacher_hidden, Tensor teacher_lm_head_weight, Tensor? token_weights, "
+      "int divergence, float param0, float param1, float student_temperature, "
+      "float teacher_temperature, int vocab_size, int workspace_bytes, bool with_grad_hidden, "
+      "bool with_grad_weight, bool with_statistics, str backend) -> "
+      "(Tensor loss, Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, "
+      "Tensor statistics)");
+  m.def(
+      "fused_linear_token_logprobs_fwd(Tensor hidden, Tensor lm_head_weight, Tensor token_ids, "
+      "float temperature, int vocab_size, int workspace_bytes, str backend) -> "
+      "(Tensor logprobs, Tensor lse, Tensor entropy)");
+  m.def(
+      "fused_linear_token_logprobs_bwd(Tensor grad_logprobs, Tensor grad_lse, "
+      "Tensor grad_entropy, Tensor hidden, Tensor lm_head_weight, Tensor token_ids, Tensor lse, "
+      "Tensor entropy, float temperature, int vocab_size, int workspace_bytes, "
+      "bool with_grad_hidden, bool with_grad_weight, str backend) -> "
+      "(Tensor grad_hidden, Tensor grad_lm_head_weight)");
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void parallel_for(int64_t num_rows, opd_rows_fn body, void* context) {
+  torch::stable::parallel_for(
+      0, num_rows, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+void check(opd_status_t status) { STD_TORCH_CHECK(status == OPD_OK, opd_last_error()); }
+
+int32_t dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return OPD_FLOAT32;
+    case ScalarType::Double:
+      return OPD_FLOAT64;
+    case ScalarType::BFloat16:
+      return OPD_BFLOAT16;
+    case ScalarType::Half:
+      return OPD_FLOAT16;
+    default:
+      STD_TORCH_CHECK(false, "opd: logits must be float32, float64, bfloat16 or float16");
+  }
+}
+
+opd_const_matrix_t const_matrix(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), dtype_of(tensor)};
+}
+
+opd_matrix_t matrix(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), dtype_of(tensor)};
+}
+
+ScalarType real_of(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->data_ptr() : nullptr;
+}
+
+opd_divergence_spec_t divergence_spec(const Tensor& student_logits, int64_t divergence,
+                                      double param0, double param1, double student_temperature,
+                                      double teacher_temperature, int64_t vocab_size) {
+  opd_divergence_spec_t spec{};
+  spec.divergence = static_cast<int32_t>(divergence);
+  spec.param0 = param0;
+  spec.param1 = param1;
+  spec.student_temperature = student_temperature;
+  spec.teacher_temperature = teacher_temperature;
+  spec.num_tokens = student_logits.size(0);
+  spec.vocab_size = vocab_size;
+  spec.parallel_for = &parallel_for;
+  return spec;
+}
+
+Tensor empty_statistics(const Tensor& like, bool with_statistics) {
+  return torch::stable::new_empty(
+      like, {OPD_NUM_STATISTICS, with_statistics ? like.size(0) : 0}, real_of(like));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> divergence_fwd(
+    Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> token_weights,
+    int64_t divergence, double param0, double param1, double student_temperature,
+    double teacher_temperature, int64_t vocab_size, bool with_statistics) {
+  const int64_t num_tokens = student_logits.size(0);
+  const ScalarType real = real_of(student_logits);
+  Tensor loss = torch::stable::new_empty(student_logits, {num_tokens}, real);
+  Tensor grad_sum = torch::stable::new_empty(student_logits, {num_tokens}, real);
+  Tensor student_lse = torch::stable::new_empty(student_logits, {num_tokens}, ScalarType::Double);
+  Tensor teacher_lse = torch::stable::new_empty(student_logits, {num_tokens}, ScalarType::Double);
+  Tensor statistics = empty_statistics(student_logits, with_statistics);
+  opd_divergence_fwd_args_t args{};
+  args.struct_size = sizeof(args);
+  args.spec = divergence_spec(student_logits, divergence, param0, param1, student_temperature,
+                              teacher_temperature, vocab_size);
+  args.student_logits = const_matrix(student_logits);
+  args.teacher_logits = const_matrix(teacher_logits);
+  args.token_weights = data_or_null(token_weights);
+  args.loss = loss.data_ptr();
+  args.student_lse = static_cast<double*>(student_lse.data_ptr());
+  args.teacher_lse = static_cast<double*>(teacher_lse.data_ptr());
+  args.grad_sum = grad_sum.data_ptr();
+  args.statistics = with_statistics ? statistics.data_ptr() : nullptr;
+  check(opd_divergence_fwd_cpu(&args));
+  return {loss, student_lse, teacher_lse, grad_sum, statistics};
+}
+
+Tensor divergence_bwd(Tensor grad_loss, Tensor student_logits, Tensor teacher_logits,
+                      std::optional<Tensor> token_weights, Tensor student_lse, Tensor teacher_lse,
+                      Tensor grad_sum, int64_t divergence, double param0, double param1,
+                      double student_temperature, double teacher_temperature, int64_t vocab_size) {
+  Tensor grad_student_logits = torch::stable::new_empty(
+      student_logits, {student_logits.size(0), student_logits.size(1)});
+  opd_divergence_bwd_args_t args{};
+  args.struct_size = sizeof(args);
+  args.spec = divergence_spec(student_logits, divergence, param0, param1, student_temperature,
+                              teacher_temperature, vocab_size);
+  args.student_logits = const_matrix(student_logits);
+  args.teacher_logits = const_matrix(teacher_logits);
+  args.grad_loss = grad_loss.data_ptr();
+  args.token_weights = data_or_null(token_weights);
+  args.student_lse = static_cast<const double*>(student_lse.data_ptr());
+  args.teacher_lse = static_cast<const double*>(teacher_lse.data_ptr());
+  args.grad_sum = grad_sum.data_ptr();
+  args.grad_student_logits = matrix(grad_student_logits);
+  args.grad_width = student_logits.size(1);
+  check(opd_divergence_bwd_cpu(&args));
+  return grad_student_logits;
+}
+
+std::tuple<Tensor, Tensor> divergence_fwd_grad_(
+    Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> token_weights,
+    int64_t divergence, double param0, double param1, double student_temperature,
+    double teacher_temperature, int64_t vocab_size, bool with_statistics) {
+  Tensor loss =
+      torch::stable::new_empty(student_logits, {student_logits.size(0)}, real_of(student_logits));
+  Tensor statistics = empty_statistics(student_logits, with_statistics);
+  opd_divergence_fwd_grad_args_t args{};
+  args.struct_size = sizeof(args);
+  args.spec = divergence_spec(student_logits, divergence, param0, param1, student_temperature,
+                              teacher_temperature, vocab_size);
+  args.student_logits = matrix(student_logits);
+  args.teacher_logits = matrix(teacher_logits);
+  args.token_weights = data_or_null(token_weights);
+  args.loss = loss.data_ptr();
+  args.statistics = with_statistics ? statistics.data_ptr() : nullptr;
+  check(opd_divergence_fwd_grad_cpu(&args));
+  return {loss, statistics};
+}
+
+opd_token_logprobs_spec_t token_logprobs_spec(const Tensor& logits, double temperature,
+                                              int64_t vocab_size) {
+  return {temperature, logits.size(0), vocab_size, &parallel_for};
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_logprobs_fwd(Tensor logits, Tensor token_ids,
+                                                      double temperature, int64_t vocab_size) {
+  const int64_t num_tokens = logits.size(0);
+  Tensor logprobs = torch::stable::new_empty(logits, {num_tokens}, real_of(logits));
+  Tensor lse = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Double);
+  Tensor entropy = torch::stable::new_empty(logits, {num_tokens}, real_of(logits));
+  opd_token_logprobs_fwd_args_t args{};
+  args.struct_size = sizeof(args);
+  args.spec = token_logprobs_spec(logits, temperature, vocab_size);
+  args.logits = const_matrix(logits);
+  args.token_ids = static_cast<const int64_t*>(token_ids.data_ptr());
+  args.logprobs = logprobs.data_ptr();
+  args.lse = static_cast<double*>(lse.data_ptr());
+  args.entropy = entropy.data_ptr();
+  check(opd_token_logprobs_fwd_cpu(&args));
+  return {logprobs, lse, entropy};
+}
+
+void token_logprobs_bwd_into(const Tensor& grad_logits, const Tensor& grad_logprobs,
+                             const Tensor& grad_lse, const Tensor& grad_entropy,
+                             const Tensor& logits, const Tensor& token_ids, const Tensor& lse,
+                             const Tensor& entropy, double temperature, int64_t vocab_size) {
+  opd_token_logprobs_bwd_args_t args{};
+  args.struct_size = sizeof(args);
+  args.spec = token_logprobs_spec(logits, temperature, vocab_size);
+  args.logits = const_matrix(logits);
+  args.token_ids = static_cast<const int64_t*>(token_ids.data_ptr());
+  args.grad_logprobs = grad_logprobs.data_ptr();
+  args.grad_lse = static_cast<const double*>(grad_lse.data_ptr());
+  args.grad_entropy = grad_entropy.data_ptr();
+  args.lse = static_cast<const double*>(lse.data_ptr());
+  args.entropy = entropy.data_ptr();
+  args.grad_logits = matrix(grad_logits);
+  args.grad_width = logits.size(1);
+  check(opd_token_logprobs_bwd_cpu(&args));
+}
+
+Tensor token_logprobs_bwd(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy,
+                          Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy,
+                          double temperature, int64_t vocab_size) {
+  Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  token_logprobs_bwd_into(grad_logits, grad_logprobs, grad_lse, grad_entropy, logits, token_ids,
+                          lse, entropy, temperature, vocab_size);
+  return grad_logits;
+}
+
+void token_logprobs_bwd_(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, Tensor logits,
+                         Tensor token_ids, Tensor lse, Tensor entropy, double temperature,
+                         int64_t vocab_size) {
+  token_logprobs_bwd_into(logits, grad_logprobs, grad_lse, grad_entropy, logits, token_ids, lse,
+                          entropy, temperature, vocab_size);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
+  m.impl("divergence_fwd", TORCH_BOX(&divergence_fwd));
+  m.impl("divergence_bwd", TORCH_BOX(&divergence_bwd));
+  m.impl("divergence_fwd_grad_", TORCH_BOX(&divergence_fwd_grad_));
+  m.impl("token_logprobs_fwd", TORCH_BOX(&token_logprobs_fwd));
+  m.impl("token_logprobs_bwd", TORCH_BOX(&token_logprobs_bwd));
+  m.impl("token_logprobs_bwd_", TORCH_BOX(&token_logprobs_bwd_));
+}

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks, the only place where their messages are formed.
+
+Pattern: `{op}: {argument} must {requirement}, got {value}`, then the way out. Only metadata is
+read: a check never waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEFAULT_WORKSPACE_BYTES = 1 << 30
+
+
+def real_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if the inputs are float64, else float32: the dtype of losses and statistics."""
+    return torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+
+
+def tensor(op: str, name: str, value: Tensor, dim: int) -> None:
+    """A tensor of `dim` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}.")
+    if value.dim() != dim:
+        raise ValueError(
+            f"{op}: {name} must have {dim} dimension(s), got shape {tuple(value.shape)}."
+            + (" Flatten batch and sequence to one token dimension." if value.dim() > dim else "")
+        )
+
+
+def floating(op: str, **tensors: Tensor) -> None:
+    """Floating tensors; all of them float64 or none."""
+    for name, value in tensors.items():
+        if value.dtype not in FLOATS:
+            raise TypeError(
+                f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}."
+            )
+    if len({value.dtype == torch.float64 for value in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {value.dtype}" for name, value in tensors.items())
+        raise TypeError(f"{op}: float64 must be used for all of its inputs or for none, got {found}.")
+
+
+def same_device(op: str, **tensors: Tensor | None) -> None:
+    """All on the device of the first."""
+    (first_name, first), *rest = tensors.items()
+    for name, value in rest:
+        if value is not None and value.device != first.device:
+            raise ValueError(
+                f"{op}: {name} must be on {first.device} like {first_name}, got {value.device}."
+            )
+
+
+def same_dtype(op: str, **tensors: Tensor) -> None:
+    """All of the dtype of the first."""
+    (first_name, first), *rest = tensors.items()
+    for name, value in rest:
+        if value.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: {name} must have dtype {first.dtype} like {first_name}, got {value.dtype}."
+            )
+
+
+def length(op: str, name: str, value: Tensor, expected: int, like: str) -> None:
+    """First dimension of `expected` rows, as many as `like` has."""
+    if value.shape[0] != expected:
+        raise ValueError(
+            f"{op}: {name} must have {expected} rows like {like}, got shape {tuple(value.shape)}."
+        )
+
+
+def hidden_and_head(op: str, side: str, hidden: Tensor, weight: Tensor) -> None:
+    """hidden [T, D] and weight [V, D] of one model."""
+    hidden_name = f"{side}_hidden" if side else "hidden"
+    weight_name = f"{side}_lm_head_weight" if side else "lm_head_weight"
+    tensor(op, hidden_name, hidden, 2)
+    tensor(op, weight_name, weight, 2)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{op}: {weight_name} must have shape (vocab_size, {hidden.shape[1]}) to match "
+            f"{hidden_name} {tuple(hidden.shape)}, got {tuple(weight.shape)}. One row is one token."
+        )
+    same_dtype(op, **{hidden_name: hidden, weight_name: weight})
+
+
+def vocab_prefix(op: str, vocab_size: int | None, **widths: int) -> int:
+    """The number of shared leading columns; without `vocab_size` all widths must agree."""
+    names = list(widths)
+    smallest = min(widths.values())
+    if vocab_size is None:
+        if len(set(widths.values())) > 1:
+            found = ", ".join(f"{name} {width}" for name, width in widths.items())
+            raise ValueError(
+                f"{op}: {' and '.join(names)} must have the same vocabulary, got {found}. If the "
+                f"first {smallest} ids are the same tokens and the rest is padding, pass "
+                f"vocab_size={smallest}."
+            )
+        vocab_size = smallest
+    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"{op}: vocab_size must be an int, got {type(vocab_size).__name__}.")
+    if not 0 < vocab_size <= smallest:
+        raise ValueError(f"{op}: vocab_size must be in [1, {smallest}], got {vocab_size}.")
+    return vocab_size
+
+
+def temperature(op: str, name: str, value: float) -> float:
+    """A positive finite number."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} must be positive and finite, got {value}.")
+    return float(value)
+
+
+def temperatures(op: str, value: float | Sequence[float]) -> tuple[float, float]:
+    """(student, teacher) from one number or a pair."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(
+                f"{op}: temperature must be a number or (student, teacher), got {value!r}."
+            )
+        student, teacher = value
+    else:
+        student = teacher = value
+    return (
+        temperature(op, "student temperature", student),
+        temperature(op, "teacher temperature", teacher),
+    )
+
+
+def token_weights(
+    op: str, value: Tensor | None, num_tokens: int, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """[T] weights in the kernel's dtype, contiguous and without gradient; None stays None."""
+    if value is None:
+        return None
+    tensor(op, "token_weights", value, 1)
+    length(op, "token_weights", value, num_tokens, "the hidden states or logits")
+    if value.device != device:
+        raise ValueError(f"{op}: token_weights must be on {device}, got {value.device}.")
+    if value.requires_grad:
+        raise ValueError(
+            f"{op}: token_weights must not require grad, got a tensor that does. They are "
+            "constants of the loss; detach() them."
+        )
+    return value.to(dtype).contiguous()
+
+
+def token_ids(op: str, value: Tensor, num_tokens: int, device: torch.device) -> Tensor:
+    """[T] ids as contiguous int64; their range is checked by the kernel, on CPU."""
+    tensor(op, "token_ids", value, 1)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: token_ids must be int64 or int32, got {value.dtype}.")
+    length(op, "token_ids", value, num_tokens, "the hidden states or logits")
+    if value.device != device:
+        raise ValueError(f"{op}: token_ids must be on {device}, got {value.device}.")
+    return value.to(torch.int64).contiguous()
+
+
+def one_of(op: str, name: str, value: str, allowed: Iterable[str]) -> str:
+    """A string from a short list."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        listed = ", ".join(repr(item) for item in allowed)
+        raise ValueError(f"{op}: {name} must be one of {listed}, got {value!r}.")
+    return value
+
+
+def workspace(op: str, value: int, smallest: int) -> int:
+    """A byte budget that holds at least one token."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: workspace_bytes must be an int, got {type(value).__name__}.")
+    if value < smallest:
+        raise ValueError(
+            f"{op}: workspace_bytes must be at least {smallest} (one token of this vocabulary), "
+            f"got {value}."
+        )
+    return value
+
+
+def unit_stride(value: Tensor) -> Tensor:
+    """The tensor with a contiguous last dimension, copied only if it has none."""
+    return value if value.stride(-1) == 1 or value.numel() == 0 else value.contiguous()

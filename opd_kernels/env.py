@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment variables that this package reads, all of them.
+
+| variable | meaning |
+|---|---|
+| `OPD_BACKEND` | backend for every call that names none: cuda, triton, cpu, reference |
+| `TRITON_INTERPRET` | Triton's own: 1 runs Triton kernels on CPU tensors, for tests |
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def forced_backend() -> str | None:
+    """`OPD_BACKEND`, or None."""
+    return os.environ.get("OPD_BACKEND") or None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run under Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

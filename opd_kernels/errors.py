@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exceptions of this package; each is also the builtin that a caller would catch."""
+
+from __future__ import annotations
+
+
+class OpdError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class UnsupportedBackendError(OpdError, NotImplementedError):
+    """A backend was asked for that cannot run this call; the message says why."""
+
+
+class BuildError(OpdError, ImportError):
+    """The compiled library is missing or does not load; the message says how to build it."""
