@@ -9,8 +9,6 @@ in value and in gradient; one that is infinite by definition (forward_kl where q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 
@@ -97,22 +95,10 @@ DIVERGENCES = {
     "total_variation": total_variation,
 }
 
-# the order in which parameters travel as (param0, param1)
-PARAMETERS = {
-    "forward_kl": (),
-    "reverse_kl": (),
-    "jsd": ("beta",),
-    "skew_forward_kl": ("alpha",),
-    "skew_reverse_kl": ("alpha", "detach_mixture"),
-    "total_variation": (),
-}
-
 
 def evaluate(divergence: object, teacher_logprobs: Tensor, student_logprobs: Tensor) -> Tensor:
     """D(p, q) for a name (with its defaults) or an object with `.name` and `.params`."""
     if isinstance(divergence, str):
         return DIVERGENCES[divergence](teacher_logprobs, student_logprobs)
-    name, params = divergence.name, divergence.params  # type: ignore[attr-defined]
-    if not isinstance(params, Mapping):
-        params = dict(zip(PARAMETERS[name], params, strict=False))
+    name, params = divergence.name, dict(divergence.params)  # type: ignore[attr-defined]
     return DIVERGENCES[name](teacher_logprobs, student_logprobs, **params)

@@ -12,7 +12,7 @@ from .divergence import divergence as _divergence
 from .divergence import statistics as _statistics
 
 
-class FusedLinearDivergenceOutput(NamedTuple):
+class FusedLinearDivergence(NamedTuple):
     """loss: scalar or [T], nats. statistics: name -> [T], no gradient."""
 
     loss: Tensor
@@ -31,7 +31,7 @@ def fused_linear_divergence(
     reduction: str = "sum",
     statistics: tuple[str, ...] = (),
     vocab_size: int | None = None,
-) -> FusedLinearDivergenceOutput:
+) -> FusedLinearDivergence:
     """sum_t token_weights[t] * D(softmax(h_T W_T' / temperature), softmax(h_S W_S' / temperature)).
 
     Args:
@@ -48,7 +48,7 @@ def fused_linear_divergence(
         vocab_size: V, the shared prefix of both vocabularies. Default: every row of both heads.
 
     Returns:
-        FusedLinearDivergenceOutput, float64, nats.
+        FusedLinearDivergence, float64, nats.
 
     Source: the definitions of `opd_kernels.reference.divergences`.
     """
@@ -71,7 +71,7 @@ def fused_linear_divergence(
             student_logits, teacher_logits, temperature=temperature, token_weights=token_weights
         )
         named = {name: every[name] for name in statistics}
-    return FusedLinearDivergenceOutput(loss.sum() if reduction == "sum" else loss, named)
+    return FusedLinearDivergence(loss.sum() if reduction == "sum" else loss, named)
 
 
 def lm_head_logits(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .fused_linear_divergence import lm_head_logits
-from .token_logprobs import TokenLogprobsOutput, token_logprobs
+from .token_logprobs import TokenLogprobs, token_logprobs
 
 
 def fused_linear_token_logprobs(
@@ -16,7 +16,7 @@ def fused_linear_token_logprobs(
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-) -> TokenLogprobsOutput:
+) -> TokenLogprobs:
     """log softmax(hidden lm_head_weight' / temperature)[token_ids], with log-sum-exp and entropy.
 
     Args:
@@ -27,7 +27,7 @@ def fused_linear_token_logprobs(
         vocab_size: V. Default: every row of the head.
 
     Returns:
-        TokenLogprobsOutput, [T] float64 each, nats.
+        TokenLogprobs, [T] float64 each, nats.
 
     Source: the definition of a softmax.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from .divergence import entropy as _entropy
 
 
-class TokenLogprobsOutput(NamedTuple):
+class TokenLogprobs(NamedTuple):
     """logprobs, lse, entropy: [T] float64, nats, all differentiable."""
 
     logprobs: Tensor
@@ -25,7 +25,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-) -> TokenLogprobsOutput:
+) -> TokenLogprobs:
     """Log-probability of one token per row, with log-sum-exp and entropy.
 
     logprobs[t] = logits[t, token_ids[t]] / temperature - lse[t]
@@ -38,11 +38,11 @@ def token_logprobs(
         vocab_size: V. Default: every column.
 
     Returns:
-        TokenLogprobsOutput, [T] float64 each, nats.
+        TokenLogprobs, [T] float64 each, nats.
 
     Source: the definition of a softmax; entropy is Shannon's, -sum_v q_v log q_v.
     """
     scaled = logits[..., :vocab_size].to(torch.float64) / float(temperature)
     logprobs = torch.log_softmax(scaled, dim=-1)
     chosen = logprobs.gather(-1, token_ids.to(torch.int64).unsqueeze(-1)).squeeze(-1)
-    return TokenLogprobsOutput(chosen, scaled.logsumexp(-1), _entropy(logprobs))
+    return TokenLogprobs(chosen, scaled.logsumexp(-1), _entropy(logprobs))

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Elementary functions in float32, as in csrc/include/opd/math.h: same names, same guards.
+
+tl.exp multiplies by log2(e) in one rounding, an error that grows with |x|; and neither expm1 nor
+log1p exists outside the vendors' device libraries, which the interpreter lacks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _reduce(x):
+    """x = n ln 2 + r with |r| <= ln 2 / 2, for -87.33 <= x <= 88; returns (r, 2^n)."""
+    # adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits
+    shifted = x * 1.44269504088896341 + 12582912.0
+    n = shifted - 12582912.0
+    r = (x - n * 0.693359375) + n * 2.12194440054690583e-4
+    bits = (shifted.to(tl.int32, bitcast=True) << 23) + (127 << 23)
+    return r, bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp(x):
+    """e^x for x <= 88; exactly 0 for x < -87.33 (so exp(-inf) == 0), NaN for NaN."""
+    r, scale = _reduce(tl.where(x < -87.33, -87.33, x))
+    return tl.where(x < -87.33, 0.0, tl.exp(r) * scale)
+
+
+@triton.jit
+def expm1_nonpositive(x):
+    """e^x - 1 for x <= 0, right to the last bits near 0; exactly -1 at -inf."""
+    r, scale = _reduce(tl.where(x < -87.33, -87.33, x))
+    poly = 1.9908904505427957e-4 * r + 1.3934543821960688e-3
+    poly = poly * r + 8.33328440785408e-3
+    poly = poly * r + 4.166645556688309e-2
+    poly = poly * r + 0.1666666716337204
+    poly = poly * r + 0.5
+    return (poly * (r * r) + r) * scale + (scale - 1.0)
+
+
+@triton.jit
+def log_mix(em1, keep, weight):
+    """log(keep + weight e^x) with keep + weight = 1 and em1 = expm1(x), x <= 0; right as x -> 0."""
+    f = weight * em1
+    value = keep + weight * (em1 + 1.0)
+    poly = -7.859894633293152e-2 * f + 0.12885838747024536
+    poly = poly * f - 0.13130463659763336
+    poly = poly * f + 0.14180703461170197
+    poly = poly * f - 0.16624347865581512
+    poly = poly * f + 0.20002302527427673
+    poly = poly * f - 0.25000816583633423
+    poly = poly * f + 0.33333316445350647
+    square = f * f
+    near = f - 0.5 * square + (square * f) * poly
+    return tl.where(value > 0.7072, near, tl.log(value))
+
+
+@triton.jit
+def bregman(a, b, x):
+    """a (e^x - 1 - x) >= 0, where b = a e^x; a == 0 gives b, its limit."""
+    poly = 2.7722801405616337e-6 * x + 2.535482963139657e-5
+    poly = poly * x + 1.9844024791382253e-4
+    poly = poly * x + 1.388545148074627e-3
+    poly = poly * x + 8.33331048488617e-3
+    poly = poly * x + 4.166673496365547e-2
+    poly = poly * x + 0.1666666716337204
+    poly = poly * x + 0.5
+    near = a * ((x * x) * poly)
+    far = (b - a) - a * x
+    return tl.where(a == 0.0, b, tl.where((x < 1.0) & (x > -1.0), near, far))

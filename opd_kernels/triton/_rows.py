@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every row kernel does: load logits, log-sum-exp online in lanes, split a float64 shift."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+import triton
+import triton.language as tl
+
+from ._math import exp
+
+
+def tile(vocab_size: int) -> tuple[int, int]:
+    """(BLOCK_V, num_warps) for rows of this length.
+
+    8 columns per thread keep two rows and their sums in registers (tests/triton_offline.py counts
+    them); 8 warps leave room for a second program on the SM, which streams while this one reduces.
+    """
+    block_v = min(max(triton.next_power_of_2(vocab_size), 128), 2048)
+    return block_v, max(block_v // 256, 1)
+
+
+@triton.jit
+def load_logits(row_ptr, columns, vocab_size, temperature, HAS_TEMPERATURE: tl.constexpr):
+    """logits / temperature in float32; -inf beyond the vocabulary, where nothing has mass."""
+    logits = tl.load(row_ptr + columns, mask=columns < vocab_size, other=float("-inf"))
+    logits = logits.to(tl.float32)
+    if HAS_TEMPERATURE:
+        logits = tl.div_rn(logits, temperature)
+    return logits
+
+
+@triton.jit
+def row_lse(row_ptr, vocab_size, temperature, HAS_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(log-sum-exp in float64, first column of the largest logit) of one row."""
+    lanes = tl.arange(0, BLOCK_V)
+    largest = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    where_largest = lanes
+    for begin in range(0, vocab_size, BLOCK_V):
+        columns = begin + lanes
+        logits = load_logits(row_ptr, columns, vocab_size, temperature, HAS_TEMPERATURE)
+        # of exp(old max - new max) and exp(logit - new max) one is 1, so a lane needs one exp, and
+        # the loop no reduction; -inf adds nothing, NaN stays
+        decay = tl.where(logits == float("-inf"), 0.0, exp(-tl.abs(logits - largest)))
+        is_larger = logits > largest
+        total = tl.where(is_larger, total * decay + 1.0, total + decay)
+        where_largest = tl.where(is_larger, columns, where_largest)
+        largest = tl.where(is_larger, logits, largest)
+    row_largest = tl.max(largest, 0)
+    row_total = tl.sum(total * exp(largest - row_largest), 0)
+    argmax = tl.min(tl.where(largest == row_largest, where_largest, vocab_size), 0)
+    lse = row_largest.to(tl.float64) + tl.log(row_total.to(tl.float64))
+    return lse, argmax
+
+
+@triton.jit
+def split(lse):
+    """A float64 shift as two float32, so that the rounding of a large lse does not scale a row."""
+    high = lse.to(tl.float32)
+    low = (lse - high.to(tl.float64)).to(tl.float32)
+    # inf - inf would hide that the row has no finite logit
+    return high, tl.where(tl.abs(high) == float("inf"), 0.0, low)
+
+
+def launch(kernel, num_tokens: int, num_warps: int, *args, **constants) -> None:
+    """Runs one program per token, on the device of the first argument; no token, no launch."""
+    if num_tokens == 0:
+        return
+    device = args[0].device
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device:
+        kernel[(num_tokens,)](*args, **constants, num_warps=num_warps)
