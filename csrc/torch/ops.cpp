@@ -40,13 +40,26 @@ STABLE_TORCH_LIBRARY(opd, m) {
       "int vocab_size) -> ()");
   // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
   m.def(
-      "fused_linear_divergence_fwd(Tensor student_hidden, Tensor student_lm_head_weight, "
+      "fused_linear_divergence_sum(Tensor student_hidden, Tensor student_lm_head_weight, "
       "Tensor teacher_hidden, Tensor teacher_lm_head_weight, Tensor? token_weights, "
       "int divergence, float param0, float param1, float student_temperature, "
       "float teacher_temperature, int vocab_size, int workspace_bytes, bool with_grad_hidden, "
       "bool with_grad_weight, bool with_statistics, str backend) -> "
       "(Tensor loss, Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, "
       "Tensor statistics)");
+  m.def(
+      "fused_linear_divergence_fwd(Tensor student_hidden, Tensor student_lm_head_weight, "
+      "Tensor teacher_hidden, Tensor teacher_lm_head_weight, Tensor? token_weights, "
+      "int divergence, float param0, float param1, float student_temperature, "
+      "float teacher_temperature, int vocab_size, int workspace_bytes, bool with_statistics, "
+      "str backend) -> (Tensor loss, Tensor statistics)");
+  m.def(
+      "fused_linear_divergence_bwd(Tensor grad_loss, Tensor student_hidden, "
+      "Tensor student_lm_head_weight, Tensor teacher_hidden, Tensor teacher_lm_head_weight, "
+      "Tensor? token_weights, int divergence, float param0, float param1, "
+      "float student_temperature, float teacher_temperature, int vocab_size, "
+      "int workspace_bytes, bool with_grad_hidden, bool with_grad_weight, str backend) -> "
+      "(Tensor grad_student_hidden, Tensor grad_student_lm_head_weight)");
   m.def(
       "fused_linear_token_logprobs_fwd(Tensor hidden, Tensor lm_head_weight, Tensor token_ids, "
       "float temperature, int vocab_size, int workspace_bytes, str backend) -> "

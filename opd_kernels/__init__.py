@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused LM-head divergence kernels for on-policy distillation."""
+
+from . import divergences, errors, reference
+from ._dispatch import kernel_table, use_backend
+from ._explain import explain
+from .divergence import divergence
+from .errors import BuildError, OpdError, UnsupportedBackendError
+from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
+from .fused_linear_token_logprobs import fused_linear_token_logprobs
+from .token_logprobs import TokenLogprobs, token_logprobs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BuildError",
+    "FusedLinearDivergenceOutput",
+    "OpdError",
+    "TokenLogprobs",
+    "UnsupportedBackendError",
+    "divergence",
+    "divergences",
+    "errors",
+    "explain",
+    "fused_linear_divergence",
+    "fused_linear_token_logprobs",
+    "kernel_table",
+    "reference",
+    "token_logprobs",
+    "use_backend",
+]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs a call: one table, read on metadata only (never on values)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import env
+from .errors import UnsupportedBackendError
+
+OPS = (
+    "divergence",
+    "fused_linear_divergence",
+    "token_logprobs",
+    "fused_linear_token_logprobs",
+)
+
+
+class Meta(NamedTuple):
+    """What the choice may depend on."""
+
+    device: str
+    dtype: torch.dtype
+
+
+class Row(NamedTuple):
+    """A backend and its objection to a call: a reason, or None if it can run it."""
+
+    backend: str
+    objection: Callable[[Meta], str | None]
+
+
+def _cuda(meta: Meta) -> str | None:
+    return "this version has no CUDA C++ kernels; use backend='triton' on a GPU"
+
+
+def _cpu(meta: Meta) -> str | None:
+    return None if meta.device == "cpu" else f"the tensors are on {meta.device}"
+
+
+def _triton(meta: Meta) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if meta.dtype == torch.float64:
+        return "float64 is not supported by the Triton kernels"
+    if meta.device == "cpu" and not env.triton_interpreted():
+        return "CPU tensors need TRITON_INTERPRET=1 (Triton's interpreter, for tests)"
+    return None if meta.device in ("cpu", "cuda") else f"the tensors are on {meta.device}"
+
+
+def _reference(meta: Meta) -> str | None:
+    return None
+
+
+# in order of preference; the same for all ops: the fused_linear ops use the row kernels of the rest
+BACKENDS: dict[str, tuple[Row, ...]] = {
+    op: (
+        Row("cuda", _cuda),
+        Row("cpu", _cpu),
+        Row("triton", _triton),
+        Row("reference", _reference),
+    )
+    for op in OPS
+}
+
+# never chosen by itself: it forms every [T, V] in float64
+_ONLY_ON_REQUEST = "reference"
+
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Runs the calls inside on one backend, unless a call names its own.
+
+    Raises:
+        ValueError: no backend has this name.
+    """
+    _check_name("use_backend", backend)
+    _forced.append(backend)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _check_name(op: str, backend: str) -> None:
+    names = [row.backend for row in BACKENDS[OPS[0]]]
+    if backend not in names:
+        raise ValueError(f"{op}: backend must be one of {', '.join(names)}, got {backend!r}.")
+
+
+def meta_of(tensor: Tensor) -> Meta:
+    """Metadata of a call from its first tensor."""
+    return Meta(tensor.device.type, tensor.dtype)
+
+
+def select(op: str, meta: Meta, backend: str | None = None) -> str:
+    """The backend for this call: the argument, `use_backend`, OPD_BACKEND, or the first that can.
+
+    Raises:
+        UnsupportedBackendError: a named backend cannot run the call, or none can.
+    """
+    wanted = backend or (_forced[-1] if _forced else env.forced_backend())
+    if wanted is not None:
+        _check_name(op, wanted)
+        for row in BACKENDS[op]:
+            if row.backend == wanted:
+                reason = row.objection(meta)
+                if reason is not None:
+                    raise UnsupportedBackendError(
+                        f"{op}: backend '{wanted}' was requested but {reason}."
+                    )
+        return wanted
+    reasons = []
+    for row in BACKENDS[op]:
+        if row.backend == _ONLY_ON_REQUEST:
+            continue
+        reason = row.objection(meta)
+        if reason is None:
+            return row.backend
+        reasons.append(f"{row.backend}: {reason}")
+    raise UnsupportedBackendError(
+        f"{op}: no backend can run this call ({'; '.join(reasons)}). backend='reference' runs "
+        "everywhere, in float64 and with every [T, V] formed."
+    )
+
+
+def row_ops(backend: str):
+    """The namespace of compiled row kernels of a backend."""
+    return torch.ops.opd_triton if backend == "triton" else torch.ops.opd
+
+
+def table(op: str, meta: Meta) -> list[tuple[str, bool, str]]:
+    """(backend, can run, reason) for each backend of an op."""
+    rows = []
+    for row in BACKENDS[op]:
+        reason = row.objection(meta)
+        note = "on request only: float64, forms [T, V]" if row.backend == "reference" else ""
+        rows.append((row.backend, reason is None, reason or note))
+    return rows
+
+
+def kernel_table() -> list[dict[str, object]]:
+    """One row per op and backend on this machine: op, backend, available, reason."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [
+        {"op": op, "backend": backend, "available": available, "reason": reason}
+        for op in OPS
+        for backend, available, reason in table(op, Meta(device, torch.float32))
+    ]

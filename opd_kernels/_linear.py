@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Path A of the fused_linear ops: LM-head GEMMs over chunks of tokens, with float32 logits.
+
+A chunk of C tokens has its logits formed in a buffer of C x V float32 per head, a row kernel turns
+the student's buffer into dZ in place, and two GEMMs take dX and dW from it. C follows from the
+byte budget, so that nothing of size [T, V] exists unless it fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+# a 16-bit head is widened to float32 in slices on CPU, where the 16-bit GEMM is 10 to 100 times
+# slower; they may take this share of the workspace
+_HEAD_SLICE_SHARE = 8
+_MAX_HEAD_SLICE_ROWS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a call is cut: tokens per chunk, rows of the head widened at a time, and their bytes."""
+
+    num_tokens: int
+    chunk_tokens: int
+    head_slice_rows: int
+    workspace_bytes: int
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_tokens // self.chunk_tokens) if self.num_tokens else 0
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """(begin, end) of each chunk of tokens."""
+        for begin in range(0, self.num_tokens, self.chunk_tokens):
+            yield begin, min(begin + self.chunk_tokens, self.num_tokens)
+
+    def __str__(self) -> str:
+        widened = f", heads widened {self.head_slice_rows} rows at a time" * bool(
+            self.head_slice_rows
+        )
+        return (
+            f"path A: {self.num_chunks} chunk(s) of up to {self.chunk_tokens} of "
+            f"{self.num_tokens} tokens{widened}, {self.workspace_bytes / 2**20:.1f} MiB of workspace"
+        )
+
+
+def widens(tensor: Tensor) -> bool:
+    """Whether GEMMs with this operand run on float32 copies of it."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def plan(
+    op: str, num_tokens: int, vocab_size: int, heads: Sequence[Tensor], workspace_bytes: int
+) -> Plan:
+    """The largest chunk whose buffers fit into `workspace_bytes`.
+
+    Per token: one float32 (float64) row of logits per head, the gathered hidden states and the
+    gradient of the first. Raises ValueError if not even one token fits.
+    """
+    itemsize = _checks.real_dtype(heads[0]).itemsize
+    hidden_sizes = [head.shape[1] for head in heads]
+    token_bytes = itemsize * (len(heads) * vocab_size + sum(hidden_sizes) + hidden_sizes[0])
+    slice_rows = 0
+    slice_bytes = 0
+    if any(widens(head) for head in heads):
+        row_bytes = itemsize * max(hidden_sizes)
+        budget = max(workspace_bytes // _HEAD_SLICE_SHARE, row_bytes)
+        slice_rows = min(vocab_size, _MAX_HEAD_SLICE_ROWS, budget // row_bytes)
+        slice_bytes = slice_rows * row_bytes
+    _checks.workspace(op, workspace_bytes, token_bytes + slice_bytes)
+    chunk_tokens = max(1, min(num_tokens, (workspace_bytes - slice_bytes) // token_bytes))
+    if num_tokens:
+        # equal chunks: a short last one would run its GEMMs at a worse shape
+        chunk_tokens = -(-num_tokens // -(-num_tokens // chunk_tokens))
+    return Plan(num_tokens, chunk_tokens, slice_rows, chunk_tokens * token_bytes + slice_bytes)
+
+
+def active_tokens(token_weights: Tensor | None) -> Tensor | None:
+    """Indices of the tokens of non-zero weight; None if there are no weights.
+
+    On a GPU this is the op's one host sync, and only with weights.
+    """
+    return None if token_weights is None else torch.nonzero(token_weights).squeeze(1)
+
+
+def take(values: Tensor, token_idx: Tensor | None, begin: int, end: int) -> Tensor:
+    """Rows [begin, end) of the active tokens, widened where the GEMM wants it."""
+    rows = values[begin:end] if token_idx is None else values[token_idx[begin:end]]
+    return rows.float() if widens(rows) else rows
+
+
+def put(target: Tensor, token_idx: Tensor | None, begin: int, end: int, rows: Tensor) -> None:
+    """Writes rows of the active tokens back to their places in dimension 0 of `target`."""
+    if token_idx is None:
+        target[begin:end] = rows
+    else:
+        target[token_idx[begin:end]] = rows.to(target.dtype)
+
+
+def _head_slices(weight: Tensor, vocab_size: int, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    step = rows if widens(weight) else vocab_size
+    for begin in range(0, vocab_size, step):
+        end = min(begin + step, vocab_size)
+        piece = weight[begin:end]
+        yield slice(begin, end), piece.float() if widens(weight) else piece
+
+
+def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, slice_rows: int) -> None:
+    """out = hidden @ weight[:V].T with float32 (float64) accumulation and result, out [C, V]."""
+    for columns, piece in _head_slices(weight, out.shape[1], slice_rows):
+        target = out[:, columns]
+        if piece.dtype == out.dtype:
+            torch.mm(hidden, piece.t(), out=target)
+        else:
+            torch.ops.aten.mm.dtype_out(hidden, piece.t(), out.dtype, out=target)
+
+
+def grad_hidden(grad_logits: Tensor, weight: Tensor, slice_rows: int) -> Tensor:
+    """grad_logits @ weight[:V], [C, D] in float32 (float64)."""
+    result: Tensor | None = None
+    for columns, piece in _head_slices(weight, grad_logits.shape[1], slice_rows):
+        gradient = grad_logits[:, columns]
+        if piece.dtype != gradient.dtype:
+            result = torch.mm(gradient.to(piece.dtype), piece, out_dtype=gradient.dtype)
+        elif result is None:
+            result = torch.mm(gradient, piece)
+        else:
+            result.addmm_(gradient, piece)
+    return result
+
+
+def accumulate_grad_weight(target: Tensor, grad_logits: Tensor, hidden: Tensor, first: bool) -> None:
+    """target[:V] (+)= grad_logits.T @ hidden, in target's float32 (float64)."""
+    target = target[: grad_logits.shape[1]]
+    gradient = grad_logits.t()
+    if hidden.dtype != target.dtype:
+        gradient = gradient.to(hidden.dtype)
+        if first:
+            torch.ops.aten.mm.dtype_out(gradient, hidden, target.dtype, out=target)
+        else:
+            torch.ops.aten.addmm.dtype_out(target, gradient, hidden, target.dtype, out=target)
+    elif first:
+        torch.mm(gradient, hidden, out=target)
+    else:
+        target.addmm_(gradient, hidden)
+
+
+def new_grad_weight(weight: Tensor, vocab_size: int, num_tokens: int) -> Tensor:
+    """Accumulator for dW: float32 (float64) [V_head, D], zero where no chunk will write."""
+    buffer = weight.new_empty(weight.shape, dtype=_checks.real_dtype(weight))
+    buffer[vocab_size if num_tokens else 0 :].zero_()
+    return buffer
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor, in place when the graph is not kept for another backward.
+
+    In place, because a second copy of dW is the largest thing that the op would ever hold.
+    """
+    kept = torch.compiler.is_compiling() or type(gradient) is not Tensor
+    if kept or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * factor.to(gradient.dtype)
+    return gradient.mul_(factor.to(gradient.dtype))
+
+
+def phase(tensor: Tensor, op: str, name: str) -> contextlib.AbstractContextManager:
+    """NVTX range `opd::<op>::<phase>` on CUDA, nothing elsewhere."""
+    if tensor.is_cuda:
+        return torch.cuda.nvtx.range(f"opd::{op}::{name}")
+    return contextlib.nullcontext()
