@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration to the objects of a run, checked against each other, resumed if possible."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd import checkpoint as ckpt
+from opd.config import TrainConfig, config_hash, differences, dump_config
+from opd.data import PromptStream, tokenize_rows, training_rows
+from opd.evaluation import HeldOut, load_held_out
+from opd.ledger import Ledger
+from opd.model import (
+    LanguageModel,
+    StudentConfig,
+    load_model,
+    load_tokenizer,
+    resolve_model_path,
+)
+from opd.optim import build_optimizer
+from opd.schema import ConfigError
+
+_log = logging.getLogger(__name__)
+_RUN_FILES = ["config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "report.html"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything that the loop works on. `step` counts the optimizer steps done."""
+
+    config: TrainConfig
+    output_dir: Path
+    tokenizer: Any
+    student: LanguageModel
+    teacher: Any
+    data: PromptStream
+    rollouts: Any
+    held_out: HeldOut | None
+    optimizer: torch.optim.Optimizer
+    ledger: Ledger = field(default_factory=Ledger)
+    step: int = 0
+
+    def save(self) -> Path:
+        """A checkpoint of this moment."""
+        return ckpt.save_checkpoint(
+            self.output_dir,
+            save_model=self._save_model,
+            state={
+                "step": self.step,
+                "config_hash": config_hash(self.config),
+                "config": self.config.model_dump(mode="json"),
+                "ledger": self.ledger.state_dict(),
+                "versions": versions(),
+            },
+            tensors={
+                "optimizer": self.optimizer.state_dict(),
+                "random": ckpt.random_state(),
+                "rollouts": self.rollouts.state_dict(),
+            },
+            save_total_limit=self.config.save_total_limit,
+        )
+
+    def _save_model(self, path: Path) -> None:
+        self.student.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+def open_run(config: TrainConfig) -> Run:
+    """Load, check and connect the parts of a run, from the newest checkpoint if there is one.
+
+    Raises:
+        ConfigError: something that a part needs is not there, or two parts do not fit.
+    """
+    prepare_process(config)
+    output_dir = Path(config.output_dir)
+    resumed = find_checkpoint(config)
+    tokenizer = load_run_tokenizer(config)
+    student = load_student(config, tokenizer, resumed and resumed.path)
+    teacher = load_teacher(config, tokenizer, student)
+    rows = training_rows(
+        config.task, config.data, with_completions=config.rollouts.needs_completions
+    )
+    prompts = tokenize_rows(
+        rows,
+        tokenizer,
+        add_special_tokens=config.task is None,
+        max_prompt_length=config.data.max_prompt_length,
+    )
+    held_out = None
+    if config.evaluation is not None:
+        held_out = load_held_out(config.evaluation, config.task, config.data, tokenizer)
+        if config.rollouts.needs_evaluation and not held_out.with_completion:
+            raise ConfigError(
+                "data.eval_file: must have completions for rollouts.kind "
+                f"{config.rollouts.kind!r}, which follows their likelihood"
+            )
+    run = Run(
+        config=config,
+        output_dir=output_dir,
+        tokenizer=tokenizer,
+        student=student,
+        teacher=teacher,
+        data=PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle),
+        rollouts=config.rollouts.build(
+            student, teacher, tokenizer, seed=config.seed, max_steps=config.max_steps
+        ),
+        held_out=held_out,
+        optimizer=build_optimizer(student.model, config),
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    # last, so that nothing above can move the random numbers
+    torch.manual_seed(config.seed)
+    if resumed is not None:
+        run.step = resumed.state["step"]
+        run.ledger = Ledger(**resumed.state["ledger"])
+        run.optimizer.load_state_dict(resumed.tensors["optimizer"])
+        run.rollouts.load_state_dict(resumed.tensors["rollouts"])
+        ckpt.set_random_state(resumed.tensors["random"])
+    return run
+
+
+def prepare_process(config: TrainConfig) -> None:
+    """Threads, and the progress bars of a library that would draw over ours."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+
+
+def find_checkpoint(config: TrainConfig) -> ckpt.Checkpoint | None:
+    """The checkpoint that `resume_from_checkpoint` means; None to start at step 0.
+
+    Raises:
+        ConfigError: `auto` found one of a different configuration, or a path leads to none.
+    """
+    wanted, root = config.resume_from_checkpoint, Path(config.output_dir)
+    if wanted == "none":
+        aside = ckpt.set_aside(root, _RUN_FILES) if root.is_dir() else None
+        if aside is not None:
+            _log.warning("moved the earlier run to %s", aside)
+        return None
+    if wanted != "auto":
+        try:
+            return ckpt.load_checkpoint(wanted)
+        except ConfigError as error:
+            raise ConfigError(f"resume_from_checkpoint: {error}") from None
+    if root.is_dir():
+        ckpt.remove_leftovers(root)
+    newest = ckpt.newest_checkpoint(root)
+    if newest is None:
+        return None
+    found = ckpt.load_checkpoint(newest)
+    if found.state["config_hash"] != config_hash(config):
+        differing = differences(config.model_dump(mode="json"), found.state["config"])
+        raise ConfigError(
+            f"output_dir: '{newest}' was made with other settings, {', '.join(differing)}; take "
+            f"another output_dir, or resume_from_checkpoint=none to start afresh, or "
+            f"resume_from_checkpoint={newest} to go on from it all the same"
+        )
+    return found
+
+
+def load_run_tokenizer(config: TrainConfig) -> Any:
+    """The task's tokenizer, unless the student names one of its own."""
+    if config.task is not None and config.student.tokenizer_name_or_path is None:
+        return config.task.load().load_tokenizer()
+    return load_tokenizer(config.student)
+
+
+def load_student(config: TrainConfig, tokenizer: Any, path: Path | None = None) -> LanguageModel:
+    """The student, in train mode, with the weights at a path instead of its own if one is given."""
+    source: StudentConfig = config.student
+    if path is not None:
+        source = source.model_copy(update={"model_name_or_path": str(path), "config": None})
+    model = load_model(source, tokenizer, name="student", seed=config.seed, device=config.device)
+    if source.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    student = LanguageModel(
+        model,
+        name="student",
+        vocab_size=config.vocab_size,
+        workspace_bytes=config.workspace_bytes,
+    )
+    _check_rows(student, len(tokenizer) if config.vocab_size is None else config.vocab_size)
+    student.model.train()
+    return student
+
+
+def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) -> Any:
+    """The teacher, if there is one, with a vocabulary that fits the student's.
+
+    Raises:
+        ConfigError: the vocabularies differ in size or in tokens.
+    """
+    if config.teacher is None:
+        return None
+    teacher = config.teacher.build(
+        tokenizer,
+        device=config.device,
+        vocab_size=config.vocab_size,
+        workspace_bytes=config.workspace_bytes,
+    )
+    ours, theirs = student.lm_head_weight.shape[0], teacher.lm_head_weight.shape[0]
+    key = "teacher.model_name_or_path"
+    if config.vocab_size is None and ours != theirs:
+        raise ConfigError(
+            f"{key}: the teacher's head has {theirs} tokens and the student's {ours}; if only "
+            f"their padding differs, set vocab_size={min(len(tokenizer), ours, theirs)}"
+        )
+    _check_rows(teacher, config.vocab_size or theirs)
+    _check_same_tokens(config, tokenizer, key)
+    return teacher
+
+
+def _check_rows(model: LanguageModel, num_tokens: int) -> None:
+    rows = model.lm_head_weight.shape[0]
+    if rows < num_tokens:
+        raise ConfigError(
+            f"{model.name}: its head has {rows} tokens, fewer than the {num_tokens} of "
+            f"{'vocab_size' if model.vocab_size else 'the tokenizer'}"
+        )
+
+
+def _check_same_tokens(config: TrainConfig, tokenizer: Any, key: str) -> None:
+    """Compare with the teacher's own tokenizer, if it comes with one."""
+    source = config.teacher.model_name_or_path
+    if source is None:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(
+            resolve_model_path(source), trust_remote_code=config.teacher.trust_remote_code
+        ).get_vocab()
+    except (OSError, ValueError):
+        _log.info("the teacher has no tokenizer to compare with the student's")
+        return
+    ours = tokenizer.get_vocab()
+    limit = config.vocab_size or max(len(ours), len(theirs))
+    by_id = {i: token for token, i in theirs.items()}
+    for token, i in sorted(ours.items(), key=lambda item: item[1]):
+        if i < limit and by_id.get(i, token) != token:
+            raise ConfigError(
+                f"{key}: the teacher's vocabulary differs, token {i} is {by_id[i]!r} there and "
+                f"{token!r} for the student; token-by-token losses need one vocabulary"
+            )
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a result depends on."""
+    import platform
+
+    import transformers
+
+    import opd_kernels
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "opd_kernels": getattr(opd_kernels, "__version__", "unknown"),
+    }

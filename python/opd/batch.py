@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rollouts, teachers and objectives hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import opd_kernels as opk
+
+Origin = Literal["student", "teacher", "data"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One row of the training data, tokenized.
+
+    Attributes:
+        ids: [P] int64, special tokens and chat template included.
+        completion_ids: [C] int64 of the row's own completion, its end token included, or None.
+        completion_mask: [C] bool, the completion's tokens that are trained, or None.
+        row: the row itself, for verifiers and samples.
+        group_id: index of the row in the data; completions of one prompt share it.
+    """
+
+    ids: Tensor
+    completion_ids: Tensor | None = None
+    completion_mask: Tensor | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)
+    group_id: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One prompt with one completion, unpadded.
+
+    Attributes:
+        ids: [S] int64, prompt then completion.
+        prompt_length: number of prompt tokens.
+        loss_mask: [S] bool, the tokens that are trained. False on the prompt.
+        behaviour_logprobs: [S] float32, nats, of each token under the law it was sampled from
+            (after temperature, top-k and top-p); 0 on the prompt. None when nobody sampled it here.
+        origin: who wrote the completion.
+        is_terminated: the completion ends in an end token, not at the length limit.
+        step: the optimizer step at which it was sampled; the current step minus this is its age.
+        row, group_id: as in `Prompt`.
+    """
+
+    ids: Tensor
+    prompt_length: int
+    loss_mask: Tensor
+    behaviour_logprobs: Tensor | None = None
+    origin: Origin = "student"
+    is_terminated: bool = True
+    step: int = 0
+    row: Mapping[str, Any] = field(default_factory=dict)
+    group_id: int = 0
+
+    @property
+    def completion_length(self) -> int:
+        """Number of completion tokens, the end token included."""
+        return len(self.ids) - self.prompt_length
+
+    @property
+    def completion_ids(self) -> Tensor:
+        """[S - prompt_length] int64."""
+        return self.ids[self.prompt_length :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Trajectories right-padded to one length, with the positions whose next token is trained.
+
+    Attributes:
+        input_ids: [B, S] int64.
+        attention_mask: [B, S] int64, 0 on padding.
+        position_ids: [B, S] int64, counted from each sequence's first token.
+        token_idx: [T] int64 into the flattened B * S positions: row t of a law predicts
+            `token_ids[t]`. T counts the trained tokens only, so the others cost no logits.
+        token_ids: [T] int64.
+        segment_ends: [B] int64, the end of each trajectory's tokens within T.
+        behaviour_logprobs: [T] float32, or None when a trajectory has none.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    token_idx: Tensor
+    token_ids: Tensor
+    segment_ends: Tensor
+    behaviour_logprobs: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Trained tokens, T."""
+        return len(self.token_ids)
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens that a model reads, padding excluded."""
+        return int(self.attention_mask.sum())
+
+
+class Law:
+    """A model's next-token law at T positions: softmax(hidden @ lm_head_weight.T), never formed.
+
+    Args:
+        forward: returns the hidden states [T, D]; called once, when something first asks.
+        lm_head_weight: [V, D].
+        vocab_size: the prefix of the vocabulary that the law is over. Default: all of it.
+        workspace_bytes: scratch memory of the fused kernels.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[], Tensor],
+        lm_head_weight: Tensor,
+        *,
+        vocab_size: int | None = None,
+        workspace_bytes: int = 1 << 30,
+    ) -> None:
+        self._forward = forward
+        self.lm_head_weight = lm_head_weight
+        self.vocab_size = vocab_size
+        self.workspace_bytes = workspace_bytes
+
+    @cached_property
+    def _hidden(self) -> Tensor:
+        return self._forward()
+
+    def hidden(self) -> Tensor:
+        """[T, D] final hidden states, in the dtype of the head."""
+        return self._hidden
+
+    def token_logprobs(self, token_ids: Tensor, *, temperature: float = 1.0) -> Any:
+        """Log-probabilities of chosen tokens: `.logprobs`, `.lse`, `.entropy`, [T] each, nats."""
+        return opk.fused_linear_token_logprobs(
+            self.hidden(),
+            self.lm_head_weight,
+            token_ids,
+            temperature=temperature,
+            vocab_size=self.vocab_size,
+            workspace_bytes=self.workspace_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """What an objective returns: the loss to differentiate, and what it saw on the way.
+
+    Attributes:
+        loss: scalar, this batch's share of the step's mean over trained tokens, nats.
+        statistics: name -> [T] float, no gradient.
+    """
+
+    loss: Tensor
+    statistics: dict[str, Tensor]
+
+
+def collate(
+    trajectories: Sequence[Trajectory], *, pad_id: int, device: torch.device | str = "cpu"
+) -> Batch:
+    """Pad trajectories into one batch and list the positions whose next token is trained."""
+    seq_len = max(len(trajectory.ids) for trajectory in trajectories)
+    shape = (len(trajectories), seq_len)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    predicted = torch.zeros(shape, dtype=torch.bool)
+    with_behaviour = all(t.behaviour_logprobs is not None for t in trajectories)
+    behaviour = torch.zeros(shape) if with_behaviour else None
+    for row, trajectory in enumerate(trajectories):
+        length = len(trajectory.ids)
+        input_ids[row, :length] = trajectory.ids
+        attention_mask[row, :length] = 1
+        predicted[row, :length] = trajectory.loss_mask
+        if behaviour is not None:
+            behaviour[row, :length] = trajectory.behaviour_logprobs
+    # nothing predicts the first token of a sequence
+    predicted[:, 0] = False
+    flat = predicted.flatten().nonzero().squeeze(1)
+    position_ids = torch.arange(seq_len).expand(shape) * attention_mask
+    return Batch(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        position_ids=position_ids.to(device),
+        token_idx=(flat - 1).to(device),
+        token_ids=input_ids.flatten()[flat].to(device),
+        segment_ends=predicted.sum(1).cumsum(0),
+        behaviour_logprobs=None if behaviour is None else behaviour.flatten()[flat].to(device),
+    )
+
+
+def collate_step(
+    trajectories: Sequence[Trajectory],
+    *,
+    batch_size: int,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+) -> tuple[list[Batch], int]:
+    """The micro-batches of one optimizer step, and the number of tokens the step trains."""
+    batches = [
+        collate(trajectories[start : start + batch_size], pad_id=pad_id, device=device)
+        for start in range(0, len(trajectories), batch_size)
+    ]
+    return batches, sum(batch.num_tokens for batch in batches)

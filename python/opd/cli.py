@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `opd` command. Heavy imports are inside the subcommands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line. Returns 0, 2 for a bad configuration, or 128 + a signal's number."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # nothing is tokenized in threads here, and a fork would otherwise warn about it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted before the end of a step, nothing was saved by it", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if _is_for_the_user(error):
+            print(error, file=sys.stderr)
+            return 2
+        raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="opd", description="On-policy distillation of language models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train a student", description=_train.__doc__)
+    _add_config(command)
+    command.add_argument("--quiet", action="store_true", help="show no progress")
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("eval", help="evaluate a checkpoint", description=_eval.__doc__)
+    _add_config(command)
+    command.add_argument("--checkpoint", help="default: the newest in output_dir")
+    command.add_argument("--output", help="also write the numbers to this JSON file")
+    command.set_defaults(run=_eval)
+
+    command = commands.add_parser("report", help="draw runs as one HTML file")
+    command.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+    command.add_argument("--output", help="default: report.html in the first run's directory")
+    command.set_defaults(run=_report)
+
+    command = commands.add_parser("recipes", help="list the recipes that come with opd")
+    command.set_defaults(run=_recipes)
+
+    command = commands.add_parser("kernels", help="list the kernels that can run here, and why not")
+    command.set_defaults(run=_kernels)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, help="a YAML file, or the name of a recipe")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example student.dtype=bfloat16"
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    """Train as a configuration says; run it again to go on after a stop."""
+    from opd.config import load_config
+    from opd.train import Interrupted, train
+
+    config = load_config(options.config, options.overrides)
+    try:
+        result = train(config, quiet=options.quiet)
+    except Interrupted as stop:
+        print(
+            f"stopped after step {stop.step}; saved {stop.checkpoint}, run again to go on",
+            file=sys.stderr,
+        )
+        return 128 + stop.signum
+    print(f"{result.checkpoint}")
+    if "html" in config.report_to:
+        print(f"{result.output_dir / 'report.html'}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    """Accuracy and KL of a checkpoint on held-out rows, as a table."""
+    from opd.assembly import load_run_tokenizer, load_student, load_teacher, prepare_process
+    from opd.checkpoint import newest_checkpoint
+    from opd.config import load_config
+    from opd.evaluation import EvaluationConfig, evaluate, load_held_out
+    from opd.model import resolve_model_path
+    from opd.schema import ConfigError
+
+    config = load_config(options.config, options.overrides)
+    path = options.checkpoint and resolve_model_path(options.checkpoint)
+    path = path or newest_checkpoint(config.output_dir)
+    if path is None:
+        raise ConfigError(f"--checkpoint: is required, there is none in '{config.output_dir}' yet")
+    prepare_process(config)
+    settings = config.evaluation or EvaluationConfig()
+    tokenizer = load_run_tokenizer(config)
+    student = load_student(config, tokenizer, Path(path))
+    found = evaluate(
+        student,
+        load_teacher(config, tokenizer, student),
+        tokenizer,
+        load_held_out(settings, config.task, config.data, tokenizer),
+        settings,
+        max_completion_length=config.rollouts.max_completion_length,
+    )
+    _print_table(["metric", "value"], [[k, f"{v:.4f}"] for k, v in sorted(found.metrics.items())])
+    if options.output:
+        Path(options.output).write_text(json.dumps(found.metrics, indent=2), encoding="utf-8")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from opd.report import write_report
+
+    print(write_report([Path(run) for run in options.run_dirs], options.output))
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    rows = []
+    for path in sorted(RECIPES.glob("*.yaml")):
+        what, source, *_ = recipe_header(path)
+        rows.append([path.stem, what, source])
+    _print_table(["recipe", "what it does", "source"], rows)
+    return 0
+
+
+def recipe_header(path: Path) -> list[str]:
+    """The comment at the top of a recipe: what it does, its source, what is worth knowing."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if "SPDX" not in line:
+            lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    import opd_kernels as opk
+
+    rows: list[list[str]] = []
+    for op, backend, available, reason in opk.kernel_table():
+        rows.append([op, backend, "yes" if available else "no", reason or ""])
+    _print_table(["op", "backend", "available", "reason"], rows)
+    return 0
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _is_for_the_user(error: Exception) -> Any:
+    """Errors that say in one sentence what to change; anything else is a defect of ours."""
+    from opd.schema import ConfigError
+
+    return isinstance(error, ConfigError | FloatingPointError)

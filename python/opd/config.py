@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run as one frozen object: YAML in, overrides applied, every key checked, YAML out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from opd.data import DataConfig, TaskConfig
+from opd.evaluation import EvaluationConfig
+from opd.model import StudentConfig
+from opd.objectives import ObjectiveConfig
+from opd.optim import OptimConfig
+from opd.rollouts import RolloutConfig
+from opd.schema import ConfigError, did_you_mean, sentences
+from opd.teachers import TeacherConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# keys that change where or how a run is watched, but not one bit of its weights
+_UNHASHED = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "report_to",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+)
+
+
+class TrainConfig(OptimConfig):
+    """A training run. Sections are objects of their own; the flat keys are named as in HF and TRL.
+
+    Attributes:
+        output_dir: receives config.yaml, metrics.jsonl, samples.jsonl, checkpoint-N/, report.html.
+        per_device_train_batch_size: completions in one forward and backward pass.
+        gradient_accumulation_steps: such passes in one optimizer step; the loss is divided by the
+            number of trained tokens of the whole step, so the split does not change it.
+        vocab_size: tokens that both heads share, when they are padded to different sizes.
+        num_threads: of torch on the CPU; 1 is fastest for models below a million parameters.
+        workspace_bytes: scratch memory of the fused kernels.
+        resume_from_checkpoint: `auto` (the newest in output_dir, if any), `none` (start afresh and
+            set what is there aside), or the path of a checkpoint.
+    """
+
+    output_dir: str
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    num_threads: int | None = Field(None, ge=1)
+    task: TaskConfig | None = None
+    data: DataConfig = DataConfig()
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    rollouts: Annotated[RolloutConfig, Field(discriminator="kind")]
+    objective: Annotated[ObjectiveConfig, Field(discriminator="kind")]
+    evaluation: EvaluationConfig | None = None
+    per_device_train_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    vocab_size: int | None = Field(None, ge=1)
+    workspace_bytes: int = Field(1 << 30, ge=1 << 16)
+    logging_steps: int = Field(1, ge=1)
+    save_steps: int | None = Field(None, ge=1)
+    save_total_limit: int | None = Field(None, ge=1)
+    report_to: tuple[Literal["jsonl", "tensorboard", "html"], ...] = (
+        "jsonl",
+        "tensorboard",
+        "html",
+    )
+    resume_from_checkpoint: str = "auto"
+
+    @property
+    def num_trajectories(self) -> int:
+        """Completions in one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts in one optimizer step."""
+        return self.num_trajectories // self.rollouts.num_generations
+
+    @model_validator(mode="after")
+    def _check_parts_fit(self) -> Self:
+        rollouts, objective = self.rollouts, self.objective
+        if self.task is None and self.data.train_file is None:
+            raise ValueError("data.train_file: is required when there is no task")
+        if self.teacher is None and objective.needs_teacher:
+            raise ValueError(f"teacher: is required by objective.kind {objective.kind!r}")
+        if self.teacher is None and rollouts.needs_teacher:
+            raise ValueError("teacher: is required by rollouts.seq_kd")
+        if objective.needs_behaviour_logprobs and not rollouts.always_on_policy:
+            raise ValueError(
+                f"rollouts.kind: must be 'hf' for objective.kind {objective.kind!r}, which needs "
+                f"the sampler's log-probabilities of every token, got {rollouts.kind!r}"
+            )
+        is_followed = self.evaluation is not None and self.evaluation.eval_steps is not None
+        if rollouts.needs_evaluation and not is_followed:
+            raise ValueError(
+                f"evaluation.eval_steps: is required by rollouts.kind {rollouts.kind!r}, whose "
+                "share of student data follows the held-out loss"
+            )
+        if "html" in self.report_to and "jsonl" not in self.report_to:
+            raise ValueError("report_to: must have 'jsonl' for 'html', which is drawn from it")
+        if self.num_trajectories % rollouts.num_generations:
+            raise ValueError(
+                f"rollouts.num_generations: must divide the {self.num_trajectories} completions "
+                f"of a step, got {rollouts.num_generations}"
+            )
+        return self
+
+
+def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """The configuration in a YAML file, or in the recipe of that name, with `a.b=c` overrides.
+
+    Raises:
+        ConfigError: a missing file, bad YAML, an unknown key, a wrong type, parts that do not fit.
+    """
+    path = find_config(source)
+    values = read_yaml(path)
+    overridden = [apply_override(values, override) for override in overrides]
+    return parse_config(values, str(path), overridden)
+
+
+def parse_config(
+    values: dict[str, Any], source: str = "config", overridden: Sequence[str] = ()
+) -> TrainConfig:
+    """The configuration in a mapping. `source` and `overridden` say in errors whose fault it is."""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(sentences(error, TrainConfig, source, overridden)) from None
+
+
+def find_config(source: str | Path) -> Path:
+    """The path of a YAML file, or of the recipe with that name."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    recipes = {recipe.stem: recipe for recipe in RECIPES.glob("*.yaml")}
+    if str(source) in recipes:
+        return recipes[str(source)]
+    siblings = [str(path.parent / other.name) for other in path.parent.glob("*.y*ml")]
+    hint = did_you_mean(source, [*siblings, *recipes])
+    hint = hint or f", the recipes are {', '.join(sorted(recipes))}"
+    raise ConfigError(f"{source}: no such file or recipe{hint}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, read with the safe loader."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise ConfigError(f"{path}{where}: is not valid YAML, {problem}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys, got {type(values).__name__}")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> str:
+    """Set one `a.b=c` in the mapping; c is read as YAML. Returns `a.b`."""
+    key, equals, text = override.partition("=")
+    words = key.removeprefix("--").split(".")
+    if not equals or not all(words):
+        raise ConfigError(f"override {override!r}: must look like key=value or section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+    section = values
+    for word in words[:-1]:
+        if section.get(word) is None:
+            section[word] = {}
+        section = section[word]
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {word!r} is not a section")
+    section[words[-1]] = value
+    return ".".join(words)
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The resolved configuration as YAML; loading it gives an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_hash(config: TrainConfig) -> str:
+    """16 hex digits over every key that can change the weights."""
+    values = config.model_dump(mode="json", exclude=set(_UNHASHED))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """`path (a there, b here)` for every weight-changing key on which two configurations differ."""
+    found: list[str] = []
+    for key in sorted({*ours, *theirs}):
+        if not prefix and key in _UNHASHED:
+            continue
+        here, there = ours.get(key), theirs.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            found += differences(here, there, f"{prefix}{key}.")
+        elif here != there:
+            found.append(f"{prefix}{key} ({there!r} there, {here!r} here)")
+    return found

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face causal LM as what the loss needs: hidden states and the matrix of the head."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from opd.batch import Batch, Law
+from opd.schema import ConfigError, Section, did_you_mean
+
+# attributes of HF configs that bend the logits after the head, and their value when they do not
+_LOGIT_BENDERS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+}
+_PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_NUM_PROBE_TOKENS = 6
+
+
+class ModelSource(Section):
+    """Where a model comes from: a checkpoint, or a configuration for random weights.
+
+    Attributes:
+        model_name_or_path: a model in the Hugging Face format (safetensors only), an output_dir
+            of an earlier run (its newest checkpoint is taken), or `builtin:chain_repair_teacher`.
+        config: for random weights: `model_type` and what that type's config takes; the vocabulary
+            and the special ids default to the tokenizer's.
+        dtype: of the weights.
+        attn_implementation: as in transformers.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    model_name_or_path: str | None = None
+    config: dict[str, Any] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.model_name_or_path is None) == (self.config is None):
+            raise ValueError("must have exactly one of model_name_or_path and config")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config.model_type is required, for example 'llama'")
+        return self
+
+
+class StudentConfig(ModelSource):
+    """The model that is trained.
+
+    Attributes:
+        tokenizer_name_or_path: default: the task's tokenizer, else the model's own.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+
+    tokenizer_name_or_path: str | None = None
+    gradient_checkpointing: bool = False
+
+
+class LanguageModel:
+    """A causal LM split at its head.
+
+    Args:
+        model: with `get_output_embeddings()` and a base model that returns hidden states.
+        name: the configuration key of the model, for errors.
+        vocab_size: the prefix of the vocabulary that its laws are over. Default: all of it.
+        workspace_bytes: scratch memory of the fused kernels.
+
+    Raises:
+        ConfigError: the model's logits are not its hidden states times the head's matrix.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str = "student",
+        vocab_size: int | None = None,
+        workspace_bytes: int = 1 << 30,
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.vocab_size = vocab_size
+        self.workspace_bytes = workspace_bytes
+        self._takes_positions = (
+            "position_ids" in inspect.signature(model.base_model.forward).parameters
+        )
+        check_plain_head(model, name)
+
+    @property
+    def lm_head_weight(self) -> nn.Parameter:
+        """[V, D], the parameter itself."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head_weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[T, D] final hidden states at the positions whose next token is trained."""
+        positions = {"position_ids": batch.position_ids} if self._takes_positions else {}
+        out = self.model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **positions,
+        )
+        rows = out.last_hidden_state.flatten(0, 1).index_select(0, batch.token_idx)
+        return rows.to(self.lm_head_weight.dtype)
+
+    def law(self, batch: Batch) -> Law:
+        """The model's next-token law at those positions, computed when first asked for."""
+        return Law(
+            lambda: self.hidden(batch),
+            self.lm_head_weight,
+            vocab_size=self.vocab_size,
+            workspace_bytes=self.workspace_bytes,
+        )
+
+
+def load_model(config: ModelSource, tokenizer: Any, *, name: str, seed: int, device: str) -> Any:
+    """The transformers model that a configuration asks for, on a device.
+
+    Raises:
+        ConfigError: no such model, no safetensors, a bad model configuration.
+    """
+    dtype = getattr(torch, config.dtype)
+    attention = config.attn_implementation
+    extra = {"attn_implementation": attention} if attention else {}
+    if config.config is not None:
+        model = _random_model(config.config, tokenizer, name=name, seed=seed, extra=extra).to(dtype)
+    else:
+        model = _pretrained_model(config, name=name, dtype=dtype, extra=extra)
+    return model.to(resolve_device(device))
+
+
+def load_tokenizer(config: StudentConfig) -> Any:
+    """The student's tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    path = config.tokenizer_name_or_path or config.model_name_or_path
+    if path is None:
+        raise ConfigError("student.tokenizer_name_or_path: is required when there is no task")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model_path(path), trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"student: no tokenizer at {path!r}, {_first_sentence(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"student: the tokenizer at {path!r} has no end token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_model_path(path: str) -> str:
+    """A `builtin:` name, or a run's output_dir, as the path of a model."""
+    if path.startswith("builtin:"):
+        folder = Path(__file__).parent / "tasks"
+        names = [other.name for other in folder.iterdir() if (other / "config.json").is_file()]
+        name = path.removeprefix("builtin:")
+        if name not in names:
+            hint = did_you_mean(name, names) or f", there is {', '.join(names) or 'none'}"
+            raise ConfigError(f"no builtin model {name!r}{hint}")
+        return str(folder / name)
+    from opd.checkpoint import newest_checkpoint
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        return str(newest_checkpoint(path) or path)
+    return path
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the GPU if there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: cannot use {device!r}, {_first_sentence(error)}") from None
+
+
+def check_plain_head(model: Any, name: str) -> None:
+    """Refuse a model whose logits are not `hidden @ head.T`, by asking and by a few real tokens."""
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise ConfigError(f"{name}: {type(model).__name__} has no output embedding matrix")
+    text_config = model.config.get_text_config()
+    bends = [
+        f"{attribute} {getattr(text_config, attribute)}"
+        for attribute, neutral in _LOGIT_BENDERS.items()
+        if getattr(text_config, attribute, None) not in (None, neutral)
+    ]
+    if getattr(head, "bias", None) is not None:
+        bends.append("a bias on its head")
+    if not bends and (error := _probe_error(model, head.weight)) is not None:
+        bends.append(f"logits that are off by {error:.2g} on a few tokens")
+    if bends:
+        raise ConfigError(
+            f"{name}: {type(model).__name__} has {' and '.join(bends)}, so its logits are not "
+            "hidden states times the head's matrix and the fused loss would be wrong"
+        )
+
+
+@torch.no_grad()
+def _probe_error(model: Any, weight: Tensor) -> float | None:
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(_NUM_PROBE_TOKENS, device=weight.device)[None] % weight.shape[0]
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(was_training)
+    if logits.shape[-1] != weight.shape[0]:
+        return float("nan")
+    error = (hidden.float() @ weight.float().T - logits).abs().max().item()
+    allowed = _PROBE_TOLERANCE.get(weight.dtype, 1e-4) * max(1.0, logits.abs().max().item())
+    return None if error <= allowed else error
+
+
+def _random_model(
+    values: dict[str, Any], tokenizer: Any, *, name: str, seed: int, extra: dict[str, Any]
+) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(values)
+    model_type = settings.pop("model_type")
+    settings.setdefault("vocab_size", len(tokenizer))
+    for key in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        settings.setdefault(key, getattr(tokenizer, key))
+    try:
+        config = AutoConfig.for_model(model_type, **settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, **extra)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{name}.config: {_first_sentence(error)}") from None
+
+
+def _pretrained_model(
+    config: ModelSource, *, name: str, dtype: torch.dtype, extra: dict[str, Any]
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    path = str(config.model_name_or_path)
+    siblings = [str(other) for other in Path(path).parent.glob("*") if other.is_dir()]
+    # what lies next to existing folders is meant as a folder; the rest may be a name on the hub
+    if siblings and Path(path).parent != Path() and not Path(path).exists():
+        hint = did_you_mean(path, siblings)
+        raise ConfigError(f"{name}.model_name_or_path: no such directory {path!r}{hint}")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model_path(path),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            **extra,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{name}.model_name_or_path: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name}.model_name_or_path: no model at {path!r}: {_first_sentence(error)}"
+        ) from None
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0].rstrip(".")

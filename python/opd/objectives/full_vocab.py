@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A divergence between the teacher's and the student's whole next-token laws."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+import opd_kernels as opk
+from opd.batch import Batch, Law, Signal
+from opd.schema import Section
+
+_STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
+
+
+class FullVocab(Section):
+    """loss = (1 / N) sum_t D(p_teacher(.|s_t), p_student(.|s_t)), N the tokens of the step.
+
+    Attributes:
+        divergence: a name out of `opd_kernels.divergences.DIVERGENCES`.
+        beta: of `jsd`: the weight on the teacher in the mixture, in (0, 1).
+        alpha: of the skewed KLs: the weight of the other law in the mixture, in (0, 1).
+        temperature: divides both models' logits. No implicit temperature**2 factor.
+        teacher_temperature: divides the teacher's logits instead, when given.
+
+    Source: GKD, arXiv:2306.13649; DistiLLM, arXiv:2402.03898.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    needs_behaviour_logprobs: ClassVar[bool] = False
+
+    kind: Literal["full_vocab"] = "full_vocab"
+    divergence: str = "reverse_kl"
+    beta: float | None = None
+    alpha: float | None = None
+    temperature: float = Field(1.0, gt=0)
+    teacher_temperature: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_divergence(self) -> Self:
+        _ = self._divergence
+        return self
+
+    @cached_property
+    def _divergence(self) -> Any:
+        given = {"beta": self.beta, "alpha": self.alpha}
+        params = {name: value for name, value in given.items() if value is not None}
+        return opk.divergences.parse(self.divergence, **params)
+
+    def __call__(
+        self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int
+    ) -> Signal:
+        """The batch's share of the step's mean divergence, with both KLs and entropies."""
+        assert teacher is not None
+        hidden = student.hidden()
+        if batch.num_tokens == 0:
+            return Signal(loss=hidden.sum() * 0.0, statistics={})
+        out = opk.fused_linear_divergence(
+            hidden,
+            student.lm_head_weight,
+            teacher.hidden(),
+            teacher.lm_head_weight,
+            divergence=self._divergence,
+            temperature=(self.temperature, self.teacher_temperature or self.temperature),
+            token_weights=torch.full(
+                (batch.num_tokens,), 1.0 / num_step_tokens, device=hidden.device
+            ),
+            statistics=_STATISTICS,
+            vocab_size=student.vocab_size,
+            workspace_bytes=student.workspace_bytes,
+        )
+        statistics = dict(out.statistics)
+        statistics["entropy"] = statistics.pop("student_entropy")
+        return Signal(loss=out.loss, statistics=statistics)

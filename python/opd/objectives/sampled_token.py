@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A policy gradient on the reverse KL, from the teacher's log-probability of the sampled token."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from opd.batch import Batch, Law, Signal
+from opd.schema import Section
+
+
+class SampledToken(Section):
+    """loss = -(1 / N) sum_t ratio_t * A_t, gradient through ratio_t only.
+
+    A_t = -kl_coef * (log mu(y_t) - log p_teacher(y_t)), optionally with a discounted sum of the
+    later ones; ratio_t = p_student(y_t) / mu(y_t); mu is the law the sampler drew from, with its
+    temperature, top-k and top-p. With mu = p_student the gradient's mean is that of the reverse KL.
+
+    Attributes:
+        kl_coef: scale of the advantage.
+        kl_discount_factor: A_t becomes sum_{k >= t} discount**(k - t) A_k within a completion.
+        temperature: divides the student's and the teacher's logits in ratio_t and A_t. Equal to
+            the rollouts' temperature, a fresh sample has ratio_t = 1.
+
+    Source: K. Lu and Thinking Machines Lab, On-Policy Distillation, 2025.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    needs_behaviour_logprobs: ClassVar[bool] = True
+
+    kind: Literal["sampled_token"] = "sampled_token"
+    kl_coef: float = Field(1.0, gt=0)
+    kl_discount_factor: float = Field(0.0, ge=0, le=1)
+    temperature: float = Field(1.0, gt=0)
+
+    def __call__(
+        self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int
+    ) -> Signal:
+        """The batch's share of the step's mean surrogate loss, with k1 and the ratios."""
+        assert teacher is not None
+        if batch.num_tokens == 0:
+            return Signal(loss=student.hidden().sum() * 0.0, statistics={})
+        assert batch.behaviour_logprobs is not None
+        chosen = student.token_logprobs(batch.token_ids, temperature=self.temperature)
+        with torch.no_grad():
+            taught = teacher.token_logprobs(batch.token_ids, temperature=self.temperature)
+            k1 = batch.behaviour_logprobs - taught.logprobs
+            advantages = discounted_sums(
+                -self.kl_coef * k1, batch.segment_ends, self.kl_discount_factor
+            )
+        ratios = torch.exp(chosen.logprobs - batch.behaviour_logprobs)
+        loss = -(ratios * advantages).sum() / num_step_tokens
+        statistics = {
+            "reverse_kl_k1": k1,
+            "importance_ratio": ratios.detach(),
+            "entropy": chosen.entropy.detach(),
+            "teacher_entropy": taught.entropy,
+        }
+        return Signal(loss=loss, statistics=statistics)
+
+
+def discounted_sums(values: Tensor, segment_ends: Tensor, discount: float) -> Tensor:
+    """out[t] = sum over k >= t in the same segment of discount**(k - t) values[k]. [T] -> [T]."""
+    if discount == 0.0:
+        return values
+    out = values.clone()
+    ends = set(segment_ends.tolist())
+    for t in range(len(values) - 2, -1, -1):
+        if t + 1 not in ends:
+            out[t] += discount * out[t + 1]
+    return out

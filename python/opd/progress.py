@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run shows while it works: a live line on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeRemainingColumn as Remaining
+
+# in a log, at most one line in so many seconds
+_SECONDS_BETWEEN_LINES = 2.0
+
+# what to show, in this order, if it is there
+_SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("reverse_kl", "rkl", "{:.4f}"),
+    ("reverse_kl_k1", "rkl(k1)", "{:.4f}"),
+    ("forward_kl", "fkl", "{:.4f}"),
+    ("accuracy", "acc", "{:.3f}"),
+    ("completions/mean_length", "len", "{:.1f}"),
+    ("tokens_per_s", "tok/s", "{:,.0f}"),
+)
+
+
+class Display:
+    """A context manager around a run.
+
+    Args:
+        num_steps: of the run.
+        step: already done.
+        console: where to draw. Default: the standard error.
+        quiet: show nothing.
+    """
+
+    def __init__(
+        self, num_steps: int, *, step: int = 0, console: Console | None = None, quiet: bool = False
+    ) -> None:
+        self._console = console or Console(file=sys.stderr, quiet=quiet, highlight=False)
+        self._is_live = self._console.is_terminal and not quiet
+        self._num_steps = num_steps
+        self._accuracy: float | None = None
+        self._last_line = float("-inf")
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            Remaining(),
+            TextColumn("{task.fields[numbers]}", markup=False),
+            console=self._console,
+            disable=not self._is_live,
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task("train", total=num_steps, completed=step, numbers="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str) -> None:
+        """Say what is going on: train, evaluate, save."""
+        self._progress.update(self._task, description=name)
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """A step is done; `values` is empty when it is not one to log."""
+        numbers = self._numbers(values)
+        if self._is_live:
+            update = {"numbers": numbers} if values else {}
+            self._progress.update(self._task, completed=step, **update)
+            return
+        now = time.monotonic()
+        is_due = now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps
+        if values and is_due:
+            self._last_line = now
+            self.say(f"step {step}/{self._num_steps}  {numbers}")
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """An evaluation is done."""
+        shown = {
+            name.removeprefix("eval/"): value
+            for name, value in values.items()
+            if "/n" not in name and ("accuracy" in name or name.endswith("_kl"))
+        }
+        accuracies = [value for name, value in shown.items() if name.startswith("accuracy/")]
+        self._accuracy = accuracies[0] if accuracies else None
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        self.say(f"eval {step}/{self._num_steps}  {numbers}")
+
+    def _numbers(self, values: dict[str, float]) -> str:
+        known = dict(values)
+        if self._accuracy is not None:
+            known["accuracy"] = self._accuracy
+        return "  ".join(
+            f"{label} {form.format(known[name])}" for name, label, form in _SHOWN if name in known
+        )

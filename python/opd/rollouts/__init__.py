@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources of completions. To add one: a file with a config that builds an engine, and two lines."""
+
+from opd.rollouts.dataset import DatasetConfig, DatasetRollouts
+from opd.rollouts.hf import HfConfig, HfRollouts, Sampling, sample
+from opd.rollouts.mixture import MixtureConfig, MixtureRollouts
+from opd.rollouts.protocol import Rollouts
+from opd.rollouts.replay import ReplayConfig, ReplayRollouts
+
+ROLLOUTS = {
+    "dataset": DatasetConfig,
+    "hf": HfConfig,
+    "mixture": MixtureConfig,
+    "replay": ReplayConfig,
+}
+
+RolloutConfig = DatasetConfig | HfConfig | MixtureConfig | ReplayConfig
+
+__all__ = [
+    "ROLLOUTS",
+    "DatasetConfig",
+    "DatasetRollouts",
+    "HfConfig",
+    "HfRollouts",
+    "MixtureConfig",
+    "MixtureRollouts",
+    "ReplayConfig",
+    "ReplayRollouts",
+    "RolloutConfig",
+    "Rollouts",
+    "Sampling",
+    "sample",
+]

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: the student writes, the teacher judges every token, the student takes a step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.assembly import Run, open_run
+from opd.batch import Batch, Law, Signal, Trajectory, collate_step
+from opd.config import TrainConfig
+from opd.evaluation import evaluate
+from opd.metrics import Clock, Meter, MetricsWriter, last_evaluation, memory_metrics
+from opd.optim import apply_gradients, learning_rate
+from opd.progress import Display
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; `checkpoint` was saved after the step in progress."""
+
+    def __init__(self, signum: int, step: int, checkpoint: Path) -> None:
+        super().__init__(signum, step, checkpoint)
+        self.signum = signum
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What is left of a run: its last checkpoint, and the numbers of its last evaluation."""
+
+    output_dir: Path
+    checkpoint: Path
+    step: int
+    metrics: dict[str, float]
+    ledger: dict[str, Any]
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
+    """Run a configuration to its `max_steps`, from the newest checkpoint if there is one.
+
+    Args:
+        config: the run.
+        quiet: show no progress.
+
+    Raises:
+        ConfigError: the parts of the configuration do not fit what is on the disk.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+        FloatingPointError: the gradient is not finite.
+    """
+    run = open_run(config)
+    writer = MetricsWriter(run.output_dir, config.report_to, step=run.step)
+    clock, meter = Clock(run.student.device), Meter()
+    resumed_at, checkpoint = run.step, None
+    evaluated: dict[str, float] = {}
+    with Display(config.max_steps, step=run.step, quiet=quiet) as display, _stop_signals() as stop:
+        if run.step:
+            display.say(f"resuming {run.output_dir} at step {run.step}")
+            evaluated = last_evaluation(run.output_dir)
+        else:
+            evaluated = _evaluate(run, writer, display)
+        while run.step < config.max_steps and not stop:
+            with clock("rollout"):
+                prompts = run.data.take(run.step, config.num_prompts)
+                trajectories = run.rollouts.collect(prompts, run.step)
+            batches, num_step_tokens = collate_step(
+                trajectories,
+                batch_size=config.per_device_train_batch_size,
+                pad_id=run.tokenizer.pad_token_id,
+                device=run.student.device,
+            )
+            signals: list[Signal] = []
+            for batch in batches:
+                with clock("teacher"):
+                    teacher_law = _judge(run, batch)
+                with clock("student"):
+                    student_law = run.student.law(batch)
+                    signals.append(
+                        config.objective(student_law, teacher_law, batch, max(1, num_step_tokens))
+                    )
+                    signals[-1].loss.backward()
+            with clock("optim"):
+                grad_norm = apply_gradients(run.optimizer, run.step, config)
+            meter.add_signals(signals)
+            meter.add_trajectories(trajectories, run.step)
+            meter.add({"grad_norm": grad_norm, "learning_rate": learning_rate(run.step, config)})
+            _account(run, trajectories, batches, clock, meter)
+            run.step += 1
+
+            is_last, checkpoint = run.step == config.max_steps, None
+            is_logged = is_last or _is_due(run.step, config.logging_steps)
+            display.step(run.step, _log(run, writer, meter) if is_logged else {})
+            if is_last or (config.evaluation and _is_due(run.step, config.evaluation.eval_steps)):
+                evaluated = _evaluate(run, writer, display)
+            if _is_due(run.step, config.save_steps):
+                checkpoint = run.save()
+        writer.close()
+        is_on_disk = checkpoint is not None or run.step == resumed_at > 0
+        if not is_on_disk:
+            run.save()
+    if stop:
+        raise Interrupted(stop[0], run.step, run.output_dir / f"checkpoint-{run.step}")
+    if "html" in config.report_to:
+        from opd.report import write_report
+
+        write_report([run.output_dir])
+    return TrainResult(
+        output_dir=run.output_dir,
+        checkpoint=run.output_dir / f"checkpoint-{run.step}",
+        step=run.step,
+        metrics=evaluated,
+        ledger=run.ledger.state_dict(),
+    )
+
+
+def _judge(run: Run, batch: Batch) -> Law | None:
+    if not run.config.objective.needs_teacher:
+        return None
+    law = run.teacher.law(batch)
+    # asked for here, so that the time is booked on the teacher
+    law.hidden()
+    return law
+
+
+def _account(
+    run: Run,
+    trajectories: Sequence[Trajectory],
+    batches: Sequence[Batch],
+    clock: Clock,
+    meter: Meter,
+) -> None:
+    """Book one step: tokens and operations in the ledger, seconds in both."""
+    num_read = run.ledger.student_tokens_forward
+    run.ledger.record(
+        trajectories,
+        batches,
+        step=run.step,
+        student_size=run.student.num_parameters,
+        teacher_size=0 if run.teacher is None else run.teacher.num_parameters,
+        teacher_judges=run.config.objective.needs_teacher,
+    )
+    seconds = clock.flush()
+    run.ledger.add_seconds(seconds)
+    total = sum(seconds.values())
+    meter.add({f"time/{phase}_s": value for phase, value in seconds.items()})
+    meter.add(
+        {
+            "time/step_s": total,
+            "tokens_per_s": (run.ledger.student_tokens_forward - num_read) / total,
+            **run.rollouts.metrics(),
+        }
+    )
+
+
+def _log(run: Run, writer: MetricsWriter, meter: Meter) -> dict[str, float]:
+    values = meter.flush() | run.ledger.metrics() | memory_metrics(run.student.device)
+    writer.write(run.step, values)
+    return values
+
+
+def _evaluate(run: Run, writer: MetricsWriter, display: Display) -> dict[str, float]:
+    if run.held_out is None:
+        return {}
+    display.phase("evaluate")
+    found = evaluate(
+        run.student,
+        run.teacher,
+        run.tokenizer,
+        run.held_out,
+        run.config.evaluation,
+        max_completion_length=run.config.rollouts.max_completion_length,
+    )
+    if "eval/data_states/nll" in found.metrics:
+        run.rollouts.observe(found.metrics["eval/data_states/nll"])
+    writer.write(run.step, found.metrics)
+    writer.write_samples(run.step, found.samples)
+    display.evaluated(run.step, found.metrics)
+    display.phase("train")
+    return found.metrics
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM is put on; a second one acts as usual."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        for other, handler in usual.items():
+            signal.signal(other, handler)
+
+    for number in usual:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
