@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from opd.tasks import TASKS, ChainRepair
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opd.tasks import TASKS, ChainRepair, train_chain_repair_teacher
 from opd.tasks import chain_repair_gauges as gauges
 from opd.tasks.chain_repair import MAPS, MAX_REPAIRS, PROMPT_LENGTH, REPAIR, VALUES, VOCABULARY
 
@@ -42,7 +44,7 @@ def one_thread():
 class RuleFollower:
     """Puts `certainty` on the right next token and spreads the rest evenly over the other 44.
 
-    Its cache is simply all ids so far. `lapse(tokens)` names what to say instead of the right token.
+    Its cache is simply all ids so far. `lapse(tokens)` names what to say instead of the right one.
     """
 
     def __init__(self, task: ChainRepair, certainty: float, lapse=lambda tokens: None) -> None:
@@ -338,3 +340,57 @@ def test_measure_of_the_teacher_against_itself_shows_no_shift():
     assert 0.5 < measured["accuracy"][2] < measured["accuracy"][1] < 1.0
     assert measured["student_states/reverse_kl"] == measured["teacher_states/forward_kl"] == 0.0
     assert measured["dagger_ratio"] == 1.0
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return AutoModelForCausalLM.from_pretrained(TEACHER, use_safetensors=True).eval()
+
+
+def test_teacher_is_small_and_speaks_the_task_s_tokens(teacher, tokenizer):
+    assert sum(path.stat().st_size for path in TEACHER.iterdir()) < 2 * 2**20
+    assert sum(parameter.numel() for parameter in teacher.parameters()) == 104_896
+    assert AutoTokenizer.from_pretrained(TEACHER).get_vocab() == tokenizer.get_vocab()
+
+
+def test_teacher_is_right_on_every_prompt_when_greedy(task, teacher):
+    prompts = task.every_row()
+    completions = gauges.sample(teacher, task, prompts, temperature=0.0, batch_size=512)
+    accuracy = gauges.accuracy_by_length(task, prompts, completions)
+    assert accuracy == dict.fromkeys(range(1, 17), 1.0)
+
+
+def test_teacher_slips_now_and_then_when_it_samples_long_chains(task, teacher):
+    rows = task.every_row(lengths=[16]) * 8
+    completions = gauges.sample(teacher, task, rows, seed=0)
+    # .964 on 2,048 samples when it was trained; four standard errors of 1,024 samples are .023
+    assert gauges.accuracy_by_length(task, rows, completions)[16] == pytest.approx(0.964, abs=0.023)
+
+
+def test_teacher_repairs_what_its_own_text_seldom_shows(task, teacher):
+    assert gauges.repair_rate(teacher, task, num_rows=512) == pytest.approx(0.976, abs=0.02)
+    rows = task.rows(512, seed=2)
+    assert gauges.repairs_per_sequence(gauges.sample(teacher, task, rows)) < 0.2
+
+
+def test_teacher_training_is_deterministic_and_learns():
+    task = ChainRepair(max_length_n=2)
+    ids, targets = train_chain_repair_teacher._batch(task.expert_rows(64, seed=9))
+    models = [train_chain_repair_teacher.train_teacher(task, num_steps=30) for _ in range(2)]
+    assert all(map(torch.equal, *(list(model.parameters()) for model in models)))
+    with torch.no_grad():
+        logits = models[0](input_ids=ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
+    # a uniform guess costs log 45 nats
+    assert float(loss) < math.log(len(VOCABULARY)) - 0.5
+
+
+def test_teacher_training_skips_prompts_padding_and_injected_values(task):
+    rows = task.expert_rows(32, seed=4, error_rate=0.4, lengths=[1, 6])
+    ids, targets = train_chain_repair_teacher._batch(rows)
+    assert ids.shape == targets.shape
+    for row, row_ids, row_targets in zip(rows, ids, targets, strict=True):
+        taught = [0] * PROMPT_LENGTH + row["completion_mask"]
+        taught += [0] * (len(row_ids) - len(taught))
+        assert (row_targets != -100).int().tolist() == taught
+        assert torch.equal(row_targets[row_targets != -100], row_ids[row_targets != -100])
