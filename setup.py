@@ -70,7 +70,7 @@ setup(
     package_dir={"opd": "python/opd", "opd_kernels": "opd_kernels"},
     package_data={
         "opd_kernels": ["_C.so", "py.typed"],
-        "opd": ["py.typed", "recipes/*.yaml", "*.jinja", "*.html", "templates/*"],
+        "opd": ["py.typed", "recipes/*.yaml", "*.j2"],
         "opd.tasks": ["chain_repair_teacher/*"],
     },
     ext_modules=[Extension("opd_kernels._C", sources=[])],

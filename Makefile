@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` need Python >= 3.11, g++ and make; they set up .venv by themselves.
+#   PYTHON=python3.12   another interpreter        PIP_FLAGS="..."   passed to pip install
+#   OPD_MARCH=x86-64-v3 binaries that travel       CXX=g++-13        another compiler
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  && echo $$p && break; done)
+CXX ?= g++
+KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help build test test-full test-core demo demo-full bench lint clean
+
+help:
+	@echo "make demo       train a small model on-policy from scratch on the CPU, through the fused kernel"
+	@echo "make test       the tests (no GPU needed)"
+	@echo "make demo-full  the demo's whole table: all arms, three seeds; can be interrupted and resumed"
+	@echo "make bench      benchmarks of the kernels, as ratios to their own GEMMs and to peers"
+	@echo "make test-full  the tests with the slow ones, and the core under sanitizers"
+	@echo "make build      only set up .venv and build"
+
+$(VENV)/.dependencies: requirements.txt constraints.txt
+	@test -n "$(PYTHON)" || { echo "opd-kernels needs Python 3.11 or newer; install it, or run: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@echo "setting up $(VENV) (once; a few minutes, most of it is torch)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and alone: a requirement of another package must not pull a different build
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_FLAGS) torch
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_FLAGS) -r requirements.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(KERNEL_SOURCES)
+	@command -v $(CXX) >/dev/null || { echo "the kernels are compiled and $(CXX) was not found; install a C++20 compiler (Debian, Ubuntu: apt-get install g++)"; exit 1; }
+	@echo "building the kernels"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" CXX=$(CXX) $(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+build: $(VENV)/.built
+
+test: build test-core
+	$(BIN)/python -m pytest tests -q -m "not slow and not cuda"
+
+test-core: $(VENV)/.dependencies
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/core
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/core --output-on-failure
+
+test-full: build test-core
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -G Ninja -DOPD_TORCH=OFF -DOPD_SANITIZE=ON >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/asan
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/asan --output-on-failure
+	$(BIN)/python -m pytest tests -q -m "not cuda"
+
+demo: build
+	@$(BIN)/python examples/first_light/demo.py
+
+demo-full: build
+	@$(BIN)/python examples/first_light/demo.py --full
+
+bench: build
+	$(BIN)/python -m pytest benchmarks -q -c benchmarks/pytest.ini
+
+lint: $(VENV)/.dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info opd_kernels/_C.so $(VENV)/.built
