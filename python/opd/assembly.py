@@ -12,6 +12,7 @@ import torch
 
 from opd import checkpoint as ckpt
 from opd.config import TrainConfig, config_hash, differences, dump_config
+from opd.batch import Prompt
 from opd.data import PromptStream, tokenize_rows, training_rows
 from opd.evaluation import HeldOut, load_held_out
 from opd.ledger import Ledger
@@ -91,6 +92,7 @@ def open_run(config: TrainConfig) -> Run:
         add_special_tokens=config.task is None,
         max_prompt_length=config.data.max_prompt_length,
     )
+    _check_positions(config, prompts, student)
     held_out = None
     if config.evaluation is not None:
         held_out = load_held_out(config.evaluation, config.task, config.data, tokenizer)
@@ -179,7 +181,7 @@ def load_student(config: TrainConfig, tokenizer: Any, path: Path | None = None) 
     """The student, in train mode, with the weights at a path instead of its own if one is given."""
     source: StudentConfig = config.student
     if path is not None:
-        source = source.model_copy(update={"model_name_or_path": str(path), "config": None})
+        source = source.model_copy(update={"model_name_or_path": str(path)})
     model = load_model(source, tokenizer, name="student", seed=config.seed, device=config.device)
     if source.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -218,6 +220,17 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
     _check_rows(teacher, config.vocab_size or theirs)
     _check_same_tokens(config, tokenizer, key)
     return teacher
+
+
+def _check_positions(config: TrainConfig, prompts: list[Prompt], student: LanguageModel) -> None:
+    limit = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    wanted = config.rollouts.max_completion_length
+    if limit is not None and longest + wanted > limit:
+        raise ConfigError(
+            f"rollouts.max_completion_length: must be at most {limit - longest} with prompts of "
+            f"up to {longest} tokens and a student of {limit} positions, got {wanted}"
+        )
 
 
 def _check_rows(model: LanguageModel, num_tokens: int) -> None:

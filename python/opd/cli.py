@@ -153,9 +153,10 @@ def recipe_header(path: Path) -> list[str]:
 def _kernels(options: argparse.Namespace) -> int:
     import opd_kernels as opk
 
-    rows: list[list[str]] = []
-    for op, backend, available, reason in opk.kernel_table():
-        rows.append([op, backend, "yes" if available else "no", reason or ""])
+    rows = [
+        [row["op"], row["backend"], "yes" if row["available"] else "no", row["reason"]]
+        for row in opk.kernel_table()
+    ]
     _print_table(["op", "backend", "available", "reason"], rows)
     return 0
 
@@ -168,7 +169,9 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
     table = Table(*header, box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
+    console = Console(highlight=False, markup=False)
+    # a log has no width; wrapping there would only cut words
+    (console if console.is_terminal else Console(width=200, markup=False)).print(table)
 
 
 def _is_for_the_user(error: Exception) -> Any:

@@ -32,8 +32,8 @@ class ModelSource(Section):
     Attributes:
         model_name_or_path: a model in the Hugging Face format (safetensors only), an output_dir
             of an earlier run (its newest checkpoint is taken), or `builtin:chain_repair_teacher`.
-        config: for random weights: `model_type` and what that type's config takes; the vocabulary
-            and the special ids default to the tokenizer's.
+        config: for random weights, when there is no model_name_or_path: `model_type` and what that
+            type's config takes; the vocabulary and the special ids default to the tokenizer's.
         dtype: of the weights.
         attn_implementation: as in transformers.
         trust_remote_code: run Python code that comes with the model.
@@ -47,8 +47,8 @@ class ModelSource(Section):
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if (self.model_name_or_path is None) == (self.config is None):
-            raise ValueError("must have exactly one of model_name_or_path and config")
+        if self.model_name_or_path is None and self.config is None:
+            raise ValueError("must have model_name_or_path, or config for random weights")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("config.model_type is required, for example 'llama'")
         return self
@@ -142,10 +142,10 @@ def load_model(config: ModelSource, tokenizer: Any, *, name: str, seed: int, dev
     dtype = getattr(torch, config.dtype)
     attention = config.attn_implementation
     extra = {"attn_implementation": attention} if attention else {}
-    if config.config is not None:
-        model = _random_model(config.config, tokenizer, name=name, seed=seed, extra=extra).to(dtype)
-    else:
+    if config.model_name_or_path is not None:
         model = _pretrained_model(config, name=name, dtype=dtype, extra=extra)
+    else:
+        model = _random_model(config, tokenizer, name=name, seed=seed, extra=extra).to(dtype)
     return model.to(resolve_device(device))
 
 
@@ -234,11 +234,11 @@ def _probe_error(model: Any, weight: Tensor) -> float | None:
 
 
 def _random_model(
-    values: dict[str, Any], tokenizer: Any, *, name: str, seed: int, extra: dict[str, Any]
+    source: ModelSource, tokenizer: Any, *, name: str, seed: int, extra: dict[str, Any]
 ) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = dict(values)
+    settings = dict(source.config or {})
     model_type = settings.pop("model_type")
     settings.setdefault("vocab_size", len(tokenizer))
     for key in ("pad_token_id", "eos_token_id", "bos_token_id"):

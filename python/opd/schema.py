@@ -83,7 +83,7 @@ def _sentence(item: Any, root: type[BaseModel]) -> str:
     bounds["less_than_equal"] = "<="
     if kind in bounds:
         limit = next(iter(context.values()))
-        return f"{path}: must be {bounds[kind]} {limit}, got {got!r}"
+        return f"{path}: must be {bounds[kind]} {limit:g}, got {got!r}"
     requirement = _REQUIREMENTS.get(kind.split("_")[0])
     if requirement:
         return f"{path}: {requirement}, got {got!r}"

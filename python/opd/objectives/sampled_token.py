@@ -42,8 +42,6 @@ class SampledToken(Section):
     ) -> Signal:
         """The batch's share of the step's mean surrogate loss, with k1 and the ratios."""
         assert teacher is not None
-        if batch.num_tokens == 0:
-            return Signal(loss=student.hidden().sum() * 0.0, statistics={})
         assert batch.behaviour_logprobs is not None
         chosen = student.token_logprobs(batch.token_ids, temperature=self.temperature)
         with torch.no_grad():

@@ -24,8 +24,6 @@ class TokenNll(Section):
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int
     ) -> Signal:
         """The batch's share of the step's mean negative log-likelihood."""
-        if batch.num_tokens == 0:
-            return Signal(loss=student.hidden().sum() * 0.0, statistics={})
         chosen = student.token_logprobs(batch.token_ids)
         loss = -chosen.logprobs.sum() / num_step_tokens
         return Signal(loss=loss, statistics={"entropy": chosen.entropy.detach()})

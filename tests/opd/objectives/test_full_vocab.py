@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from opd.batch import collate, collate_step
+from opd.objectives import FullVocab
+from opd.teachers import LocalTeacher
+
+DIVERGENCES = [
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]
+
+
+def _loss(objective, student, teacher, batches, num_step_tokens):
+    student.model.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in batches:
+        signal = objective(student.law(batch), teacher.law(batch), batch, num_step_tokens)
+        signal.loss.backward()
+        total += float(signal.loss.detach())
+    gradients = torch.cat([p.grad.flatten() for p in student.model.parameters()])
+    return total, gradients
+
+
+def _dense(student, teacher, batch, objective):
+    """The same from whole logits in float64, by the definitions."""
+    t_s, t_t = objective.temperature, objective.teacher_temperature or objective.temperature
+    q = _logits(student, batch).double() / t_s
+    p = _logits(teacher, batch).double() / t_t
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    if objective.divergence == "reverse_kl":
+        return (q.exp() * (q - p)).sum(-1).mean()
+    if objective.divergence == "forward_kl":
+        return (p.exp() * (p - q)).sum(-1).mean()
+    raise NotImplementedError
+
+
+def _logits(model, batch):
+    out = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return out.logits.flatten(0, 1)[batch.token_idx]
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("temperatures", [(1.0, None), (2.0, None), (1.0, 0.7)])
+def test_matches_dense_logits(student, teacher, batch, divergence, temperatures):
+    objective = FullVocab(
+        divergence=divergence, temperature=temperatures[0], teacher_temperature=temperatures[1]
+    )
+    loss, gradients = _loss(objective, student, teacher, [batch], batch.num_tokens)
+    student.model.zero_grad()
+    dense = _dense(student, teacher, batch, objective)
+    dense.backward()
+    expected = torch.cat([p.grad.flatten() for p in student.model.parameters()])
+    assert loss == pytest.approx(dense.item(), rel=1e-5)
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_student_equal_to_teacher_has_no_loss_and_no_gradient(hf_model, student, batch, divergence):
+    twin = LocalTeacher(hf_model(seed=1), name="teacher")
+    objective = FullVocab(divergence=divergence)
+    loss, gradients = _loss(objective, student, twin, [batch], batch.num_tokens)
+    assert loss == pytest.approx(0.0, abs=1e-7)
+    # total variation has a kink there, at which a subgradient of rounding size is right
+    assert gradients.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_splitting_a_step_does_not_change_loss_or_gradient(
+    student, teacher, trajectories, batch_size
+):
+    whole = _loss(
+        FullVocab(), student, teacher, *collate_step(trajectories, batch_size=5, pad_id=0)
+    )
+    parts = collate_step(trajectories, batch_size=batch_size, pad_id=0)
+    loss, gradients = _loss(FullVocab(), student, teacher, *parts)
+    assert loss == pytest.approx(whole[0], rel=1e-6)
+    torch.testing.assert_close(gradients, whole[1], rtol=1e-4, atol=1e-6)
+
+
+def test_order_of_the_trajectories_does_not_matter(student, teacher, trajectories):
+    forward = collate(trajectories, pad_id=0)
+    backward = collate(trajectories[::-1], pad_id=0)
+    first = _loss(FullVocab(), student, teacher, [forward], forward.num_tokens)
+    second = _loss(FullVocab(), student, teacher, [backward], backward.num_tokens)
+    assert second[0] == pytest.approx(first[0], rel=1e-6)
+    torch.testing.assert_close(second[1], first[1], rtol=1e-4, atol=1e-6)
+
+
+def test_padding_ids_do_not_matter(student, teacher, trajectories):
+    losses = []
+    for pad_id in (0, 7):
+        batch = collate(trajectories, pad_id=pad_id)
+        losses.append(_loss(FullVocab(), student, teacher, [batch], batch.num_tokens)[0])
+    assert losses[0] == losses[1]
+
+
+def test_tokens_that_are_masked_do_not_matter_unless_something_follows(
+    student, teacher, trajectories
+):
+    trajectory = trajectories[0]
+    mask = trajectory.loss_mask.clone()
+    mask[-1] = False
+    changed = trajectory.ids.clone()
+    changed[-1] = (changed[-1] + 1) % 45
+    losses = []
+    for ids in (trajectory.ids, changed):
+        batch = collate([replace(trajectory, ids=ids, loss_mask=mask)], pad_id=0)
+        losses.append(_loss(FullVocab(), student, teacher, [batch], batch.num_tokens))
+    assert losses[0][0] == losses[1][0]
+    assert torch.equal(losses[0][1], losses[1][1])
+
+
+def test_a_batch_without_trained_tokens_has_zero_loss_and_gradient(student, teacher, trajectories):
+    nothing = [replace(t, loss_mask=torch.zeros_like(t.loss_mask)) for t in trajectories]
+    batches, num_tokens = collate_step(nothing, batch_size=5, pad_id=0)
+    assert num_tokens == 0
+    loss, gradients = _loss(FullVocab(), student, teacher, batches, 1)
+    assert loss == 0.0
+    assert not gradients.any()
+
+
+def test_the_teacher_gets_no_gradient(student, teacher, batch):
+    _loss(FullVocab(), student, teacher, [batch], batch.num_tokens)
+    assert all(p.grad is None for p in teacher.model.parameters())
+
+
+def test_statistics_are_per_token_and_carry_no_graph(student, teacher, batch):
+    signal = FullVocab()(student.law(batch), teacher.law(batch), batch, batch.num_tokens)
+    names = {"entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement"}
+    assert set(signal.statistics) == names
+    for values in signal.statistics.values():
+        assert values.shape == (batch.num_tokens,)
+        assert not values.requires_grad
+    assert signal.loss.item() == pytest.approx(float(signal.statistics["reverse_kl"].mean()))

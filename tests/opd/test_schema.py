@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+from pydantic import Field, ValidationError
+
+from opd.schema import Section, did_you_mean, sentences
+
+
+class _Inner(Section):
+    width: int = Field(1, ge=1)
+    name: str = "a"
+
+
+class _Outer(Section):
+    inner: _Inner = _Inner()
+    required: float
+
+
+def _error(values):
+    with pytest.raises(ValidationError) as caught:
+        _Outer.model_validate(values)
+    return sentences(caught.value, _Outer, "file.yaml", ["inner.width"])
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"required": 1, "iner": {}}, "file.yaml: iner: unknown key, did you mean 'inner'?"),
+        (
+            {"required": 1, "inner": {"zzz": 1}},
+            "file.yaml: inner.zzz: unknown key, the keys are name, width",
+        ),
+        ({}, "file.yaml: required: is required"),
+        ({"required": "x"}, "file.yaml: required: must be a number, got 'x'"),
+        ({"required": 1, "inner": 3}, "file.yaml: inner: must be a mapping, got 3"),
+        ({"required": 1, "inner": {"width": 0}}, "command line: inner.width: must be >= 1, got 0"),
+        ({"required": 1, "inner": {"name": 3}}, "file.yaml: inner.name: must be a string, got 3"),
+    ],
+)
+def test_every_error_is_one_sentence_with_its_path(values, sentence):
+    assert _error(values) == sentence
+
+
+def test_two_errors_are_two_lines():
+    assert len(_error({"inner": {"width": 0}}).splitlines()) == 2
+
+
+def test_did_you_mean_is_silent_when_nothing_is_close():
+    assert did_you_mean("loss", ["learning_rate"]) == ""
