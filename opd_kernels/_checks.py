@@ -111,7 +111,7 @@ def temperature(op: str, name: str, value: float) -> float:
     """A positive finite number."""
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{op}: {name} must be positive and finite, got {value}.")
     return float(value)
 

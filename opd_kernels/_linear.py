@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._registration import register
 
 # a 16-bit head is widened to float32 in slices on CPU, where the 16-bit GEMM is 10 to 100 times
 # slower; they may take this share of the workspace
 _HEAD_SLICE_SHARE = 8
 _MAX_HEAD_SLICE_ROWS = 8192
+
+
+register("advise_huge_pages_", fake=lambda buffer: None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +156,17 @@ def accumulate_grad_weight(target: Tensor, grad_logits: Tensor, hidden: Tensor, 
         target.addmm_(gradient, hidden)
 
 
+def new_buffer(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised float32 (float64) buffer on the device of `like`, for a GEMM to fill."""
+    buffer = like.new_empty(shape, dtype=_checks.real_dtype(like))
+    if buffer.device.type == "cpu":
+        torch.ops.opd.advise_huge_pages_(buffer)
+    return buffer
+
+
 def new_grad_weight(weight: Tensor, vocab_size: int, num_tokens: int) -> Tensor:
     """Accumulator for dW: float32 (float64) [V_head, D], zero where no chunk will write."""
-    buffer = weight.new_empty(weight.shape, dtype=_checks.real_dtype(weight))
+    buffer = new_buffer(weight, *weight.shape)
     buffer[vocab_size if num_tokens else 0 :].zero_()
     return buffer
 

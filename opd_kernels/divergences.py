@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -131,8 +130,7 @@ def _make(name: str, **given: float | bool) -> Divergence:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}: {key} must be a number, got {value!r}.")
             value = float(value)
-            inside = parameter.low < value < parameter.high and math.isfinite(value)
-            if not inside:
+            if not parameter.low < value < parameter.high:
                 raise ValueError(
                     f"{name}: {key} must be in ({parameter.low:g}, {parameter.high:g}), "
                     f"got {value}. {parameter.at_ends}"

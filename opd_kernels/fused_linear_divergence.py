@@ -197,7 +197,7 @@ def _run(
         if with_grad_weight
         else student_lm_head_weight.new_empty(0, dtype=real)
     )
-    buffers = student_hidden.new_empty((2, plan.chunk_tokens, vocab_size), dtype=real)
+    buffers = _linear.new_buffer(student_hidden, 2, plan.chunk_tokens, vocab_size)
     numbers = (divergence, param0, param1, student_temperature, teacher_temperature, vocab_size)
     for begin, end in plan.chunks():
         student = _linear.take(student_hidden, token_idx, begin, end)

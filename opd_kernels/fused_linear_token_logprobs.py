@@ -75,7 +75,7 @@ def _fwd(hidden, lm_head_weight, token_ids, temperature, vocab_size, workspace_b
     rows = _dispatch.row_ops(backend)
     plan = _linear.plan(_OP, hidden.shape[0], vocab_size, (lm_head_weight,), workspace_bytes)
     outputs = fwd_outputs(hidden)
-    buffer = hidden.new_empty((plan.chunk_tokens, vocab_size), dtype=outputs[0].dtype)
+    buffer = _linear.new_buffer(hidden, plan.chunk_tokens, vocab_size)
     for begin, end in plan.chunks():
         chunk = _linear.take(hidden, None, begin, end)
         logits = buffer[: end - begin]
@@ -146,7 +146,7 @@ def _bwd(
         else lm_head_weight.new_empty(0)
     )
     per_token = (grad_logprobs, grad_lse, grad_entropy, token_ids, lse, entropy)
-    buffer = hidden.new_empty((plan.chunk_tokens, vocab_size), dtype=_checks.real_dtype(hidden))
+    buffer = _linear.new_buffer(hidden, plan.chunk_tokens, vocab_size)
     for begin, end in plan.chunks():
         chunk = _linear.take(hidden, token_idx, begin, end)
         *gradients, ids, chunk_lse, chunk_entropy = (

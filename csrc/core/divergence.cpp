@@ -23,6 +23,16 @@ struct RowState {
   T student_largest, teacher_largest;
 };
 
+// What turns two logits into an Entry.
+template <class T>
+struct Shifts {
+  explicit Shifts(const RowState<T>& state)
+      : student(state.student_lse),
+        teacher(state.teacher_lse),
+        gap(state.student_lse - state.teacher_lse) {}
+  Shift<T> student, teacher, gap;
+};
+
 template <class T>
 RowState<T> row_state(const LogitsRow<T>& student, const LogitsRow<T>& teacher) {
   RowState<T> state;
@@ -32,10 +42,11 @@ RowState<T> row_state(const LogitsRow<T>& student, const LogitsRow<T>& teacher) 
 }
 
 template <class T>
-OPD_HD Entry<T> make_entry(T student_logit, T teacher_logit, Shift<T> student, Shift<T> teacher) {
+OPD_HD Entry<T> make_entry(T student_logit, T teacher_logit, const Shifts<T>& shifts) {
   Entry<T> entry;
-  entry.lq = (student_logit - student.high) - student.low;
-  entry.lp = (teacher_logit - teacher.high) - teacher.low;
+  entry.lq = (student_logit - shifts.student.high) - shifts.student.low;
+  entry.lp = (teacher_logit - shifts.teacher.high) - shifts.teacher.low;
+  entry.gap = ((student_logit - teacher_logit) - shifts.gap.high) - shifts.gap.low;
   entry.q = exp(entry.lq);
   entry.p = exp(entry.lp);
   return entry;
@@ -43,12 +54,12 @@ OPD_HD Entry<T> make_entry(T student_logit, T teacher_logit, Shift<T> student, S
 
 template <class T, class Divergence>
 OPD_ELEMENTWISE void entry_terms(const Divergence divergence, const T* __restrict__ student,
-                                 const T* __restrict__ teacher, Shift<T> student_shift,
-                                 Shift<T> teacher_shift, int padded, T* __restrict__ term,
-                                 T* __restrict__ dterm, T* __restrict__ q) {
+                                 const T* __restrict__ teacher, const Shifts<T> shifts,
+                                 int padded, T* __restrict__ term, T* __restrict__ dterm,
+                                 T* __restrict__ q) {
 #pragma GCC ivdep
   for (int i = 0; i < padded; ++i) {
-    const Entry<T> entry = make_entry(student[i], teacher[i], student_shift, teacher_shift);
+    const Entry<T> entry = make_entry(student[i], teacher[i], shifts);
     term[i] = divergence.term(entry);
     dterm[i] = divergence.dterm(entry);
     q[i] = entry.q;
@@ -57,13 +68,13 @@ OPD_ELEMENTWISE void entry_terms(const Divergence divergence, const T* __restric
 
 template <class T>
 OPD_ELEMENTWISE void entry_statistics(const T* __restrict__ student, const T* __restrict__ teacher,
-                                      Shift<T> student_shift, Shift<T> teacher_shift, int padded,
+                                      const Shifts<T> shifts, int padded,
                                       T* __restrict__ student_entropy,
                                       T* __restrict__ teacher_entropy, T* __restrict__ forward_kl,
                                       T* __restrict__ reverse_kl) {
 #pragma GCC ivdep
   for (int i = 0; i < padded; ++i) {
-    const Entry<T> entry = make_entry(student[i], teacher[i], student_shift, teacher_shift);
+    const Entry<T> entry = make_entry(student[i], teacher[i], shifts);
     student_entropy[i] = select(entry.q == T(0), T(0), -entry.q * entry.lq);
     teacher_entropy[i] = select(entry.p == T(0), T(0), -entry.p * entry.lp);
     forward_kl[i] = ForwardKl{}.term(entry);
@@ -83,14 +94,13 @@ template <class T, class Divergence, class Sink>
 Sums<T> row_terms(const Divergence& divergence, const LogitsRow<T>& student,
                   const LogitsRow<T>& teacher, const RowState<T>& state, Sink&& sink) {
   Block<T> staged_student, staged_teacher, term, dterm, q;
-  const Shift<T> student_shift(state.student_lse), teacher_shift(state.teacher_lse);
+  const Shifts<T> shifts(state);
   Sums<T> sums;
   for_each_block(student.vocab_size(), [&](int64_t begin, int count) {
     const T* s = student.block(begin, count, staged_student.values);
     const T* t = teacher.block(begin, count, staged_teacher.values);
     const int padded = round_up_to_lanes(count);
-    entry_terms(divergence, s, t, student_shift, teacher_shift, padded, term.values, dterm.values,
-                q.values);
+    entry_terms(divergence, s, t, shifts, padded, term.values, dterm.values, q.values);
     sums.term += lane_sum(term.values, padded);
     sums.dterm += lane_sum(dterm.values, padded);
     sink(begin, count, dterm.values, q.values);
@@ -103,14 +113,14 @@ template <class T>
 void row_statistics(const LogitsRow<T>& student, const LogitsRow<T>& teacher,
                     const RowState<T>& state, int64_t stride, T* out) {
   Block<T> staged_student, staged_teacher, parts[4];
-  const Shift<T> student_shift(state.student_lse), teacher_shift(state.teacher_lse);
+  const Shifts<T> shifts(state);
   double sums[4] = {};
   for_each_block(student.vocab_size(), [&](int64_t begin, int count) {
     const T* s = student.block(begin, count, staged_student.values);
     const T* t = teacher.block(begin, count, staged_teacher.values);
     const int padded = round_up_to_lanes(count);
-    entry_statistics(s, t, student_shift, teacher_shift, padded, parts[0].values, parts[1].values,
-                     parts[2].values, parts[3].values);
+    entry_statistics(s, t, shifts, padded, parts[0].values, parts[1].values, parts[2].values,
+                     parts[3].values);
     for (int k = 0; k < 4; ++k) sums[k] += lane_sum(parts[k].values, padded);
   });
   for (int k = 0; k < 4; ++k) out[k * stride] = static_cast<T>(sums[k]);
@@ -294,7 +304,8 @@ opd_status_t opd_divergence_eval(int32_t divergence, double param0, double param
     const bool known = opd::visit_divergence(divergence, param0, param1, [&](auto functor) {
       for (int64_t i = 0; i < n; ++i) {
         const opd::Entry<double> entry{teacher_logprob[i], student_logprob[i],
-                                       std::exp(teacher_logprob[i]), std::exp(student_logprob[i])};
+                                       std::exp(teacher_logprob[i]), std::exp(student_logprob[i]),
+                                       student_logprob[i] - teacher_logprob[i]};
         term[i] = functor.term(entry);
         dterm[i] = functor.dterm(entry);
       }

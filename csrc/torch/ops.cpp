@@ -9,6 +9,10 @@
 #include <optional>
 #include <tuple>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "opd/opd.h"
 
 STABLE_TORCH_LIBRARY(opd, m) {
@@ -38,6 +42,7 @@ STABLE_TORCH_LIBRARY(opd, m) {
       "token_logprobs_bwd_(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, "
       "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, float temperature, "
       "int vocab_size) -> ()");
+  m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
   m.def(
       "fused_linear_divergence_sum(Tensor student_hidden, Tensor student_lm_head_weight, "
@@ -263,6 +268,22 @@ void token_logprobs_bwd_(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entr
                           entropy, temperature, vocab_size);
 }
 
+// A large fresh buffer is touched for the first time by the GEMM that fills it; in 4 KiB pages those
+// faults cost as much as a row kernel. Only whole huge pages inside the buffer are asked for, so
+// that no memory beyond it is taken. A kernel that declines loses time, never correctness.
+void advise_huge_pages_(Tensor buffer) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(buffer.data_ptr());
+  const uintptr_t end = begin + buffer.numel() * buffer.element_size();
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = end / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)buffer;
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
@@ -272,4 +293,5 @@ STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
   m.impl("token_logprobs_fwd", TORCH_BOX(&token_logprobs_fwd));
   m.impl("token_logprobs_bwd", TORCH_BOX(&token_logprobs_bwd));
   m.impl("token_logprobs_bwd_", TORCH_BOX(&token_logprobs_bwd_));
+  m.impl("advise_huge_pages_", TORCH_BOX(&advise_huge_pages_));
 }

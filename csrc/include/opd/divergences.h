@@ -14,11 +14,24 @@
 
 namespace opd {
 
-// One vocabulary entry: log-probabilities and probabilities of teacher (p) and student (q).
+// One vocabulary entry: log-probabilities and probabilities of teacher (p) and student (q), and
+// gap = lq - lp, which the kernels form from the logits themselves: the difference of two rounded
+// log-probabilities would have lost the digits that matter once the student is near the teacher.
 template <class T>
 struct Entry {
   T lp, lq;
   T p, q;
+  T gap;
+
+  OPD_HD bool teacher_larger() const { return gap <= T(0); }
+  OPD_HD T larger() const { return teacher_larger() ? p : q; }
+  // -|gap|; NaN if p = q = 0, where callers look at larger() first
+  OPD_HD T negative_gap() const { return teacher_larger() ? gap : -gap; }
+  // q - p, with the relative accuracy of gap
+  OPD_HD T student_minus_teacher() const {
+    const T difference = larger() * expm1_nonpositive(negative_gap());
+    return select(larger() == T(0), T(0), teacher_larger() ? difference : -difference);
+  }
 };
 
 // KL(p || q) = sum p (lp - lq).  dterm = q - p.  0 iff p == q; inf if q = 0 < p.
@@ -26,11 +39,11 @@ struct Entry {
 struct ForwardKl {
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
-    return bregman(e.p, e.q, e.lq - e.lp);
+    return bregman(e.p, e.q, e.gap);
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
-    return e.q - e.p;
+    return e.student_minus_teacher();
   }
 };
 
@@ -39,11 +52,11 @@ struct ForwardKl {
 struct ReverseKl {
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
-    return bregman(e.q, e.p, e.lp - e.lq);
+    return bregman(e.q, e.p, -e.gap);
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
-    return select(e.q == T(0), T(0), e.q * (e.lq - e.lp));
+    return select(e.q == T(0), T(0), e.q * e.gap);
   }
 };
 
@@ -56,15 +69,14 @@ struct Mixture {
 
 template <class T>
 OPD_HD Mixture<T> mixture(const Entry<T>& e, T teacher_weight, T student_weight) {
-  const bool teacher_larger = e.lp >= e.lq;
-  const T gap = teacher_larger ? e.lq - e.lp : e.lp - e.lq;
-  const T keep = teacher_larger ? teacher_weight : student_weight;
-  const T weight = teacher_larger ? student_weight : teacher_weight;
+  const T gap = e.negative_gap();
+  const T keep = e.teacher_larger() ? teacher_weight : student_weight;
+  const T weight = e.teacher_larger() ? student_weight : teacher_weight;
   const T from_larger = log_mix(expm1_nonpositive(gap), keep, weight);
   const T from_smaller = from_larger - gap;
   return {teacher_weight * e.p + student_weight * e.q,
-          teacher_larger ? from_larger : from_smaller,
-          teacher_larger ? from_smaller : from_larger};
+          e.teacher_larger() ? from_larger : from_smaller,
+          e.teacher_larger() ? from_smaller : from_larger};
 }
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.  dterm = (1-beta) q (lq - lm).
@@ -99,8 +111,8 @@ struct SkewForwardKl {
   OPD_HD T dterm(const Entry<T>& e) const {
     const T c = T(1 - alpha);
     const T m = T(alpha) * e.p + c * e.q;
-    // 1 - p/m = (1 - alpha)(q - p)/m: no cancellation beyond that of q - p itself
-    return select(e.q == T(0), T(0), c * e.q * (c * (e.q - e.p) / m));
+    // 1 - p/m = (1 - alpha)(q - p)/m, where q - p does not cancel
+    return select(e.q == T(0), T(0), c * e.q * (c * e.student_minus_teacher() / m));
   }
 };
 
@@ -119,7 +131,7 @@ struct SkewReverseKl {
   OPD_HD T dterm(const Entry<T>& e) const {
     const T a = T(alpha), c = T(1 - alpha);
     const Mixture<T> mix = mixture(e, c, a);
-    const T through_mixture = T(live) * a * (c * (e.p - e.q) / mix.m);
+    const T through_mixture = T(live) * a * (-c * e.student_minus_teacher() / mix.m);
     return select(e.q == T(0), T(0), e.q * (through_mixture - mix.lm_lq));
   }
 };
@@ -128,15 +140,13 @@ struct SkewReverseKl {
 struct TotalVariation {
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
-    const bool teacher_larger = e.lp >= e.lq;
-    const T gap = teacher_larger ? e.lq - e.lp : e.lp - e.lq;
-    const T larger = teacher_larger ? e.p : e.q;
-    return select(larger == T(0), T(0), T(-0.5) * larger * expm1_nonpositive(gap));
+    const T difference = e.student_minus_teacher();
+    return T(0.5) * (difference < T(0) ? -difference : difference);
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
-    const T sign = e.lq > e.lp ? T(0.5) : T(-0.5);
-    return e.q * (e.lq == e.lp ? T(0) : sign);
+    const T sign = e.gap > T(0) ? T(0.5) : T(-0.5);
+    return e.q * (e.gap == T(0) ? T(0) : sign);
   }
 };
 
