@@ -53,7 +53,9 @@ class CMakeBuild(build_ext):
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DOPD_TESTS=OFF", f"-DOPD_MARCH={march}"]
         configure += [f"-DOPD_TORCH_DIR={torch_directory()}"]
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build_directory), "--target", "opd_torch"], check=True)
+        subprocess.run(
+            [cmake, "--build", str(build_directory), "--target", "opd_torch"], check=True
+        )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # a process that has the old file mapped keeps it: replace, never overwrite

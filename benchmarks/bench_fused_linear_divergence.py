@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fused_linear_divergence, forward + backward, against its own four GEMMs, eager, compile, peers."""
+"""fused_linear_divergence, forward + backward, against its four GEMMs, eager, compile, peers."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def with_backward(loss, tensors):
 
 
 def ours(divergence: str, **options):
-    return lambda *tensors: opk.fused_linear_divergence(
-        *tensors, divergence=divergence, **options
-    ).loss
+    return lambda *tensors: (
+        opk.fused_linear_divergence(*tensors, divergence=divergence, **options).loss
+    )
 
 
 def eager(divergence: str):
@@ -87,7 +87,10 @@ def bench_all_divergences(benchmark, divergence):
     benchmark.group = f"fused_linear_divergence float32 {CPU}"
     ratios = harness.compare(
         benchmark,
-        {"gemms": gemms(CPU, torch.float32), harness.OURS: with_backward(ours(divergence), tensors)},
+        {
+            "gemms": gemms(CPU, torch.float32),
+            harness.OURS: with_backward(ours(divergence), tensors),
+        },
         floor="gemms",
     )
     assert ratios[harness.OURS] <= 1.15, ratios
@@ -111,7 +114,9 @@ def bench_jsd_against_peers(benchmark):
         variants["trl"] = with_backward(trl, tensors)
     benchmark.group = f"jsd against peers float32 {CPU}"
     ratios = harness.compare(benchmark, variants, floor="gemms", rounds=5)
-    slowest_peer = min(ratio for name, ratio in ratios.items() if name not in ("gemms", harness.OURS))
+    slowest_peer = min(
+        ratio for name, ratio in ratios.items() if name not in ("gemms", harness.OURS)
+    )
     assert ratios[harness.OURS] < slowest_peer, ratios
 
 
@@ -169,7 +174,7 @@ from benchmarks.shapes import CPU, Shape
 warm = inputs(CPU._replace(num_tokens=32, vocab_size=2048))
 with_backward(ours("jsd"), warm)()
 tensors = inputs(CPU)
-run = with_backward(ours("jsd", workspace_bytes={workspace_bytes}, reduction="{reduction}"), tensors)
+run = with_backward(ours("jsd", workspace_bytes={workspace_bytes}), tensors)
 """
 
 
@@ -178,7 +183,7 @@ def bench_peak_memory(benchmark, workspace_mib):
     """Peak extra resident memory of forward + backward: workspace + gradients + 5% at most."""
     workspace_bytes = workspace_mib << 20
     gradients = 4 * CPU.student_hidden_size * (CPU.num_tokens + CPU.vocab_size)
-    setup = PEAK_SETUP.format(workspace_bytes=workspace_bytes, reduction="sum")
+    setup = PEAK_SETUP.format(workspace_bytes=workspace_bytes)
     peak = benchmark.pedantic(
         harness.peak_extra_bytes, args=(setup, "run()"), rounds=1, iterations=1
     )

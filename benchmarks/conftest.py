@@ -43,7 +43,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.fixture(scope="session", autouse=True)
 def correctness_gate():
-    """A wrong kernel is not timed: each divergence against the float64 reference on a small case."""
+    """A wrong kernel is not timed: each divergence against float64 on a small case."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(16, 24), torch.randn(997, 24)
     teacher_hidden, teacher_weight = torch.randn(16, 32), torch.randn(997, 32)

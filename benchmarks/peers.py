@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def eager_divergence(student_logits: Tensor, teacher_logits: Tensor, name: str, param: float) -> Tensor:
+def eager_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, name: str, param: float
+) -> Tensor:
     """The textbook loss on float32 logits, summed over tokens; what autograd differentiates."""
     log_q = torch.log_softmax(student_logits.float(), -1)
     log_p = torch.log_softmax(teacher_logits.float(), -1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of real models: (vocabulary, student hidden size, teacher hidden size), and the CPU's own."""
+"""Shapes to time: vocabularies of real models with hidden sizes that two CPU cores can bear."""
 
 from __future__ import annotations
 

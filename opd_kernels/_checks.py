@@ -42,7 +42,9 @@ def floating(op: str, **tensors: Tensor) -> None:
             )
     if len({value.dtype == torch.float64 for value in tensors.values()}) > 1:
         found = ", ".join(f"{name} {value.dtype}" for name, value in tensors.items())
-        raise TypeError(f"{op}: float64 must be used for all of its inputs or for none, got {found}.")
+        raise TypeError(
+            f"{op}: float64 must be used for all of its inputs or for none, got {found}."
+        )
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:

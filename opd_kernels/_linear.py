@@ -51,7 +51,7 @@ class Plan:
         )
         return (
             f"path A: {self.num_chunks} chunk(s) of up to {self.chunk_tokens} of "
-            f"{self.num_tokens} tokens{widened}, {self.workspace_bytes / 2**20:.1f} MiB of workspace"
+            f"{self.num_tokens} tokens{widened}, {self.workspace_bytes / 2**20:.1f} MiB workspace"
         )
 
 
@@ -140,7 +140,9 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor, slice_rows: int) -> Tensor:
     return result
 
 
-def accumulate_grad_weight(target: Tensor, grad_logits: Tensor, hidden: Tensor, first: bool) -> None:
+def accumulate_grad_weight(
+    target: Tensor, grad_logits: Tensor, hidden: Tensor, first: bool
+) -> None:
     """target[:V] (+)= grad_logits.T @ hidden, in target's float32 (float64)."""
     target = target[: grad_logits.shape[1]]
     gradient = grad_logits.t()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""loss[t] = w[t] D(softmax(teacher_logits[t] / temperature), softmax(student_logits[t] / temperature))."""
+"""loss[t] = w[t] D(softmax(teacher_logits[t] / temperature), softmax(student_logits[t] / ...))."""
 
 from __future__ import annotations
 

@@ -48,9 +48,7 @@ class Spec:
 
 DIVERGENCES: Mapping[str, Spec] = MappingProxyType(
     {
-        "forward_kl": Spec(
-            0, "KL(P || Q)", {}, "inf", "Hinton et al. 2015, arXiv:1503.02531"
-        ),
+        "forward_kl": Spec(0, "KL(P || Q)", {}, "inf", "Hinton et al. 2015, arXiv:1503.02531"),
         "reverse_kl": Spec(1, "KL(Q || P)", {}, "inf", "MiniLLM, arXiv:2306.08543"),
         "jsd": Spec(
             2,
@@ -84,9 +82,7 @@ DIVERGENCES: Mapping[str, Spec] = MappingProxyType(
             "-log alpha",
             "DistiLLM, arXiv:2402.03898; detached in DistiLLM-2, arXiv:2503.07067",
         ),
-        "total_variation": Spec(
-            5, "sum |P - Q| / 2", {}, "1", "f-distill, arXiv:2307.15190"
-        ),
+        "total_variation": Spec(5, "sum |P - Q| / 2", {}, "1", "f-distill, arXiv:2307.15190"),
     }
 )
 
@@ -149,7 +145,7 @@ def parse(divergence: str | Divergence, **params: float | bool) -> Divergence:
     if isinstance(divergence, Divergence):
         if params:
             raise TypeError(
-                f"divergence: parameters must be given by name alone, got {divergence} and {params}."
+                f"divergence: parameters go with a bare name, got {divergence} and {params}."
             )
         return divergence
     if not isinstance(divergence, str):

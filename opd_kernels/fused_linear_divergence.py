@@ -24,7 +24,7 @@ STATISTICS = (
 
 
 class FusedLinearDivergenceOutput(NamedTuple):
-    """`loss`: scalar (reduction "sum") or [T] ("none"), nats. `statistics`: name -> [T], no gradient."""
+    """`loss`: scalar ("sum") or [T] ("none"), nats. `statistics`: name -> [T], no gradient."""
 
     loss: Tensor
     statistics: dict[str, Tensor]
@@ -77,8 +77,8 @@ def fused_linear_divergence(
 
     Notes:
         FLOPs 2TV(3Ds + Dt) with both gradients, 2TV(2Ds + Dt) with the head frozen ("none": one
-        student and one teacher GEMM more). Logits are float32 whatever the inputs are. Ten further
-        facts: docs/numerics.md.
+        student and one teacher GEMM more). Logits are float32 whatever the inputs are;
+        precision, special values and memory: docs/numerics.md.
 
     Source: GKD, arXiv:2306.13649; MiniLLM, arXiv:2306.08543; DistiLLM, arXiv:2402.03898.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""logprobs[t] = log softmax(logits[t] / temperature)[token_ids[t]], with log-sum-exp and entropy."""
+"""logprobs[t] = log softmax(logits[t] / temperature)[token_ids[t]], with lse and entropy."""
 
 from __future__ import annotations
 
