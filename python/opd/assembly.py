@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from opd import checkpoint as ckpt
-from opd.config import TrainConfig, config_hash, differences, dump_config
 from opd.batch import Prompt
+from opd.config import TrainConfig, config_hash, differences, dump_config
 from opd.data import PromptStream, tokenize_rows, training_rows
 from opd.evaluation import HeldOut, load_held_out
 from opd.ledger import Ledger
@@ -161,7 +161,7 @@ def find_checkpoint(config: TrainConfig) -> ckpt.Checkpoint | None:
         return None
     found = ckpt.load_checkpoint(newest)
     if found.state["config_hash"] != config_hash(config):
-        differing = differences(config.model_dump(mode="json"), found.state["config"])
+        differing = differences(config, found.state["config"])
         raise ConfigError(
             f"output_dir: '{newest}' was made with other settings, {', '.join(differing)}; take "
             f"another output_dir, or resume_from_checkpoint=none to start afresh, or "

@@ -192,19 +192,28 @@ def dump_config(config: TrainConfig) -> str:
 
 def config_hash(config: TrainConfig) -> str:
     """16 hex digits over every key that can change the weights."""
-    values = config.model_dump(mode="json", exclude=set(_UNHASHED))
+    values = {k: v for k, v in config.model_dump(mode="json").items() if k not in unhashed(config)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """`path (a there, b here)` for every weight-changing key on which two configurations differ."""
+def unhashed(config: TrainConfig) -> set[str]:
+    """The keys that may change between the stop and the resumption of a run."""
+    return {*_UNHASHED, *([] if config.rollouts.needs_evaluation else ["evaluation"])}
+
+
+def differences(config: TrainConfig, theirs: dict[str, Any]) -> list[str]:
+    """`path (a there, b here)` for every weight-changing key in which a dumped config differs."""
+    skipped = unhashed(config)
+    ours = {k: v for k, v in config.model_dump(mode="json").items() if k not in skipped}
+    return _differences(ours, {k: v for k, v in theirs.items() if k not in skipped}, "")
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> list[str]:
     found: list[str] = []
     for key in sorted({*ours, *theirs}):
-        if not prefix and key in _UNHASHED:
-            continue
         here, there = ours.get(key), theirs.get(key)
         if isinstance(here, dict) and isinstance(there, dict):
-            found += differences(here, there, f"{prefix}{key}.")
+            found += _differences(here, there, f"{prefix}{key}.")
         elif here != there:
             found.append(f"{prefix}{key} ({there!r} there, {here!r} here)")
     return found

@@ -78,7 +78,7 @@ def test_a_directory_without_state_is_not_a_checkpoint(tmp_path):
 def test_loading_runs_no_code(tmp_path):
     path = _save(tmp_path, 1)
     torch.save({"evil": _Evil()}, path / "training_state.pt")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
         ckpt.load_checkpoint(path)
 
 

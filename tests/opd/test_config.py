@@ -68,7 +68,7 @@ def test_a_bad_value_is_one_sentence(path, override, sentence):
 
 def test_policy_gradient_needs_the_samplers_logprobs(path):
     overrides = ["objective={kind: sampled_token}", "rollouts={kind: mixture}"]
-    with pytest.raises(ConfigError, match="rollouts.kind: must be 'hf'"):
+    with pytest.raises(ConfigError, match=r"rollouts.kind: must be 'hf'"):
         load_config(path, overrides)
 
 
@@ -116,10 +116,21 @@ def test_yaml_cannot_run_code(tmp_path):
 def test_hash_is_over_what_changes_the_weights(values, config):
     assert config_hash(parse_config({**values, "output_dir": "x"})) == config_hash(config)
     assert config_hash(parse_config({**values, "logging_steps": 9})) == config_hash(config)
+    watched = {**values, "evaluation": {"num_prompts": 3}}
+    assert config_hash(parse_config(watched)) == config_hash(config)
     assert config_hash(parse_config({**values, "seed": 9})) != config_hash(config)
+
+
+def test_hash_is_over_the_evaluation_where_the_rollouts_follow_it(values):
+    values["rollouts"] = {"kind": "replay", "max_completion_length": 8}
+    hashes = [
+        config_hash(parse_config({**values, "evaluation": {"eval_steps": 1, "num_prompts": n}}))
+        for n in (2, 3)
+    ]
+    assert hashes[0] != hashes[1]
 
 
 def test_differences_name_the_path_and_both_values(values, config):
     other = parse_config({**values, "rollouts": {**values["rollouts"], "top_k": 5}})
-    found = differences(config.model_dump(mode="json"), other.model_dump(mode="json"))
+    found = differences(config, other.model_dump(mode="json"))
     assert found == ["rollouts.top_k (5 there, 0 here)"]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opd.batch import Prompt
+from opd.rollouts import MixtureConfig
+
+PROMPTS = [
+    Prompt(
+        ids=torch.tensor([4, 5]),
+        completion_ids=torch.tensor([6, 3]),
+        completion_mask=torch.tensor([True, True]),
+    )
+] * 2
+
+
+def _origins(config, student, teacher, tokenizer, num_steps=40, seed=0):
+    engine = config.build(student, teacher, tokenizer, seed=seed)
+    return [{t.origin for t in engine.collect(PROMPTS, step)} for step in range(num_steps)]
+
+
+@pytest.mark.parametrize(("lmbda", "origin"), [(0.0, "data"), (1.0, "student")])
+def test_the_ends_are_pure(student, teacher, tokenizer, lmbda, origin):
+    config = MixtureConfig(lmbda=lmbda, max_completion_length=2)
+    assert _origins(config, student, teacher, tokenizer, 5) == [{origin}] * 5
+
+
+def test_a_step_is_of_one_kind_and_the_share_is_lmbda(student, teacher, tokenizer):
+    config = MixtureConfig(lmbda=0.5, max_completion_length=1)
+    origins = _origins(config, student, teacher, tokenizer)
+    assert all(len(kinds) == 1 for kinds in origins)
+    assert 10 <= sum(kinds == {"student"} for kinds in origins) <= 30
+
+
+def test_the_coin_depends_on_seed_and_step_alone(student, teacher, tokenizer):
+    config = MixtureConfig(lmbda=0.5, max_completion_length=1)
+    engine = config.build(student, teacher, tokenizer, seed=0)
+    late = engine.collect(PROMPTS, 17)[0].origin
+    assert {late} == _origins(config, student, teacher, tokenizer)[17]
+    other = _origins(config, student, teacher, tokenizer, seed=1)
+    assert other != _origins(config, student, teacher, tokenizer)
+
+
+def test_with_seq_kd_the_teacher_writes_the_rest(student, teacher, tokenizer):
+    config = MixtureConfig(lmbda=0.0, seq_kd=True, max_completion_length=2)
+    assert config.needs_teacher and not config.needs_completions
+    assert _origins(config, student, teacher, tokenizer, 2) == [{"teacher"}] * 2
+
+
+@pytest.mark.parametrize("seq_kd", [True, False])
+def test_every_kind_of_step_has_the_same_number_of_completions(student, teacher, tokenizer, seq_kd):
+    config = MixtureConfig(lmbda=0.5, seq_kd=seq_kd, num_generations=3, max_completion_length=1)
+    engine = config.build(student, teacher, tokenizer, seed=0)
+    assert {len(engine.collect(PROMPTS, step)) for step in range(8)} == {6}

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from dataclasses import replace
+
+from opd.batch import collate
+from opd.ledger import Ledger
+
+
+def _record(trajectories, **settings):
+    ledger = Ledger()
+    batch = collate(trajectories, pad_id=0)
+    values = {"student_size": 10, "teacher_size": 100, "teacher_judges": True, "step": 0}
+    ledger.record(trajectories, [batch], **{**values, **settings})
+    return ledger
+
+
+def test_on_policy_by_hand(trajectories):
+    ledger = _record(trajectories)
+    lengths = [len(t.ids) for t in trajectories]
+    assert ledger.student_tokens_sampled == 19
+    assert ledger.student_tokens_forward == ledger.teacher_tokens_forward == sum(lengths)
+    # two trajectories have a masked token
+    assert ledger.student_tokens_trained == 16
+    assert ledger.flops == sum(lengths) * (2 * 10 + 6 * 10 + 2 * 100)
+    assert ledger.cost_units == ledger.flops / 20
+
+
+def test_data_costs_no_sampling(trajectories):
+    ledger = _record([replace(t, origin="data") for t in trajectories])
+    assert ledger.student_tokens_sampled == 0
+
+
+def test_replayed_completions_cost_no_sampling(trajectories):
+    assert _record(trajectories, step=3).student_tokens_sampled == 0
+
+
+def test_what_the_teacher_writes_is_the_teachers(trajectories):
+    ledger = _record([replace(t, origin="teacher") for t in trajectories], teacher_judges=False)
+    assert (ledger.student_tokens_sampled, ledger.teacher_tokens_sampled) == (0, 19)
+    assert ledger.teacher_tokens_forward == 0
+    total = sum(len(t.ids) for t in trajectories)
+    assert ledger.flops == total * (2 * 100 + 6 * 10)
+
+
+def test_state_round_trip(trajectories):
+    ledger = _record(trajectories)
+    ledger.add_seconds({"rollout": 1.5})
+    ledger.add_seconds({"rollout": 0.5, "optim": 1.0})
+    assert Ledger(**ledger.state_dict()) == ledger
+    assert ledger.seconds == {"rollout": 2.0, "optim": 1.0}
+    assert "ledger/seconds" not in ledger.metrics()
