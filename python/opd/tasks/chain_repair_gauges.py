@@ -200,7 +200,7 @@ def measure(
         teacher: the law it is compared with.
         task: the task.
         num_samples: completions for each of the 128 prompts of a length.
-        num_samples_longest: the same for the longest length, which is the headline.
+        num_samples_longest: the same for the longest length, which is the headline; not fewer.
         seed: of the draws.
 
     Returns:
@@ -210,14 +210,10 @@ def measure(
         rate on the student's states over the one on the teacher's states. KLs and slip rates are
         means over states, so long chains weigh most.
     """
-    longest = task.max_length_n
     prompts = task.every_row()
-    rows = [
-        row
-        for num_steps in range(1, longest + 1)
-        for row in task.every_row(lengths=[num_steps])
-        * (num_samples_longest if num_steps == longest else num_samples)
-    ]
+    longest = task.every_row(lengths=[task.max_length_n])
+    # the first completion of every prompt comes first: these are the states that KLs and slips see
+    rows = prompts * num_samples + longest * (num_samples_longest - num_samples)
     completions = sample(student, task, rows, seed=seed)
     greedy_completions = sample(student, task, prompts, temperature=0.0)
     accuracy = accuracy_by_length(task, rows, completions)
@@ -228,13 +224,14 @@ def measure(
         "repairs_per_sequence": repairs_per_sequence(completions),
         "repair_rate": repair_rate(student, task, seed=seed),
     }
-    teacher_completions = (
-        completions if teacher is student else sample(teacher, task, rows, seed=seed)
-    )
-    for whose, texts in (("teacher", teacher_completions), ("student", completions)):
-        kl = kl_on_states(student, teacher, rows, texts)
+    states = {
+        "teacher": sample(teacher, task, prompts, seed=seed),
+        "student": completions[: len(prompts)],
+    }
+    for whose, texts in states.items():
+        kl = kl_on_states(student, teacher, prompts, texts)
         measured |= {f"{whose}_states/{name}": value for name, value in kl.items()}
-        measured[f"{whose}_states/slip_rate"] = slip_rate(student, task, rows, texts)
+        measured[f"{whose}_states/slip_rate"] = slip_rate(student, task, prompts, texts)
     measured["dagger_ratio"] = (
         measured["student_states/slip_rate"] / measured["teacher_states/slip_rate"]
         if measured["teacher_states/slip_rate"] > 0.0

@@ -363,12 +363,12 @@ def test_teacher_is_right_on_every_prompt_when_greedy(task, teacher):
 def test_teacher_slips_now_and_then_when_it_samples_long_chains(task, teacher):
     rows = task.every_row(lengths=[16]) * 8
     completions = gauges.sample(teacher, task, rows, seed=0)
-    # .964 on 2,048 samples when it was trained; four standard errors of 1,024 samples are .023
-    assert gauges.accuracy_by_length(task, rows, completions)[16] == pytest.approx(0.964, abs=0.023)
+    # .949 on 2,048 samples when it was trained; four standard errors of 1,024 samples are .028
+    assert gauges.accuracy_by_length(task, rows, completions)[16] == pytest.approx(0.949, abs=0.028)
 
 
 def test_teacher_repairs_what_its_own_text_seldom_shows(task, teacher):
-    assert gauges.repair_rate(teacher, task, num_rows=512) == pytest.approx(0.976, abs=0.02)
+    assert gauges.repair_rate(teacher, task, num_rows=512) == pytest.approx(0.949, abs=0.02)
     rows = task.rows(512, seed=2)
     assert gauges.repairs_per_sequence(gauges.sample(teacher, task, rows)) < 0.2
 

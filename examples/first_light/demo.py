@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First light: distil a small model on-policy from scratch on two CPU cores, and say what came out.
+
+python examples/first_light/demo.py          a few minutes, new files each time
+python examples/first_light/demo.py --full   every arm, three seeds; finished arms are not run again
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).parent / "run_arm.py"
+DEMO_ARMS = ("more_sft", "off_policy_reverse_kl", "on_policy_reverse_kl", "on_policy_jsd")
+FULL_ARMS = (
+    "more_sft",
+    "more_sft_equal_flops",
+    "off_policy_forward_kl",
+    "off_policy_reverse_kl",
+    "on_policy_forward_kl",
+    "on_policy_reverse_kl",
+    "on_policy_jsd",
+)
+DEMO_SEEDS = (0, 1)
+FULL_SEEDS = (0, 1, 2)
+_STEP = re.compile(r"step (\d+)/(\d+)\s*(.*)")
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class JobFailed(Exception):
+    """A job ended with an error; the message holds the end of its log."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One process of the demo, and what it waits for."""
+
+    seed: int
+    arm: str
+    root: Path
+    needs: str | None
+    process: subprocess.Popen[bytes] | None = None
+    log: TextIO | None = None
+    is_done: bool = False
+
+    @property
+    def name(self) -> str:
+        """As shown."""
+        return f"seed {self.seed} {self.arm}"
+
+    @property
+    def log_path(self) -> Path:
+        """What the process prints."""
+        return self.root / f"{self.arm}.log"
+
+    def start(self) -> None:
+        """Start the process; Ctrl-C reaches only the parent, which then ends its jobs itself."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.log = self.log_path.open("w", encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, WORKER, self.arm, f"--seed={self.seed}", f"--root={self.root}"],
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,
+        )
+
+    def last_line(self) -> str:
+        """The newest line of the log."""
+        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return next((line.strip() for line in reversed(lines) if line.strip()), "starting")
+
+    def is_ended(self) -> bool:
+        """Reap the process if it has ended.
+
+        Raises:
+            JobFailed: it ended with an error.
+        """
+        if self.process is None or self.process.poll() is None:
+            return False
+        if self.log is not None:
+            self.log.close()
+        if self.process.returncode != 0:
+            tail = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+            raise JobFailed(f"{self.name} failed; the end of {self.log_path}:\n" + "\n".join(tail))
+        self.is_done = True
+        return True
+
+
+def plan_jobs(root: Path, arms: tuple[str, ...], seeds: tuple[int, ...]) -> list[Job]:
+    """The jobs in the order in which they should start: seeds abreast, slow arms first."""
+    jobs = [Job(seed, "teacher", root / f"seed{seed}", None) for seed in seeds]
+    jobs += [Job(seed, "warm_sft", root / f"seed{seed}", "teacher") for seed in seeds]
+    for seed in seeds:
+        for arm in sorted(arms, key=lambda arm: not arm.startswith("on_policy")):
+            jobs.append(Job(seed, arm, root / f"seed{seed}", "warm_sft"))
+    return jobs
+
+
+def run_jobs(jobs: list[Job], num_slots: int, console: Console) -> None:
+    """Run the jobs, as many at a time as there are slots, and show how far each one is."""
+    display = Board(jobs, console)
+    with display:
+        try:
+            while not all(job.is_done for job in jobs):
+                running = [job for job in jobs if job.process is not None and not job.is_done]
+                for job in running:
+                    if job.is_ended():
+                        display.finished(job)
+                done = {(job.seed, job.arm) for job in jobs if job.is_done}
+                free = num_slots - sum(not job.is_done for job in running)
+                for job in jobs:
+                    is_ready = job.needs is None or (job.seed, job.needs) in done
+                    if free > 0 and job.process is None and is_ready:
+                        job.start()
+                        free -= 1
+                display.update()
+                time.sleep(0.2)
+        finally:
+            stop_jobs(jobs)
+
+
+def stop_jobs(jobs: list[Job]) -> None:
+    """Ask what still runs to stop (the loop then saves a checkpoint), and wait for it."""
+    running = [job.process for job in jobs if job.process and job.process.poll() is None]
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    for process in running:
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+class Board:
+    """Live bars on a terminal, a line now and then in a log."""
+
+    def __init__(self, jobs: list[Job], console: Console) -> None:
+        self._jobs = jobs
+        self._console = console
+        self._start = self._last_line = time.monotonic()
+        self._bars: dict[str, Any] = {}
+        self._progress = Progress(
+            TextColumn("{task.description:<30}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[numbers]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._total = self._progress.add_task("all jobs", total=len(jobs), numbers="")
+
+    def __enter__(self) -> Board:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def finished(self, job: Job) -> None:
+        """A line that stays."""
+        if job.name in self._bars:
+            self._progress.remove_task(self._bars.pop(job.name))
+        num_done = sum(other.is_done for other in self._jobs)
+        self._progress.update(self._total, completed=num_done)
+        seconds = time.monotonic() - self._start
+        self._console.print(
+            f"[{seconds:4.0f} s] {num_done}/{len(self._jobs)} {job.name}: done", markup=False
+        )
+
+    def update(self) -> None:
+        """Show where the running jobs are."""
+        lines = []
+        for job in self._jobs:
+            if job.process is None or job.is_done:
+                continue
+            line = job.last_line()
+            match = _STEP.match(line)
+            step, total, numbers = match.groups() if match else (0, None, line)
+            if job.name not in self._bars:
+                self._bars[job.name] = self._progress.add_task(job.name, numbers="")
+            self._progress.update(
+                self._bars[job.name],
+                completed=int(step),
+                total=int(total) if total else None,
+                numbers=numbers,
+            )
+            lines.append(f"{job.name}: {line}")
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            for line in lines:
+                self._console.print(f"[{now - self._start:4.0f} s] {line}", markup=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Distil a small model on-policy on the CPU.")
+    parser.add_argument("--full", action="store_true", help="all arms, three seeds, resumable")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1, or 0 1 2 with --full")
+    parser.add_argument("--arms", nargs="+", choices=FULL_ARMS, help="default: those that matter")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one core each")
+    parser.add_argument("--root", type=Path, help="where the files go; give it again to go on")
+    options = parser.parse_args()
+    console = Console(highlight=False, soft_wrap=True)
+    seeds = tuple(options.seeds or (FULL_SEEDS if options.full else DEMO_SEEDS))
+    arms = tuple(options.arms or (FULL_ARMS if options.full else DEMO_ARMS))
+    runs = REPOSITORY / "runs" / "first_light"
+    new = runs / time.strftime("demo-%Y%m%d-%H%M%S")
+    root = options.root or (runs / "full" if options.full else new)
+    start = time.monotonic()
+    try:
+        run_jobs(plan_jobs(root, arms, seeds), max(1, options.jobs), console)
+        # imported late: drawing needs matplotlib, which takes a second to load
+        import summary
+
+        summary.write(root, arms, seeds, console, is_full=options.full)
+    except KeyboardInterrupt:
+        console.print(f"stopped; to go on: python {sys.argv[0]} --root {root}" + _flags(options))
+        return 130
+    except JobFailed as error:
+        console.print(str(error), markup=False)
+        return 1
+    console.print(f"\n{time.monotonic() - start:.0f} seconds in all")
+    return 0
+
+
+def _flags(options: argparse.Namespace) -> str:
+    flags = " --full" if options.full else ""
+    for name in ("seeds", "arms"):
+        values = getattr(options, name)
+        flags += f" --{name} {' '.join(map(str, values))}" if values else ""
+    return flags
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One job of the demo in its own process: the teacher's traces, or one arm trained and measured.
+
+python examples/first_light/run_arm.py teacher --seed 0 --root runs/mine/seed0
+python examples/first_light/run_arm.py warm_sft --seed 0 --root runs/mine/seed0
+python examples/first_light/run_arm.py on_policy_reverse_kl --seed 0 --root runs/mine/seed0
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ARMS = Path(__file__).parent / "arms"
+TRACES = "teacher_traces.jsonl"
+NUM_TRACES = 2048
+TEACHER = "builtin:chain_repair_teacher"
+WARM = "warm_sft"
+
+
+def arm_dir(root: Path, arm: str) -> Path:
+    """Where a job of one seed keeps its files."""
+    return root / arm
+
+
+def result_path(root: Path, arm: str) -> Path:
+    """The file that says, by being there with the right key, that a job is done."""
+    return arm_dir(root, arm) / "result.json"
+
+
+def job_key(root: Path, arm: str, seed: int) -> str:
+    """16 hex digits over all that a job's numbers depend on: configuration and input files."""
+    from opd.config import config_hash
+    from opd.model import resolve_model_path
+
+    digest = hashlib.sha256(f"{arm} {seed} {NUM_TRACES}".encode())
+    inputs = [Path(resolve_model_path(TEACHER)) / "model.safetensors"]
+    if arm != "teacher":
+        digest.update(config_hash(arm_config(root, arm, seed)).encode())
+        inputs.append(root / TRACES)
+    if arm not in ("teacher", WARM):
+        inputs.append(Path(resolve_model_path(str(arm_dir(root, WARM)))) / "model.safetensors")
+    for path in inputs:
+        digest.update(path.read_bytes() if path.is_file() else b"missing")
+    return digest.hexdigest()[:16]
+
+
+def arm_config(root: Path, arm: str, seed: int) -> Any:
+    """The arm's YAML, with the files of this run put in."""
+    from opd.config import load_config
+
+    overrides = [
+        f"output_dir={arm_dir(root, arm)}",
+        f"seed={seed}",
+        f"data.train_file={root / TRACES}",
+    ]
+    if arm != WARM:
+        overrides.append(f"student.model_name_or_path={arm_dir(root, WARM)}")
+    return load_config(ARMS / f"{arm}.yaml", overrides)
+
+
+def read_result(root: Path, arm: str, seed: int) -> dict[str, Any] | None:
+    """The result of a finished job; None if it is not finished, or was made with other settings."""
+    path = result_path(root, arm)
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["key"] == job_key(root, arm, seed) else None
+
+
+def write_traces(root: Path, seed: int) -> None:
+    """What the teacher samples at temperature 1 for NUM_TRACES prompts."""
+    from opd.tasks import ChainRepair
+    from opd.tasks.chain_repair_gauges import sample
+
+    task = ChainRepair()
+    rows = task.rows(NUM_TRACES, seed=1000 + seed)
+    completions = sample(load("teacher", root), task, rows, seed=seed)
+    lines = [
+        json.dumps({**row, "completion": completion})
+        for row, completion in zip(rows, completions, strict=True)
+    ]
+    path = root / TRACES
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def load(arm: str, root: Path) -> Any:
+    """A trained model, or the teacher."""
+    from transformers import AutoModelForCausalLM
+
+    from opd.model import resolve_model_path
+
+    source = TEACHER if arm == "teacher" else str(arm_dir(root, arm))
+    model = AutoModelForCausalLM.from_pretrained(resolve_model_path(source), use_safetensors=True)
+    return model.eval()
+
+
+def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
+    """Do the job, unless it is done, and write its result.
+
+    Returns:
+        `key`, `train_s`, `measure_s`, the `gauges`, and for an arm the loop's `ledger`.
+    """
+    found = read_result(root, arm, seed)
+    if found is not None:
+        return found
+    import torch
+    from transformers.utils import logging as hf_logging
+
+    from opd.tasks import ChainRepair
+    from opd.tasks.chain_repair_gauges import measure
+    from opd.train import train
+
+    # models this small lose time on a second thread; the two cores run two arms instead
+    torch.set_num_threads(1)
+    hf_logging.disable_progress_bar()
+    arm_dir(root, arm).mkdir(parents=True, exist_ok=True)
+    start, ledger = time.perf_counter(), None
+    if arm == "teacher":
+        _say("writing traces")
+        write_traces(root, seed)
+    else:
+        ledger = train(arm_config(root, arm, seed)).ledger
+    trained = time.perf_counter()
+    _say("measuring")
+    student, teacher = load(arm, root), load("teacher", root)
+    gauges = measure(teacher if arm == "teacher" else student, teacher, ChainRepair(), seed=seed)
+    result = {
+        "key": job_key(root, arm, seed),
+        "arm": arm,
+        "seed": seed,
+        "train_s": trained - start,
+        "measure_s": time.perf_counter() - trained,
+        "gauges": gauges,
+        "ledger": ledger,
+    }
+    path = result_path(root, arm)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    partial.replace(path)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run one job of the demo.")
+    arms = sorted(path.stem for path in ARMS.glob("*.yaml"))
+    parser.add_argument("arm", choices=["teacher", *arms])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", type=Path, default=Path("runs/first_light/seed0"))
+    options = parser.parse_args()
+    from opd.schema import ConfigError
+    from opd.train import Interrupted
+
+    try:
+        run(options.root, options.arm, options.seed)
+    except ConfigError as error:
+        _say(str(error))
+        return 2
+    except (Interrupted, KeyboardInterrupt):
+        _say("stopped")
+        return 130
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
