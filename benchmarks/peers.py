@@ -37,7 +37,7 @@ def liger_fused_linear_jsd(beta: float, chunk: int, compiled: bool) -> Callable 
         return None
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    # no hard-label term, no temperature; its loss is a mean over tokens
+    # no hard-label term; its loss is a mean over tokens
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled, chunk_size=chunk
     )
@@ -58,9 +58,11 @@ def trl_chunked_jsd(beta: float) -> Callable | None:
         return None
 
     def run(student_hidden, student_weight, teacher_hidden, teacher_weight):
-        mask = torch.ones(student_hidden.shape[0], dtype=torch.bool)
-        return _chunked_divergence_loss(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, mask, beta=beta
+        mask = torch.ones(1, student_hidden.shape[0], dtype=torch.bool)
+        hidden = (student_hidden[None], teacher_hidden[None])
+        loss, *_ = _chunked_divergence_loss(
+            *hidden, student_weight, teacher_weight, mask, beta, num_items_in_batch=1
         )
+        return loss
 
     return run
