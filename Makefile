@@ -63,7 +63,9 @@ demo-full: build
 	@$(BIN)/python examples/first_light/demo.py --full
 
 bench: build
-	$(BIN)/python -m pytest benchmarks -q -c benchmarks/pytest.ini
+	@mkdir -p build
+	$(BIN)/python -m pytest benchmarks -q -c benchmarks/pytest.ini --benchmark-json=build/bench.json
+	$(BIN)/python benchmarks/report.py build/bench.json
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
