@@ -11,11 +11,15 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
+from rich.table import Column
 
 # in a log, at most one line in so many seconds
 _SECONDS_BETWEEN_LINES = 2.0
 
-# what to show, in this order, if it is there
+# what to show of an evaluation: a label, and what is around the name that tells one from another
+_EVALUATED = (("acc", "eval/accuracy/", ""), ("rkl", "eval/", "_states/reverse_kl"))
+
+# what to show of a step, in this order, if it is there
 _SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("reverse_kl", "rkl", "{:.4f}"),
@@ -45,12 +49,14 @@ class Display:
         self._num_steps = num_steps
         self._accuracy: float | None = None
         self._last_line = float("-inf")
+        # a narrow terminal cuts the last numbers instead of breaking the line
+        one_line = Column(no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             Remaining(),
-            TextColumn("{task.fields[numbers]}", markup=False),
+            TextColumn("{task.fields[numbers]}", markup=False, table_column=one_line),
             console=self._console,
             disable=not self._is_live,
             refresh_per_second=4,
@@ -81,8 +87,9 @@ class Display:
         """A step is done; `values` is empty when it is not one to log."""
         numbers = self._numbers(values)
         if self._is_live:
-            update = {"numbers": numbers} if values else {}
-            self._progress.update(self._task, completed=step, **update)
+            self._progress.update(self._task, completed=step)
+            if values:
+                self._progress.update(self._task, numbers=numbers)
             return
         now = time.monotonic()
         is_due = now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps
@@ -92,15 +99,18 @@ class Display:
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """An evaluation is done."""
-        shown = {
-            name.removeprefix("eval/"): value
-            for name, value in values.items()
-            if "/n" not in name and ("accuracy" in name or name.endswith("_kl"))
-        }
-        accuracies = [value for name, value in shown.items() if name.startswith("accuracy/")]
-        self._accuracy = accuracies[0] if accuracies else None
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        self.say(f"eval {step}/{self._num_steps}  {numbers}")
+        parts = []
+        for head, prefix, tail in _EVALUATED:
+            found = {
+                name.removeprefix(prefix).removesuffix(tail): value
+                for name, value in values.items()
+                if name.startswith(prefix) and name.endswith(tail) and "/n" not in name
+            }
+            if found and head == "acc":
+                self._accuracy = next(iter(found.values()))
+            numbers = " ".join(f"{name} {value:.4f}" for name, value in found.items())
+            parts += [f"{head} {numbers}"] if found else []
+        self.say(f"eval {step}/{self._num_steps}  {'  '.join(parts)}")
 
     def _numbers(self, values: dict[str, float]) -> str:
         known = dict(values)

@@ -147,24 +147,20 @@ def headlines(run: RunRecord) -> list[dict[str, str]]:
 
 
 def comparison(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
-    """Last values, one row a run; None for a single run."""
+    """First and last values, one row a run; None for a single run."""
     if len(runs) < 2:
         return None
-    columns = [
-        (name, label, form)
-        for name, label, form in _HEADLINES
-        if any(name in row for run in runs for row in run.evaluations + run.steps)
+    by_run = [{item["label"]: item for item in headlines(run)} for run in runs]
+    labels = [label for _, label, _ in _HEADLINES if any(label in items for items in by_run)]
+    rows = [
+        {
+            "name": run.name,
+            "cells": [items.get(label) for label in labels],
+            "num_tokens": f"{run.ledger.get('student_tokens_trained', 0):,}",
+        }
+        for run, items in zip(runs, by_run, strict=True)
     ]
-    rows = []
-    for run in runs:
-        last: dict[str, Any] = {}
-        for row in run.steps + run.evaluations:
-            last |= row
-        cells = [form.format(last[name]) if name in last else "" for name, _, form in columns]
-        trained = f"{run.ledger.get('student_tokens_trained', 0):,}"
-        rows.append([run.name, *cells, trained])
-    header = ["run", *(label for _, label, _ in columns), "tokens trained on"]
-    return {"header": header, "rows": rows}
+    return {"labels": labels, "rows": rows}
 
 
 def _ledger_rows(run: RunRecord) -> list[tuple[str, str]]:

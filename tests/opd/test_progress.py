@@ -9,12 +9,19 @@ from opd.progress import Display
 
 VALUES = {"loss": 0.5, "reverse_kl": 0.25, "tokens_per_s": 1234.5, "other": 1.0}
 
+EVALUATED = {
+    "eval/accuracy/t1": 0.125,
+    "eval/accuracy/t1/n4": 0.5,
+    "eval/student_states/reverse_kl": 2.0,
+    "eval/student_states/forward_kl": 1.0,
+}
+
 
 def _show(*, terminal):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100, highlight=False)
     with Display(3, console=console) as display:
-        display.evaluated(0, {"eval/accuracy/t1": 0.125, "eval/accuracy/t1/n4": 0.5})
+        display.evaluated(0, EVALUATED)
         for step in (1, 2, 3):
             display.step(step, VALUES)
         display.say("[bold]kept as it is[/bold]")
@@ -25,7 +32,7 @@ def test_a_log_gets_plain_lines():
     out = _show(terminal=False)
     assert "\x1b" not in out and "\r" not in out
     lines = out.splitlines()
-    assert lines[0] == "eval 0/3  accuracy/t1 0.1250"
+    assert lines[0] == "eval 0/3  acc t1 0.1250  rkl student 2.0000"
     assert lines[1] == "step 1/3  loss 0.5000  rkl 0.2500  acc 0.125  tok/s 1,234"
     # the second step came too soon after the first, the last is always shown
     assert lines[2].startswith("step 3/3")

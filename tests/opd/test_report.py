@@ -34,9 +34,9 @@ def test_a_run_writes_its_report_which_needs_no_network(run_dir):
 def test_two_runs_are_drawn_side_by_side(run_dir, values, tmp_path):
     other = train(parse_config({**values, "output_dir": str(tmp_path / "b")}), quiet=True)
     page = write_report([run_dir, other.output_dir], tmp_path / "both.html").read_text()
-    assert "Side by side" in page
+    assert "tokens trained on" in page
     table = comparison([load_run(run_dir), load_run(other.output_dir)])
-    assert [row[0] for row in table["rows"]] == ["run", "b"]
+    assert [row["name"] for row in table["rows"]] == ["run", "b"]
     assert comparison([load_run(run_dir)]) is None
 
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opd.assembly import open_run, versions
+from opd.config import parse_config
+from opd.schema import ConfigError
+from opd.train import train
+
+
+def _losses(values, **changes):
+    run_dir = train(parse_config({**values, **changes}), quiet=True).output_dir
+    from opd.metrics import read_jsonl
+
+    return [row["loss"] for row in read_jsonl(run_dir / "metrics.jsonl")]
+
+
+def test_the_parts_are_on_one_device_in_the_right_modes(config):
+    run = open_run(config)
+    assert run.student.model.training
+    assert not run.teacher.model.training
+    assert run.student.device == run.teacher.device
+    assert run.step == 0
+
+
+def test_heads_padded_differently_need_a_shared_vocabulary(values):
+    values["teacher"]["config"]["vocab_size"] = 64
+    with pytest.raises(ConfigError, match=r"head has 64 tokens .* set vocab_size=45"):
+        open_run(parse_config(values))
+
+
+def test_padding_of_the_teachers_head_does_not_reach_the_loss(values, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    run = open_run(parse_config(values))
+    teacher = run.teacher.model
+    losses = []
+    for num_rows in (45, 64):
+        path = tmp_path / f"teacher{num_rows}"
+        padded = LlamaForCausalLM.from_pretrained(_saved(teacher, path))
+        padded.resize_token_embeddings(num_rows)
+        padded.get_output_embeddings().weight.data[45:] = 1e4
+        padded.save_pretrained(path)
+        values["teacher"] = {"model_name_or_path": str(path)}
+        output_dir = str(tmp_path / f"run{num_rows}")
+        losses.append(_losses(values, vocab_size=45, output_dir=output_dir))
+    assert losses[0] == losses[1]
+
+
+def _saved(model, path):
+    model.save_pretrained(path)
+    return path
+
+
+def test_gradient_checkpointing_does_not_change_the_losses(values, tmp_path):
+    plain = _losses(values)
+    values["student"]["gradient_checkpointing"] = True
+    assert _losses(values, output_dir=str(tmp_path / "b")) == pytest.approx(plain, rel=1e-6)
+
+
+def test_a_bfloat16_pair_trains(values):
+    values["student"]["dtype"] = values["teacher"]["dtype"] = "bfloat16"
+    losses = _losses(values)
+    assert all(0 < loss < 100 for loss in losses)
+
+
+def test_a_bfloat16_teacher_serves_a_float32_student(values):
+    exact = _losses(values, max_steps=1)
+    values["teacher"]["dtype"] = "bfloat16"
+    rounded = _losses(values, max_steps=1, output_dir=values["output_dir"] + "2")
+    assert rounded[0] == pytest.approx(exact[0], rel=0.05)
+
+
+def test_rows_without_completions_are_refused_by_rollouts_that_follow_them(values, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "S m0 v0 1"}\n')
+    values |= {"rollouts": {"kind": "replay"}, "evaluation": {"eval_steps": 1}}
+    values["rollouts"]["max_completion_length"] = 8
+    values["data"] = {"eval_file": str(path)}
+    with pytest.raises(ConfigError, match=r"data.eval_file: must have completions"):
+        open_run(parse_config(values))
+
+
+def test_a_teacherless_run_needs_no_teacher(values):
+    values |= {"teacher": None, "objective": {"kind": "token_nll"}, "rollouts": {"kind": "dataset"}}
+    values["rollouts"]["max_completion_length"] = 8
+    losses = _losses(values)
+    assert len(losses) == 4
+
+
+def test_threads_are_set(values):
+    before = torch.get_num_threads()
+    try:
+        open_run(parse_config({**values, "num_threads": 2}))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_versions_name_what_a_result_depends_on():
+    assert {"torch", "transformers", "opd_kernels", "python"} == set(versions())
