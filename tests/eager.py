@@ -33,7 +33,7 @@ def divergence(
         student, teacher = student.masked_fill(skipped, 0.0), teacher.masked_fill(skipped, 0.0)
     student_logprobs = torch.log_softmax(student / pair[0], dim=-1)
     teacher_logprobs = torch.log_softmax(teacher / pair[1], dim=-1)
-    loss = _FORMULAS[divergence.name](teacher_logprobs, student_logprobs, **divergence.params)
+    loss = _FORMULAS[divergence.name](teacher_logprobs, student_logprobs, **dict(divergence.params))
     return loss if token_weights is None else loss * token_weights.to(dtype)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mirror of csrc/include/opd/divergences.h in Triton: same ids, names, order and guards.
 
-A divergence is two scalars of one vocabulary entry, `term` and `dterm = d term / d log q`; p is the
-teacher, q the student, lp and lq their logarithms. The parameters travel as three floats:
-weight = param0 (beta or alpha), rest = 1 - param0, live = 1 - param1; see `parameters`.
+A divergence is two scalars of one vocabulary entry, `term` and `dterm = d term / d log q`. An entry
+is (p, q, gap): teacher, student, and log q - log p formed from the logits themselves. Parameters
+travel as three floats: weight = param0 (beta or alpha), rest = 1 - param0, live = 1 - param1.
 """
 
 from __future__ import annotations
@@ -30,34 +30,53 @@ def parameters(param0: float, param1: float) -> tuple[float, float, float]:
 
 
 @triton.jit
-def forward_kl_term(lp, lq, p, q, weight, rest, live):
-    return bregman(p, q, lq - lp)
+def _larger(p, q, gap):
+    return tl.where(gap <= 0.0, p, q)
 
 
 @triton.jit
-def forward_kl_dterm(lp, lq, p, q, weight, rest, live):
-    return q - p
+def _negative_gap(gap):
+    """-|gap|; NaN if p = q = 0, where callers look at _larger first."""
+    return tl.where(gap <= 0.0, gap, -gap)
 
 
 @triton.jit
-def reverse_kl_term(lp, lq, p, q, weight, rest, live):
-    return bregman(q, p, lp - lq)
+def _student_minus_teacher(p, q, gap):
+    """q - p, with the relative accuracy of gap."""
+    larger = _larger(p, q, gap)
+    difference = larger * expm1_nonpositive(_negative_gap(gap))
+    return tl.where(larger == 0.0, 0.0, tl.where(gap <= 0.0, difference, -difference))
 
 
 @triton.jit
-def reverse_kl_dterm(lp, lq, p, q, weight, rest, live):
-    return tl.where(q == 0.0, 0.0, q * (lq - lp))
+def forward_kl_term(p, q, gap, weight, rest, live):
+    return bregman(p, q, gap)
 
 
 @triton.jit
-def _mixture(lp, lq, p, q, teacher_weight, student_weight):
+def forward_kl_dterm(p, q, gap, weight, rest, live):
+    return _student_minus_teacher(p, q, gap)
+
+
+@triton.jit
+def reverse_kl_term(p, q, gap, weight, rest, live):
+    return bregman(q, p, -gap)
+
+
+@triton.jit
+def reverse_kl_dterm(p, q, gap, weight, rest, live):
+    return tl.where(q == 0.0, 0.0, q * gap)
+
+
+@triton.jit
+def _mixture(p, q, gap, teacher_weight, student_weight):
     """m = teacher_weight p + student_weight q as (m, log m - lp, log m - lq)."""
-    teacher_larger = lp >= lq
-    gap = tl.where(teacher_larger, lq - lp, lp - lq)
+    teacher_larger = gap <= 0.0
+    negative_gap = _negative_gap(gap)
     keep = tl.where(teacher_larger, teacher_weight, student_weight)
     weight = tl.where(teacher_larger, student_weight, teacher_weight)
-    from_larger = log_mix(expm1_nonpositive(gap), keep, weight)
-    from_smaller = from_larger - gap
+    from_larger = log_mix(expm1_nonpositive(negative_gap), keep, weight)
+    from_smaller = from_larger - negative_gap
     m = teacher_weight * p + student_weight * q
     lm_lp = tl.where(teacher_larger, from_larger, from_smaller)
     lm_lq = tl.where(teacher_larger, from_smaller, from_larger)
@@ -65,87 +84,85 @@ def _mixture(lp, lq, p, q, teacher_weight, student_weight):
 
 
 @triton.jit
-def jsd_term(lp, lq, p, q, weight, rest, live):
-    m, lm_lp, lm_lq = _mixture(lp, lq, p, q, weight, rest)
+def jsd_term(p, q, gap, weight, rest, live):
+    m, lm_lp, lm_lq = _mixture(p, q, gap, weight, rest)
     return weight * bregman(p, m, lm_lp) + rest * bregman(q, m, lm_lq)
 
 
 @triton.jit
-def jsd_dterm(lp, lq, p, q, weight, rest, live):
-    _, _, lm_lq = _mixture(lp, lq, p, q, weight, rest)
+def jsd_dterm(p, q, gap, weight, rest, live):
+    _, _, lm_lq = _mixture(p, q, gap, weight, rest)
     return tl.where(q == 0.0, 0.0, -rest * q * lm_lq)
 
 
 @triton.jit
-def skew_forward_kl_term(lp, lq, p, q, weight, rest, live):
-    m, lm_lp, _ = _mixture(lp, lq, p, q, weight, rest)
+def skew_forward_kl_term(p, q, gap, weight, rest, live):
+    m, lm_lp, _ = _mixture(p, q, gap, weight, rest)
     return bregman(p, m, lm_lp)
 
 
 @triton.jit
-def skew_forward_kl_dterm(lp, lq, p, q, weight, rest, live):
+def skew_forward_kl_dterm(p, q, gap, weight, rest, live):
     m = weight * p + rest * q
-    # 1 - p/m = rest (q - p) / m: no cancellation beyond that of q - p itself
-    return tl.where(q == 0.0, 0.0, rest * q * (rest * (q - p) / m))
+    # 1 - p/m = rest (q - p) / m, where q - p does not cancel
+    difference = _student_minus_teacher(p, q, gap)
+    return tl.where(q == 0.0, 0.0, rest * q * (rest * difference / m))
 
 
 @triton.jit
-def skew_reverse_kl_term(lp, lq, p, q, weight, rest, live):
-    m, _, lm_lq = _mixture(lp, lq, p, q, rest, weight)
+def skew_reverse_kl_term(p, q, gap, weight, rest, live):
+    m, _, lm_lq = _mixture(p, q, gap, rest, weight)
     return bregman(q, m, lm_lq)
 
 
 @triton.jit
-def skew_reverse_kl_dterm(lp, lq, p, q, weight, rest, live):
-    m, _, lm_lq = _mixture(lp, lq, p, q, rest, weight)
-    through_mixture = live * weight * (rest * (p - q) / m)
+def skew_reverse_kl_dterm(p, q, gap, weight, rest, live):
+    m, _, lm_lq = _mixture(p, q, gap, rest, weight)
+    through_mixture = live * weight * (-rest * _student_minus_teacher(p, q, gap) / m)
     return tl.where(q == 0.0, 0.0, q * (through_mixture - lm_lq))
 
 
 @triton.jit
-def total_variation_term(lp, lq, p, q, weight, rest, live):
-    teacher_larger = lp >= lq
-    gap = tl.where(teacher_larger, lq - lp, lp - lq)
-    larger = tl.where(teacher_larger, p, q)
-    return tl.where(larger == 0.0, 0.0, -0.5 * larger * expm1_nonpositive(gap))
+def total_variation_term(p, q, gap, weight, rest, live):
+    return 0.5 * tl.abs(_student_minus_teacher(p, q, gap))
 
 
 @triton.jit
-def total_variation_dterm(lp, lq, p, q, weight, rest, live):
-    sign = tl.where(lq > lp, 0.5, -0.5)
-    return q * tl.where(lq == lp, 0.0, sign)
+def total_variation_dterm(p, q, gap, weight, rest, live):
+    sign = tl.where(gap > 0.0, 0.5, -0.5)
+    return q * tl.where(gap == 0.0, 0.0, sign)
 
 
 @triton.jit
-def divergence_term(lp, lq, p, q, weight, rest, live, DIVERGENCE: tl.constexpr):
+def divergence_term(p, q, gap, weight, rest, live, DIVERGENCE: tl.constexpr):
     """term of the divergence with this id."""
     tl.static_assert(DIVERGENCE >= 0 and DIVERGENCE <= 5)
     if DIVERGENCE == 0:
-        return forward_kl_term(lp, lq, p, q, weight, rest, live)
+        return forward_kl_term(p, q, gap, weight, rest, live)
     elif DIVERGENCE == 1:
-        return reverse_kl_term(lp, lq, p, q, weight, rest, live)
+        return reverse_kl_term(p, q, gap, weight, rest, live)
     elif DIVERGENCE == 2:
-        return jsd_term(lp, lq, p, q, weight, rest, live)
+        return jsd_term(p, q, gap, weight, rest, live)
     elif DIVERGENCE == 3:
-        return skew_forward_kl_term(lp, lq, p, q, weight, rest, live)
+        return skew_forward_kl_term(p, q, gap, weight, rest, live)
     elif DIVERGENCE == 4:
-        return skew_reverse_kl_term(lp, lq, p, q, weight, rest, live)
+        return skew_reverse_kl_term(p, q, gap, weight, rest, live)
     else:
-        return total_variation_term(lp, lq, p, q, weight, rest, live)
+        return total_variation_term(p, q, gap, weight, rest, live)
 
 
 @triton.jit
-def divergence_dterm(lp, lq, p, q, weight, rest, live, DIVERGENCE: tl.constexpr):
+def divergence_dterm(p, q, gap, weight, rest, live, DIVERGENCE: tl.constexpr):
     """dterm of the divergence with this id."""
     if DIVERGENCE == 0:
-        return forward_kl_dterm(lp, lq, p, q, weight, rest, live)
+        return forward_kl_dterm(p, q, gap, weight, rest, live)
     elif DIVERGENCE == 1:
-        return reverse_kl_dterm(lp, lq, p, q, weight, rest, live)
+        return reverse_kl_dterm(p, q, gap, weight, rest, live)
     elif DIVERGENCE == 2:
-        return jsd_dterm(lp, lq, p, q, weight, rest, live)
+        return jsd_dterm(p, q, gap, weight, rest, live)
     elif DIVERGENCE == 3:
-        return skew_forward_kl_dterm(lp, lq, p, q, weight, rest, live)
+        return skew_forward_kl_dterm(p, q, gap, weight, rest, live)
     elif DIVERGENCE == 4:
-        return skew_reverse_kl_dterm(lp, lq, p, q, weight, rest, live)
+        return skew_reverse_kl_dterm(p, q, gap, weight, rest, live)
     else:
-        return total_variation_dterm(lp, lq, p, q, weight, rest, live)
+        return total_variation_dterm(p, q, gap, weight, rest, live)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-
 import triton
 import triton.language as tl
 

@@ -8,10 +8,9 @@ with the gradient in place); sums in BLOCK_V float32 lanes, so results do not de
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._divergences import (
     divergence_dterm,
@@ -31,9 +30,10 @@ def _load_entry(
     student_row_ptr, teacher_row_ptr, columns, vocab_size, student_temperature,
     teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
-    """(lp, lq, p, q) of a block of columns."""
+    """(lp, lq, p, q, gap) of a block of columns."""
     student_high, student_low = split(student_lse)
     teacher_high, teacher_low = split(teacher_lse)
+    gap_high, gap_low = split(student_lse - teacher_lse)
     student = load_logits(
         student_row_ptr, columns, vocab_size, student_temperature, HAS_TEMPERATURE
     )
@@ -42,7 +42,8 @@ def _load_entry(
     )
     lq = (student - student_high) - student_low
     lp = (teacher - teacher_high) - teacher_low
-    return lp, lq, exp(lp), exp(lq)
+    gap = ((student - teacher) - gap_high) - gap_low
+    return lp, lq, exp(lp), exp(lq), gap
 
 
 @triton.jit
@@ -69,14 +70,14 @@ def _row_statistics(
     forward_kl = tl.zeros((BLOCK_V,), tl.float32)
     reverse_kl = tl.zeros((BLOCK_V,), tl.float32)
     for begin in range(0, vocab_size, BLOCK_V):
-        lp, lq, p, q = _load_entry(
+        lp, lq, p, q, gap = _load_entry(
             student_row_ptr, teacher_row_ptr, begin + lanes, vocab_size, student_temperature,
             teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
         )  # fmt: skip
         student_entropy -= tl.where(q == 0.0, 0.0, q * lq)
         teacher_entropy -= tl.where(p == 0.0, 0.0, p * lp)
-        forward_kl += forward_kl_term(lp, lq, p, q, 0.0, 0.0, 0.0)
-        reverse_kl += reverse_kl_term(lp, lq, p, q, 0.0, 0.0, 0.0)
+        forward_kl += forward_kl_term(p, q, gap, 0.0, 0.0, 0.0)
+        reverse_kl += reverse_kl_term(p, q, gap, 0.0, 0.0, 0.0)
     return (
         tl.sum(student_entropy, 0),
         tl.sum(teacher_entropy, 0),
@@ -117,12 +118,12 @@ def _divergence_fwd_kernel(
         term_sum = tl.zeros((BLOCK_V,), tl.float32)
         dterm_sum = tl.zeros((BLOCK_V,), tl.float32)
         for begin in range(0, vocab_size, BLOCK_V):
-            lp, lq, p, q = _load_entry(
+            _, _, p, q, gap = _load_entry(
                 student_row_ptr, teacher_row_ptr, begin + lanes, vocab_size, student_temperature,
                 teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
             )  # fmt: skip
-            term_sum += divergence_term(lp, lq, p, q, weight, rest, live, DIVERGENCE)
-            dterm_sum += divergence_dterm(lp, lq, p, q, weight, rest, live, DIVERGENCE)
+            term_sum += divergence_term(p, q, gap, weight, rest, live, DIVERGENCE)
+            dterm_sum += divergence_dterm(p, q, gap, weight, rest, live, DIVERGENCE)
         tl.store(loss_ptr + row, token_weight * tl.sum(term_sum, 0))
         tl.store(grad_sum_ptr + row, tl.sum(dterm_sum, 0))
         tl.store(student_lse_ptr + row, student_lse)
@@ -162,11 +163,11 @@ def _divergence_bwd_kernel(
     lanes = tl.arange(0, BLOCK_V)
     for begin in range(0, grad_width, BLOCK_V):
         columns = begin + lanes
-        lp, lq, p, q = _load_entry(
+        _, _, p, q, gap = _load_entry(
             student_row_ptr, teacher_row_ptr, columns, readable, student_temperature,
             teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
         )  # fmt: skip
-        dterm = divergence_dterm(lp, lq, p, q, weight, rest, live, DIVERGENCE)
+        dterm = divergence_dterm(p, q, gap, weight, rest, live, DIVERGENCE)
         gradient = tl.where(columns < readable, scale * (dterm - q * grad_sum), 0.0)
         gradient = gradient.to(grad_student_logits_ptr.dtype.element_ty)
         tl.store(grad_row_ptr + columns, gradient, mask=columns < grad_width)
@@ -215,12 +216,12 @@ def _divergence_fwd_grad_kernel(
         dterm_sum = tl.zeros((BLOCK_V,), tl.float32)
         for begin in range(0, vocab_size, BLOCK_V):
             columns = begin + lanes
-            lp, lq, p, q = _load_entry(
+            _, _, p, q, gap = _load_entry(
                 student_row_ptr, teacher_row_ptr, columns, vocab_size, student_temperature,
                 teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
             )  # fmt: skip
-            term_sum += divergence_term(lp, lq, p, q, weight, rest, live, DIVERGENCE)
-            dterm = divergence_dterm(lp, lq, p, q, weight, rest, live, DIVERGENCE)
+            term_sum += divergence_term(p, q, gap, weight, rest, live, DIVERGENCE)
+            dterm = divergence_dterm(p, q, gap, weight, rest, live, DIVERGENCE)
             dterm_sum += dterm
             tl.store(student_row_ptr + columns, dterm, mask=columns < vocab_size)
             tl.store(teacher_row_ptr + columns, q, mask=columns < vocab_size)

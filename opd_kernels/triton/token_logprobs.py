@@ -8,10 +8,9 @@ g_entropy H and c1 = -g_entropy: dz_v = (q_v (c0 + c1 log q_v) + g_logprob 1[v =
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._math import exp
 from ._rows import launch, load_logits, row_lse, split, tile
