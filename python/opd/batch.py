@@ -85,6 +85,8 @@ class Batch:
         token_ids: [T] int64.
         segment_ends: [B] int64, the end of each trajectory's tokens within T.
         behaviour_logprobs: [T] float32, or None when a trajectory has none.
+        num_input_tokens: tokens that a model reads, padding excluded; a plain number, so that
+            counting them does not wait for a GPU.
     """
 
     input_ids: Tensor
@@ -94,16 +96,12 @@ class Batch:
     token_ids: Tensor
     segment_ends: Tensor
     behaviour_logprobs: Tensor | None
+    num_input_tokens: int
 
     @property
     def num_tokens(self) -> int:
         """Trained tokens, T."""
         return len(self.token_ids)
-
-    @property
-    def num_input_tokens(self) -> int:
-        """Tokens that a model reads, padding excluded."""
-        return int(self.attention_mask.sum())
 
 
 class Law:
@@ -192,6 +190,7 @@ def collate(
         token_ids=input_ids.flatten()[flat].to(device),
         segment_ends=predicted.sum(1).cumsum(0),
         behaviour_logprobs=None if behaviour is None else behaviour.flatten()[flat].to(device),
+        num_input_tokens=sum(len(trajectory.ids) for trajectory in trajectories),
     )
 
 

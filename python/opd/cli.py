@@ -80,8 +80,9 @@ def _train(options: argparse.Namespace) -> int:
     try:
         result = train(config, quiet=options.quiet)
     except Interrupted as stop:
+        saved = f"saved {config.output_dir}/checkpoint-{stop.step}, run again to go on"
         print(
-            f"stopped after step {stop.step}; saved {stop.checkpoint}, run again to go on",
+            f"stopped after step {stop.step}; {saved if stop.step else 'nothing to save yet'}",
             file=sys.stderr,
         )
         return 128 + stop.signum

@@ -98,6 +98,11 @@ class TrainConfig(OptimConfig):
                 f"rollouts.kind: must be 'hf' for objective.kind {objective.kind!r}, which needs "
                 f"the sampler's log-probabilities of every token, got {rollouts.kind!r}"
             )
+        if objective.needs_behaviour_logprobs and objective.temperature != rollouts.temperature:
+            raise ValueError(
+                f"objective.temperature: must equal rollouts.temperature {rollouts.temperature}, "
+                f"at which the completions are sampled, got {objective.temperature}"
+            )
         is_followed = self.evaluation is not None and self.evaluation.eval_steps is not None
         if rollouts.needs_evaluation and not is_followed:
             raise ValueError(

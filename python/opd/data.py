@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ class TaskConfig(Section):
 
 
 class DataConfig(Section):
-    """JSON-lines files. A row has `prompt` (text) or `messages` (a chat), and optionally
-    `completion`, `completion_mask` (one 0 or 1 per completion token) and `answer`.
+    """JSON-lines files. A row has `prompt` (text, or a chat) or `messages` (a chat, whose last
+    assistant turn is the completion), and optionally `completion`, `completion_mask` (one 0 or 1
+    per completion token) and `answer`.
 
     Attributes:
         train_file: training rows; with a task, in place of the task's own.
@@ -104,7 +106,17 @@ def training_rows(
         return read_rows(data.train_file, "data.train_file")
     assert task is not None
     make = task.load().expert_rows if with_completions else task.load().rows
-    return make(task.num_rows, seed=task.seed, lengths=task.lengths)
+    with task_errors("task.lengths"):
+        return make(task.num_rows, seed=task.seed, lengths=task.lengths)
+
+
+@contextmanager
+def task_errors(key: str) -> Iterator[None]:
+    """What a task does not accept is the configuration's fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def read_rows(path: str, key: str) -> list[dict[str, Any]]:
@@ -180,19 +192,38 @@ def tokenize_rows(
 def _encode(
     row: Mapping[str, Any], tokenizer: Any, add_special_tokens: bool, where: str
 ) -> tuple[list[int], str | None]:
-    if "messages" not in row:
-        ids = tokenizer(row["prompt"], add_special_tokens=add_special_tokens)["input_ids"]
-        if not ids:
-            raise ConfigError(f"{where}: its prompt has no tokens, a model cannot continue nothing")
-        return ids, row.get("completion")
-    messages = list(row["messages"])
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ConfigError(f"{where}: has messages, but the student's tokenizer no chat template")
-    completion = row.get("completion")
-    if messages and messages[-1].get("role") == "assistant":
-        completion = messages.pop()["content"]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"], completion
+    """The prompt's ids, and the completion's text if there is one."""
+    prompt, completion = row.get("messages", row.get("prompt")), row.get("completion")
+    if isinstance(completion, list):
+        completion = _content(completion[-1:], where)
+    if isinstance(prompt, list):
+        prompt, turn = _split_chat(prompt)
+        completion = completion if turn is None else _content([turn], where)
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ConfigError(f"{where}: is a chat, but the tokenizer has no chat template")
+        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        # the template writes the special tokens itself
+        add_special_tokens = False
+    if not isinstance(prompt, str):
+        raise ConfigError(f"{where}: its prompt must be text or a chat, got {prompt!r}")
+    ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+    if not ids:
+        raise ConfigError(f"{where}: its prompt has no tokens, a model cannot continue nothing")
+    return ids, completion
+
+
+def _split_chat(messages: list[Any]) -> tuple[list[Any], Any]:
+    """The turns before a last assistant turn, and that turn or None."""
+    last = messages[-1] if messages else None
+    if isinstance(last, dict) and last.get("role") == "assistant":
+        return messages[:-1], last
+    return messages, None
+
+
+def _content(turns: list[Any], where: str) -> str:
+    if turns and isinstance(turns[0], dict) and isinstance(turns[0].get("content"), str):
+        return turns[0]["content"]
+    raise ConfigError(f"{where}: its completion must be text, or a chat turn with a content")
 
 
 def _complete(

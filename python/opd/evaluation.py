@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
 import opd_kernels as opk
 from opd.batch import Prompt, Trajectory, collate
-from opd.data import DataConfig, TaskConfig, read_rows, tokenize_rows
+from opd.data import DataConfig, TaskConfig, read_rows, task_errors, tokenize_rows
 from opd.rollouts import DatasetRollouts, Sampling, sample
 from opd.schema import ConfigError, Section
 
@@ -39,7 +39,7 @@ class EvaluationConfig(Section):
     eval_steps: int | None = Field(None, ge=1)
     num_prompts: int = Field(128, ge=1)
     lengths: list[int] | None = None
-    temperature: list[float] = Field([1.0, 0.0], min_length=1)
+    temperature: list[Annotated[float, Field(ge=0)]] = Field([1.0, 0.0], min_length=1)
     max_completion_length: int | None = Field(None, ge=1)
     batch_size: int = Field(256, ge=1)
     num_samples: int = Field(8, ge=0)
@@ -103,8 +103,9 @@ def load_held_out(
     for length in config.lengths or [None]:
         # as far as the mixed rows go, the task's own lengths are drawn from
         among = task.lengths if length is None else [length]
-        rows += maker.rows(config.num_prompts, seed=seed, lengths=among)
-        expert += maker.expert_rows(config.num_prompts, seed=seed + 1, lengths=among)
+        with task_errors("evaluation.lengths" if length is not None else "task.lengths"):
+            rows += maker.rows(config.num_prompts, seed=seed, lengths=among)
+            expert += maker.expert_rows(config.num_prompts, seed=seed + 1, lengths=among)
         lengths += [length] * config.num_prompts
     return HeldOut(
         prompts=tokenize_rows(rows, tokenizer, add_special_tokens=False),

@@ -105,7 +105,8 @@ class MetricsWriter:
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge_step = step + 1 if step else None
+            # at step 0 all that a killed run may have left goes
+            purge_step = step + 1 if step else 0
             self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -64,8 +64,8 @@ def _sentence(item: Any, root: type[BaseModel]) -> str:
     kind = item["type"]
     if kind == "extra_forbidden":
         names = [*parent.model_fields] if parent else []
-        hint = did_you_mean(item["loc"][-1], names) or f", the keys are {', '.join(sorted(names))}"
-        return f"{path}: unknown key{hint}"
+        hint = did_you_mean(item["loc"][-1], names) or _elsewhere(path, root)
+        return f"{path}: unknown key{hint or ', the keys are ' + ', '.join(sorted(names))}"
     if kind == "missing":
         return f"{path}: is required"
     if kind == "union_tag_not_found":
@@ -88,6 +88,16 @@ def _sentence(item: Any, root: type[BaseModel]) -> str:
     if requirement:
         return f"{path}: {requirement}, got {got!r}"
     return f"{path}: {item['msg'][0].lower()}{item['msg'][1:]}, got {got!r}"
+
+
+def _elsewhere(key: str, root: type[BaseModel]) -> str:
+    """`, did you mean 'section.key'?` for a key of a section that stands outside of it."""
+    found = [
+        f"{name}.{key}"
+        for name, field in root.model_fields.items()
+        if any(key in section.model_fields for section in _sections(field.annotation))
+    ]
+    return f", did you mean {found[0]!r}?" if found else ""
 
 
 def _locate(

@@ -21,13 +21,12 @@ from opd.progress import Display
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; `checkpoint` was saved after the step in progress."""
+    """A signal asked the run to stop; it is saved as of `step`, unless that is 0."""
 
-    def __init__(self, signum: int, step: int, checkpoint: Path) -> None:
-        super().__init__(signum, step, checkpoint)
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(signum, step)
         self.signum = signum
         self.step = step
-        self.checkpoint = checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +99,11 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             if _is_due(run.step, config.save_steps):
                 checkpoint = run.save()
         writer.close()
-        is_on_disk = checkpoint is not None or run.step == resumed_at > 0
-        if not is_on_disk:
+        # before the first step there is nothing to save, and after none there is nothing new
+        if checkpoint is None and run.step > resumed_at:
             run.save()
     if stop:
-        raise Interrupted(stop[0], run.step, run.output_dir / f"checkpoint-{run.step}")
+        raise Interrupted(stop[0], run.step)
     if "html" in config.report_to:
         from opd.report import write_report
 

@@ -81,8 +81,31 @@ def test_messages_go_through_the_chat_template(tokenizer, monkeypatch):
     assert tokenizer.decode(prompt.completion_ids) == "v1 0 E"
 
 
+def test_trls_chat_prompt_and_completion(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    row = {
+        "prompt": [{"role": "user", "content": "m0 v0 1"}],
+        "completion": [{"role": "assistant", "content": "v1 0"}],
+    }
+    prompt = tokenize_rows([row], tokenizer, add_special_tokens=True)[0]
+    assert tokenizer.decode(prompt.ids) == "S m0 v0 1"
+    assert tokenizer.decode(prompt.completion_ids) == "v1 0 E"
+
+
+@pytest.mark.parametrize("row", [{"prompt": 3}, {"prompt": "S", "completion": [{"role": "x"}]}])
+def test_a_row_of_the_wrong_type_is_one_sentence(tokenizer, row):
+    with pytest.raises(ConfigError, match=r"row 1: its .* must be text"):
+        tokenize_rows([row], tokenizer, add_special_tokens=False)
+
+
+def test_lengths_that_the_task_does_not_have_are_one_sentence():
+    task = TaskConfig(kind="chain_repair", lengths=[99])
+    with pytest.raises(ConfigError, match=r"task.lengths: .*99"):
+        training_rows(task, DataConfig(), with_completions=False)
+
+
 def test_messages_without_a_template_are_an_error(tokenizer):
-    with pytest.raises(ConfigError, match="row 1: has messages"):
+    with pytest.raises(ConfigError, match="row 1: is a chat, but"):
         tokenize_rows([{"messages": []}], tokenizer, add_special_tokens=False)
 
 

@@ -31,6 +31,10 @@ def _error(values):
             {"required": 1, "inner": {"zzz": 1}},
             "file.yaml: inner.zzz: unknown key, the keys are name, width",
         ),
+        (
+            {"required": 1, "width": 2},
+            "file.yaml: width: unknown key, did you mean 'inner.width'?",
+        ),
         ({}, "file.yaml: required: is required"),
         ({"required": "x"}, "file.yaml: required: must be a number, got 'x'"),
         ({"required": 1, "inner": 3}, "file.yaml: inner: must be a mapping, got 3"),

@@ -242,7 +242,7 @@ def test_sigint_saves_after_the_step_and_the_rerun_goes_on(values, tmp_path, mon
     with pytest.raises(Interrupted) as stop:
         _run(values)
     assert (stop.value.signum, stop.value.step) == (signal.SIGINT, 2)
-    assert stop.value.checkpoint.is_dir()
+    assert (Path(values["output_dir"]) / "checkpoint-2").is_dir()
     assert _weights(_run(values)) == _weights(whole)
 
 

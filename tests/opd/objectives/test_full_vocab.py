@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from opd.batch import collate, collate_step
+from opd.batch import Law, collate, collate_step
 from opd.objectives import FullVocab
 from opd.teachers import LocalTeacher
 
@@ -118,6 +119,29 @@ def test_tokens_that_are_masked_do_not_matter_unless_something_follows(
         losses.append(_loss(FullVocab(), student, teacher, [batch], batch.num_tokens))
     assert losses[0][0] == losses[1][0]
     assert torch.equal(losses[0][1], losses[1][1])
+
+
+def test_workspace_does_not_change_the_loss(student, teacher, batch):
+    found = []
+    for workspace_bytes in (1 << 16, 1 << 30):
+        student.workspace_bytes = workspace_bytes
+        found.append(_loss(FullVocab(), student, teacher, [batch], batch.num_tokens))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradient_is_that_of_finite_differences(divergence):
+    generator = torch.Generator().manual_seed(3)
+    head, other = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
+    hidden = torch.randn(2, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    teacher = Law(lambda: hidden.detach() * 0.5 + 0.1, other)
+    batch = SimpleNamespace(num_tokens=2)
+
+    def loss(hidden, head):
+        return FullVocab(divergence=divergence)(Law(lambda: hidden, head), teacher, batch, 2).loss
+
+    assert torch.autograd.gradcheck(loss, (hidden, head.requires_grad_()))
 
 
 def test_a_batch_without_trained_tokens_has_zero_loss_and_gradient(student, teacher, trajectories):

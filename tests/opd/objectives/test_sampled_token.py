@@ -24,6 +24,7 @@ def _token_batch(token_ids, behaviour_logprobs):
         token_ids=token_ids,
         segment_ends=torch.tensor([num_tokens]),
         behaviour_logprobs=behaviour_logprobs,
+        num_input_tokens=num_tokens + 1,
     )
 
 
