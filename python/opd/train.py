@@ -55,14 +55,13 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     run = open_run(config)
     writer = MetricsWriter(run.output_dir, config.report_to, step=run.step)
     clock, meter = Clock(run.student.device), Meter()
-    resumed_at, checkpoint = run.step, None
-    evaluated: dict[str, float] = {}
     with Display(config.max_steps, step=run.step, quiet=quiet) as display, _stop_signals() as stop:
-        if run.step:
+        if run.step == 0:
+            evaluated = _evaluate(run, writer, display)
+        else:
             display.say(f"resuming {run.output_dir} at step {run.step}")
             evaluated = last_evaluation(run.output_dir)
-        else:
-            evaluated = _evaluate(run, writer, display)
+        saved_step = run.step
         while run.step < config.max_steps and not stop:
             with clock("rollout"):
                 prompts = run.data.take(run.step, config.num_prompts)
@@ -76,12 +75,10 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             signals: list[Signal] = []
             for batch in batches:
                 with clock("teacher"):
-                    teacher_law = _judge(run, batch)
+                    taught = _judge(run, batch)
                 with clock("student"):
-                    student_law = run.student.law(batch)
-                    signals.append(
-                        config.objective(student_law, teacher_law, batch, max(1, num_step_tokens))
-                    )
+                    law = run.student.law(batch)
+                    signals.append(config.objective(law, taught, batch, max(1, num_step_tokens)))
                     signals[-1].loss.backward()
             with clock("optim"):
                 grad_norm = apply_gradients(run.optimizer, run.step, config)
@@ -91,17 +88,20 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             _account(run, trajectories, batches, clock, meter)
             run.step += 1
 
-            is_last, checkpoint = run.step == config.max_steps, None
+            is_last = run.step == config.max_steps
             is_logged = is_last or _is_due(run.step, config.logging_steps)
             display.step(run.step, _log(run, writer, meter) if is_logged else {})
             if is_last or (config.evaluation and _is_due(run.step, config.evaluation.eval_steps)):
                 evaluated = _evaluate(run, writer, display)
-            if _is_due(run.step, config.save_steps):
-                checkpoint = run.save()
-        writer.close()
-        # before the first step there is nothing to save, and after none there is nothing new
-        if checkpoint is None and run.step > resumed_at:
+            if is_last or stop or _is_due(run.step, config.save_steps):
+                display.phase("save")
+                run.save()
+                saved_step = run.step
+                display.phase("train")
+        # a signal may have come after the last look at it
+        if run.step > saved_step:
             run.save()
+        writer.close()
     if stop:
         raise Interrupted(stop[0], run.step)
     if "html" in config.report_to:
