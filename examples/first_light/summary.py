@@ -113,9 +113,10 @@ def mean(results: Results, arm: str, name: str) -> float:
 
 
 def spread(results: Results, arm: str, name: str) -> float:
-    """Standard deviation over the seeds, NaN for one."""
+    """Standard deviation over the seeds, NaN for one seed or for what an arm does not have."""
     values = [seed[name] for seed in results[arm]]
-    return statistics.stdev(values) if len(values) > 1 else math.nan
+    has_spread = len(values) > 1 and not any(map(math.isnan, values))
+    return statistics.stdev(values) if has_spread else math.nan
 
 
 def tables(results: Results) -> list[str]:
@@ -179,19 +180,21 @@ def draw(results: Results, path: Path) -> None:
     left.set_title("Accuracy, sampling at temperature 1", loc="left", fontsize=11)
     left.legend(frameon=False, fontsize=8, loc="lower left")
     students = [arm for arm in results if arm != "teacher"]
-    for offset, (states, shade) in enumerate((("teacher", "0.75"), ("student", "0.35"))):
-        right.barh(
-            [i + 0.2 - 0.4 * offset for i in range(len(students))],
-            [mean(results, arm, f"{states}_states/reverse_kl") for arm in reversed(students)],
-            height=0.38,
-            color=shade,
-            label=f"on the {states}'s states",
-        )
+    for place, arm in enumerate(reversed(students)):
+        ends = [mean(results, arm, f"{who}_states/reverse_kl") for who in ("teacher", "student")]
+        color = STYLES[arm]["color"]
+        right.plot(ends, [place, place], color=color, linewidth=1.5, zorder=1)
+        right.scatter(ends[0], place, s=42, facecolor="white", edgecolor=color, zorder=2)
+        right.scatter(ends[1], place, s=42, color=color, zorder=2)
+    # two empty ones that carry the legend in a neutral color
+    right.scatter([], [], s=42, facecolor="white", edgecolor="0.3", label="on the teacher's states")
+    right.scatter([], [], s=42, color="0.3", label="on the student's own states")
     right.set_yticks(range(len(students)), [LABELS[arm] for arm in reversed(students)], fontsize=8)
+    right.set_ylim(-1.6, len(students) - 0.4)
     right.set_xscale("log")
     right.set(xlabel="KL(student || teacher), nats per token")
     right.set_title("Distance to the teacher", loc="left", fontsize=11)
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="lower right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
