@@ -117,7 +117,7 @@ def open_run(config: TrainConfig) -> Run:
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     # last, so that nothing above can move the random numbers
-    torch.manual_seed(config.seed)
+    ckpt.seed_everything(config.seed)
     if resumed is not None:
         run.step = resumed.state["step"]
         run.ledger = Ledger(**resumed.state["ledger"])
@@ -145,15 +145,16 @@ def find_checkpoint(config: TrainConfig) -> ckpt.Checkpoint | None:
     """
     wanted, root = config.resume_from_checkpoint, Path(config.output_dir)
     if wanted == "none":
-        aside = ckpt.set_aside(root, _RUN_FILES) if root.is_dir() else None
-        if aside is not None:
-            _log.warning("moved the earlier run to %s", aside)
+        _tell(ckpt.set_aside(root, _RUN_FILES))
         return None
     if wanted != "auto":
         try:
-            return ckpt.load_checkpoint(wanted)
+            found = ckpt.load_checkpoint(wanted)
         except ConfigError as error:
             raise ConfigError(f"resume_from_checkpoint: {error}") from None
+        # later ones are of a run that this one now departs from
+        _tell(ckpt.set_aside(root, after_step=found.state["step"]))
+        return found
     if root.is_dir():
         ckpt.remove_leftovers(root)
     newest = ckpt.newest_checkpoint(root)
@@ -168,6 +169,11 @@ def find_checkpoint(config: TrainConfig) -> ckpt.Checkpoint | None:
             f"resume_from_checkpoint={newest} to go on from it all the same"
         )
     return found
+
+
+def _tell(aside: Path | None) -> None:
+    if aside is not None:
+        _log.warning("moved what an earlier run left to %s", aside)
 
 
 def load_run_tokenizer(config: TrainConfig) -> Any:

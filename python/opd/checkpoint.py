@@ -13,7 +13,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 
 from opd.schema import ConfigError
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
 _PARTIAL, _TRASH = ".partial-", ".trash-"
 
 
@@ -45,11 +45,16 @@ class Checkpoint:
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [
-        (int(match[1]), path)
+        path
         for path in Path(output_dir).glob("checkpoint-*")
-        if (match := _NAME.fullmatch(path.name)) and (path / "state.json").is_file()
+        if _NAME.fullmatch(path.name) and (path / "state.json").is_file()
     ]
-    return [path for _, path in sorted(found)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The N of checkpoint-N."""
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
@@ -132,9 +137,10 @@ def remove_leftovers(root: Path) -> None:
         path.rename(target) if is_only_copy else shutil.rmtree(path)
 
 
-def set_aside(root: Path, names: list[str]) -> Path | None:
-    """Move what an earlier run left under these names, and its checkpoints, into `previous-K/`."""
-    found = [root / name for name in names if (root / name).exists()] + list_checkpoints(root)
+def set_aside(root: Path, names: Sequence[str] = (), *, after_step: int = -1) -> Path | None:
+    """Move files of these names, and checkpoints after a step, into `root/previous-K/`."""
+    found = [root / name for name in names if (root / name).exists()]
+    found += [path for path in list_checkpoints(root) if checkpoint_step(path) > after_step]
     if not found:
         return None
     number = 1
@@ -145,6 +151,13 @@ def set_aside(root: Path, names: list[str]) -> Path | None:
     for path in found:
         path.rename(aside / path.name)
     return aside
+
+
+def seed_everything(seed: int) -> None:
+    """Start every random number generator from a seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:

@@ -34,7 +34,8 @@ class ModelSource(Section):
             of an earlier run (its newest checkpoint is taken), or `builtin:chain_repair_teacher`.
         config: for random weights, when there is no model_name_or_path: `model_type` and what that
             type's config takes; the vocabulary and the special ids default to the tokenizer's.
-        dtype: of the weights.
+        dtype: of the weights, and of the optimizer's state for a student: in bfloat16, updates
+            below a 256th of a weight are lost.
         attn_implementation: as in transformers.
         trust_remote_code: run Python code that comes with the model.
     """

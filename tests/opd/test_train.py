@@ -226,6 +226,17 @@ def test_resuming_a_finished_run_does_nothing(values):
     assert second.checkpoint.stat().st_mtime_ns == written
 
 
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(values):
+    first = _run(values, save_steps=1)
+    older = first.output_dir / "checkpoint-2"
+    again = _run(values, resume_from_checkpoint=str(older), learning_rate=0.5)
+    aside = first.output_dir / "previous-1" / "checkpoint-4" / "model.safetensors"
+    assert _weights(again) != aside.read_bytes()
+    assert (first.output_dir / "previous-1" / "checkpoint-3").is_dir()
+    assert not (first.output_dir / "checkpoint-3").exists()
+    assert [step for step, _ in _losses(first.output_dir)] == [1, 2, 3, 4]
+
+
 def test_sigint_saves_after_the_step_and_the_rerun_goes_on(values, tmp_path, monkeypatch):
     import opd.train
 
