@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import run_arm
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).parent / "run_arm.py"
+WORKER = Path(run_arm.__file__)
 DEMO_ARMS = ("more_sft", "off_policy_reverse_kl", "on_policy_reverse_kl", "on_policy_jsd")
 FULL_ARMS = (
     "more_sft",
@@ -64,6 +65,12 @@ class Job:
     def log_path(self) -> Path:
         """What the process prints."""
         return self.root / f"{self.arm}.log"
+
+    def is_finished_before(self) -> bool:
+        """Whether an earlier run left this job's result, made with the same settings."""
+        if not run_arm.result_path(self.root, self.arm).is_file():
+            return False
+        return run_arm.read_result(self.root, self.arm, self.seed) is not None
 
     def start(self) -> None:
         """Start the process; Ctrl-C reaches only the parent, which then ends its jobs itself."""
@@ -123,7 +130,12 @@ def run_jobs(jobs: list[Job], num_slots: int, console: Console) -> None:
                 free = num_slots - sum(not job.is_done for job in running)
                 for job in jobs:
                     is_ready = job.needs is None or (job.seed, job.needs) in done
-                    if free > 0 and job.process is None and is_ready:
+                    if free <= 0 or job.process is not None or job.is_done or not is_ready:
+                        continue
+                    if job.is_finished_before():
+                        job.is_done = True
+                        display.finished(job, "done earlier")
+                    else:
                         job.start()
                         free -= 1
                 display.update()
@@ -169,7 +181,7 @@ class Board:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def finished(self, job: Job) -> None:
+    def finished(self, job: Job, how: str = "done") -> None:
         """A line that stays."""
         if job.name in self._bars:
             self._progress.remove_task(self._bars.pop(job.name))
@@ -177,7 +189,7 @@ class Board:
         self._progress.update(self._total, completed=num_done)
         seconds = time.monotonic() - self._start
         self._console.print(
-            f"[{seconds:4.0f} s] {num_done}/{len(self._jobs)} {job.name}: done", markup=False
+            f"[{seconds:4.0f} s] {num_done}/{len(self._jobs)} {job.name}: {how}", markup=False
         )
 
     def update(self) -> None:

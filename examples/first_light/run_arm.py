@@ -74,6 +74,17 @@ def read_result(root: Path, arm: str, seed: int) -> dict[str, Any] | None:
     return result if result["key"] == job_key(root, arm, seed) else None
 
 
+def key_path(root: Path, arm: str) -> Path:
+    """The file that names the job an unfinished directory belongs to."""
+    return arm_dir(root, arm) / "job_key"
+
+
+def is_stale(root: Path, arm: str, seed: int) -> bool:
+    """Whether what lies there was begun with other settings or inputs."""
+    path = key_path(root, arm)
+    return path.is_file() and path.read_text(encoding="utf-8") != job_key(root, arm, seed)
+
+
 def write_traces(root: Path, seed: int) -> None:
     """What the teacher samples at temperature 1 for NUM_TRACES prompts."""
     from opd.tasks import ChainRepair
@@ -128,7 +139,11 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
         _say("writing traces")
         write_traces(root, seed)
     else:
-        ledger = train(arm_config(root, arm, seed)).ledger
+        config = arm_config(root, arm, seed)
+        if is_stale(root, arm, seed):
+            config = config.model_copy(update={"resume_from_checkpoint": "none"})
+        key_path(root, arm).write_text(job_key(root, arm, seed), encoding="utf-8")
+        ledger = train(config).ledger
     trained = time.perf_counter()
     _say("measuring")
     student, teacher = load(arm, root), load("teacher", root)
