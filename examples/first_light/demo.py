@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import run_arm
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = Path(run_arm.__file__)
@@ -36,7 +37,7 @@ FULL_ARMS = (
 )
 DEMO_SEEDS = (0, 1)
 FULL_SEEDS = (0, 1, 2)
-_STEP = re.compile(r"step (\d+)/(\d+)\s*(.*)")
+_STEP = re.compile(r"(?:step|eval) (\d+)/(\d+)\s*(.*)")
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -168,7 +169,11 @@ class Board:
             TextColumn("{task.description:<30}"),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[numbers]}", markup=False),
+            TextColumn(
+                "{task.fields[numbers]}",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
             console=console,
             disable=not console.is_terminal,
         )
@@ -186,7 +191,9 @@ class Board:
         if job.name in self._bars:
             self._progress.remove_task(self._bars.pop(job.name))
         num_done = sum(other.is_done for other in self._jobs)
-        self._progress.update(self._total, completed=num_done)
+        self._progress.update(
+            self._total, completed=num_done, numbers=f"{num_done} of {len(self._jobs)} done"
+        )
         seconds = time.monotonic() - self._start
         self._console.print(
             f"[{seconds:4.0f} s] {num_done}/{len(self._jobs)} {job.name}: {how}", markup=False
@@ -199,16 +206,14 @@ class Board:
             if job.process is None or job.is_done:
                 continue
             line = job.last_line()
-            match = _STEP.match(line)
-            step, total, numbers = match.groups() if match else (0, None, line)
             if job.name not in self._bars:
-                self._bars[job.name] = self._progress.add_task(job.name, numbers="")
-            self._progress.update(
-                self._bars[job.name],
-                completed=int(step),
-                total=int(total) if total else None,
-                numbers=numbers,
-            )
+                self._bars[job.name] = self._progress.add_task(job.name, total=None, numbers="")
+            bar = self._bars[job.name]
+            if match := _STEP.match(line):
+                step, total, numbers = match.groups()
+                self._progress.update(bar, completed=int(step), total=int(total), numbers=numbers)
+            else:
+                self._progress.update(bar, numbers=line)
             lines.append(f"{job.name}: {line}")
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line > _SECONDS_BETWEEN_LINES:
