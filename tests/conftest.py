@@ -34,7 +34,7 @@ def _reproducible():
 
 @pytest.fixture(scope="session")
 def interpreted_triton():
-    """Skips, with the reason, where the Triton kernels can't run on this machine's tensors."""
+    """The Triton kernels on CPU tensors; skips, with the reason, where they can't run."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("TRITON_INTERPRET is not 1, so Triton can't take CPU tensors")
     from opd_kernels import triton as opd_triton
@@ -42,4 +42,23 @@ def interpreted_triton():
     reason = opd_triton.available()
     if reason is not None:
         pytest.skip(f"triton backend: {reason}")
-    return opd_triton
+    with pytest.MonkeyPatch.context() as patch:
+        _round_to_bfloat16_as_hardware_does(patch)
+        yield opd_triton
+
+
+def _round_to_bfloat16_as_hardware_does(patch: pytest.MonkeyPatch) -> None:
+    """Triton 3.7's interpreter cuts float32 to bfloat16 where every GPU rounds to nearest even."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_float(values, source, target, rounding_mode):
+        if source == tl.float32 and target == tl.bfloat16:
+            rounded = torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.bfloat16)
+            return rounded.view(torch.uint16).numpy()
+        return convert(values, source, target, rounding_mode)
+
+    patch.setattr(interpreter, "_convert_float", convert_float)

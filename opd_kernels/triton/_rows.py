@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._math import exp
+from ._math import exp_minus_distance
 
 
 def tile(vocab_size: int) -> tuple[int, int]:
@@ -44,15 +44,15 @@ def row_lse(row_ptr, vocab_size, temperature, HAS_TEMPERATURE: tl.constexpr, BLO
         logits = load_logits(row_ptr, columns, vocab_size, temperature, HAS_TEMPERATURE)
         # of exp(old max - new max) and exp(logit - new max) one is 1, so a lane needs one exp, and
         # the loop no reduction; -inf adds nothing, NaN stays
-        decay = tl.where(logits == float("-inf"), 0.0, exp(-tl.abs(logits - largest)))
+        decay = tl.where(logits == float("-inf"), 0.0, exp_minus_distance(logits, largest))
         is_larger = logits > largest
         total = tl.where(is_larger, total * decay + 1.0, total + decay)
         where_largest = tl.where(is_larger, columns, where_largest)
         largest = tl.where(is_larger, logits, largest)
     row_largest = tl.max(largest, 0)
-    row_total = tl.sum(total * exp(largest - row_largest), 0)
+    row_total = tl.sum((total * exp_minus_distance(largest, row_largest)).to(tl.float64), 0)
     argmax = tl.min(tl.where(largest == row_largest, where_largest, vocab_size), 0)
-    lse = row_largest.to(tl.float64) + tl.log(row_total.to(tl.float64))
+    lse = row_largest.to(tl.float64) + tl.log(row_total)
     return lse, argmax
 
 

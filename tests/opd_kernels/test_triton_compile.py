@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel compiles for a Hopper GPU on a machine without one, and spills nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cases import SPECS
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.triton
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.triton_offline"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout)
+
+
+def test_triton_kernels_compile_for_sm_90(compiled):
+    names = {row["kernel"] for row in compiled}
+    assert names == {
+        "_divergence_fwd_kernel",
+        "_divergence_bwd_kernel",
+        "_divergence_fwd_grad_kernel",
+        "_token_logprobs_fwd_kernel",
+        "_token_logprobs_bwd_kernel",
+    }
+    divergences = {row["divergence"] for row in compiled} - {None}
+    assert divergences == {divergence.public().id for divergence in SPECS}
+
+
+def test_triton_kernels_spill_no_register(compiled):
+    spilled = [row for row in compiled if row["spilled_bytes"]]
+    assert not spilled, spilled
+
+
+def test_triton_kernels_leave_room_for_two_programs_on_an_sm(compiled):
+    # 65,536 registers per SM, 32 threads per warp
+    crowded = [row for row in compiled if row["registers"] * 32 * row["num_warps"] * 2 > 65536]
+    assert not crowded, crowded
+
+
+def test_triton_kernels_load_16_bytes_at_a_time(compiled):
+    narrow = [row for row in compiled if not row["vector_loads"]]
+    assert not narrow, narrow

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton token_logprobs kernels under the interpreter, by the public op and the raw ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import opd_kernels as opk
+from opd_kernels import reference
+from tests import eager
+from tests.cases import (
+    CASES,
+    F16,
+    F32,
+    F64,
+    INTERPRETED,
+    FusedCase,
+    fused_of,
+    logits_of,
+    token_ids_of,
+)
+from tests.checks import check_token_logprobs, dtype_id, leaf
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.usefixtures("interpreted_triton"),
+    # -inf - -inf in masked lanes, which numpy reports and a GPU does not
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+
+EVERY = [
+    pytest.param(case, dtype, id=f"{case.name}-{dtype_id(dtype)}")
+    for case in CASES
+    if case.name in INTERPRETED and case.weights is None and not isinstance(case.temperature, tuple)
+    for dtype in case.dtypes
+    if dtype != F64
+]
+
+
+def triton_token_logprobs(*args, **keywords):
+    return opk.token_logprobs(*args, backend="triton", **keywords)
+
+
+@pytest.mark.parametrize(("case", "dtype"), EVERY)
+def test_triton_token_logprobs_matches_reference(case, dtype):
+    logits = logits_of(case, dtype).first(1 if case.vocab_size > 10000 else 3)
+    num_tokens = logits.student.shape[0]
+    ids = token_ids_of(num_tokens, case.vocab_size, case.seed)
+    chosen = logits.student.gather(1, ids[:, None]).squeeze(1)
+    check_token_logprobs(
+        triton_token_logprobs,
+        eager.token_logprobs,
+        reference.token_logprobs,
+        [logits.student],
+        torch.where(chosen.isfinite(), ids, torch.zeros_like(ids)),
+        dtype,
+        f"triton {case.name} {dtype_id(dtype)}",
+        temperature=logits.temperature,
+        vocab_size=logits.vocab_size,
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=dtype_id)
+def test_triton_token_logprobs_at_a_temperature(dtype):
+    ids = token_ids_of(3, 2500, 1)
+    check_token_logprobs(
+        triton_token_logprobs,
+        eager.token_logprobs,
+        reference.token_logprobs,
+        [(torch.randn(3, 2500) * 3).to(dtype)],
+        ids,
+        dtype,
+        f"triton temperature {dtype_id(dtype)}",
+        temperature=0.7,
+    )
+
+
+def test_triton_token_logprobs_bwd_in_place_is_bwd():
+    logits, ids = torch.randn(3, 700), token_ids_of(3, 690, 7)
+    ops = torch.ops.opd_triton
+    _, lse, entropy = ops.token_logprobs_fwd(logits, ids, 0.7, 690)
+    grads = torch.tensor([1.0, 0.0, -2.0]), torch.tensor([1.0, 0.0, 0.5]).double(), torch.zeros(3)
+    arguments = (*grads, logits, ids, lse, entropy, 0.7, 690)
+    gradient = ops.token_logprobs_bwd(*arguments)
+    assert bool((gradient[:, 690:] == 0).all())
+    assert bool((gradient[1] == 0).all())
+    ops.token_logprobs_bwd_(*arguments)
+    assert torch.equal(logits, gradient)
+
+
+def test_triton_token_logprobs_of_an_id_out_of_range_is_nan():
+    # a GPU kernel can't raise without a sync, and must not read beyond the row
+    out = triton_token_logprobs(torch.randn(3, 20), torch.tensor([-1, 20, 3]))
+    assert out.logprobs.isnan().tolist() == [True, True, False]
+
+
+def test_triton_token_logprobs_opcheck():
+    logits, ids = torch.randn(2, 20), torch.tensor([0, 17])
+    ops = torch.ops.opd_triton
+    torch.library.opcheck(ops.token_logprobs_fwd, (leaf(logits), ids, 1.5, 18))
+    logprobs, lse, entropy = ops.token_logprobs_fwd(logits, ids, 1.5, 18)
+    grads = torch.ones_like(logprobs), torch.ones_like(lse), torch.ones_like(entropy)
+    arguments = (*grads, logits, ids, lse, entropy, 1.5, 18)
+    torch.library.opcheck(ops.token_logprobs_bwd, arguments)
+    torch.library.opcheck(ops.token_logprobs_bwd_, arguments)
+
+
+def test_triton_token_logprobs_compiles_without_a_graph_break():
+    z, ids = torch.randn(2, 40), torch.tensor([3, 39])
+
+    def loss(logits):
+        return triton_token_logprobs(logits * 1.5, ids).logprobs.sum()
+
+    torch._dynamo.reset()
+    expected, actual = leaf(z), leaf(z)
+    loss(expected).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(actual).backward()
+    assert torch.equal(actual.grad, expected.grad)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=dtype_id)
+def test_triton_fused_linear_token_logprobs_matches_reference(dtype):
+    inputs = fused_of(FusedCase("triton", 5, 301, 16, 8), dtype)
+
+    def run(*args, **keywords):
+        return opk.fused_linear_token_logprobs(*args, backend="triton", **keywords)
+
+    check_token_logprobs(
+        run,
+        eager.fused_linear_token_logprobs,
+        reference.fused_linear_token_logprobs,
+        [inputs.student_hidden, inputs.student_lm_head_weight],
+        token_ids_of(5, 301, 2),
+        dtype,
+        f"triton fused {dtype_id(dtype)}",
+    )
