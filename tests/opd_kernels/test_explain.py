@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""explain(op, ...) tells the backend, every refusal and the plan, and computes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import opd_kernels as opk
+
+
+def test_explain_names_the_choice_and_every_reason():
+    text = opk.explain("divergence", torch.zeros(4, 20), torch.zeros(4, 20))
+    first, *rest = text.splitlines()
+    assert first == "divergence: backend 'cpu' for torch.float32 on cpu"
+    assert [line.split(":")[0].strip() for line in rest] == ["cuda", "cpu", "triton", "reference"]
+    assert "cannot run (" in rest[0]
+
+
+def test_explain_gives_the_plan_of_a_fused_op():
+    tensors = (torch.zeros(100, 8), torch.zeros(50, 8), torch.zeros(100, 6), torch.zeros(50, 6))
+    text = opk.explain("fused_linear_divergence", *tensors, workspace_bytes=10_000)
+    # 4 bytes x (2 x 50 logits + 8 + 6 + 8 hidden) = 488 bytes per token: 20 tokens per chunk
+    assert "path A: 5 chunk(s) of up to 20 of 100 tokens" in text
+    assert "path A: 1 chunk(s) of up to 100" in opk.explain("fused_linear_divergence", *tensors)
+
+
+def test_explain_accepts_meta_tensors():
+    head = torch.empty(151936, 4096, device="meta", dtype=torch.bfloat16)
+    hidden = torch.empty(8192, 4096, device="meta", dtype=torch.bfloat16)
+    with pytest.raises(opk.UnsupportedBackendError, match="the tensors are on meta"):
+        opk.explain("fused_linear_token_logprobs", hidden, head)
+    text = opk.explain("fused_linear_token_logprobs", hidden, head, backend="reference")
+    assert "backend 'reference'" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("divergense",), "op must be one of 'divergence', .*got 'divergense'"),
+        (("divergence",), "divergence must be given the tensors of the call"),
+    ],
+)
+def test_explain_rejects_in_words(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        opk.explain(*arguments)
