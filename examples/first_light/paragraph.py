@@ -110,16 +110,24 @@ def _repair(results: Results) -> str:
 
 
 def _states(results: Results) -> str:
-    def kl(arm: str, whose: str) -> float:
-        return _mean(results, arm, f"{whose}_states/reverse_kl")
+    def kl(arm: str, whose: str, direction: str = "reverse") -> float:
+        return _mean(results, arm, f"{whose}_states/{direction}_kl")
 
-    return (
+    text = (
         f"KL(student || teacher) on the student's own states against the teacher's: "
         f"{kl(SFT, 'student'):.4f} against {kl(SFT, 'teacher'):.4f} nats per token after more SFT, "
         f"{kl(ON, 'student'):.4f} against {kl(ON, 'teacher'):.4f} after on-policy reverse KL; the "
         f"slip rate on own states over that on the teacher's: "
         f"{_mean(results, SFT, 'dagger_ratio'):.2f} and {_mean(results, ON, 'dagger_ratio'):.2f}."
     )
+    sft, on = kl(SFT, "teacher", "forward"), kl(ON, "teacher", "forward")
+    if on > 1.2 * sft:
+        text += (
+            f" The price is coverage: KL(teacher || student) on the teacher's states is {on:.4f} "
+            f"after on-policy reverse KL and {sft:.4f} after more SFT, so what the teacher does "
+            "only now and then is what the student drops."
+        )
+    return text
 
 
 def _equal_flops(results: Results) -> str:

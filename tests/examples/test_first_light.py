@@ -199,6 +199,14 @@ def test_words_admit_that_no_student_learned_to_repair_and_say_so_when_one_did()
     assert "No student learned" not in words and "with probability 0.600" in words
 
 
+def test_words_name_the_price_in_coverage_if_there_is_one():
+    results = _results(on=0.96, off=0.96, sft=0.88)
+    assert "coverage" not in paragraph.write(results, 2)
+    wide = {"teacher_states/forward_kl": 0.08}
+    results["on_policy_reverse_kl"] = [_made_up(0.96, **wide)] * 2
+    assert "KL(teacher || student) on the teacher's states is 0.0800" in paragraph.write(results, 2)
+
+
 def test_tables_have_every_arm_and_length_aligned():
     accuracy, greedy, gauges = summary.tables(_results(on=0.96, off=0.96, sft=0.88))
     lines = accuracy.splitlines()[1:]
