@@ -25,6 +25,7 @@ from opd.model import (
 )
 from opd.optim import build_optimizer
 from opd.schema import ConfigError
+from opd.teachers import TeacherConfig
 
 _log = logging.getLogger(__name__)
 _RUN_FILES = ["config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "report.html"]
@@ -81,7 +82,7 @@ def open_run(config: TrainConfig) -> Run:
     output_dir = Path(config.output_dir)
     resumed = find_checkpoint(config)
     tokenizer = load_run_tokenizer(config)
-    student = load_student(config, tokenizer, resumed and resumed.path)
+    student = load_student(config, tokenizer, resumed.path if resumed else None)
     teacher = load_teacher(config, tokenizer, student)
     rows = training_rows(
         config.task, config.data, with_completions=config.rollouts.needs_completions
@@ -190,7 +191,9 @@ def load_student(config: TrainConfig, tokenizer: Any, path: Path | None = None) 
         source = source.model_copy(update={"model_name_or_path": str(path)})
     model = load_model(source, tokenizer, name="student", seed=config.seed, device=config.device)
     if source.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5.23 gave it a new name and warns about the old one
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
     student = LanguageModel(
         model,
         name="student",
@@ -224,7 +227,7 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
             f"their padding differs, set vocab_size={min(len(tokenizer), ours, theirs)}"
         )
     _check_rows(teacher, config.vocab_size or theirs)
-    _check_same_tokens(config, tokenizer, key)
+    _check_same_tokens(config.teacher, tokenizer, config.vocab_size, key)
     return teacher
 
 
@@ -248,22 +251,24 @@ def _check_rows(model: LanguageModel, num_tokens: int) -> None:
         )
 
 
-def _check_same_tokens(config: TrainConfig, tokenizer: Any, key: str) -> None:
+def _check_same_tokens(
+    source: TeacherConfig, tokenizer: Any, vocab_size: int | None, key: str
+) -> None:
     """Compare with the teacher's own tokenizer, if it comes with one."""
-    source = config.teacher.model_name_or_path
-    if source is None:
+    if source.model_name_or_path is None:
         return
     from transformers import AutoTokenizer
 
     try:
         theirs = AutoTokenizer.from_pretrained(
-            resolve_model_path(source), trust_remote_code=config.teacher.trust_remote_code
+            resolve_model_path(source.model_name_or_path),
+            trust_remote_code=source.trust_remote_code,
         ).get_vocab()
     except (OSError, ValueError):
         _log.info("the teacher has no tokenizer to compare with the student's")
         return
     ours = tokenizer.get_vocab()
-    limit = config.vocab_size or max(len(ours), len(theirs))
+    limit = vocab_size or max(len(ours), len(theirs))
     by_id = {i: token for token, i in theirs.items()}
     for token, i in sorted(ours.items(), key=lambda item: item[1]):
         if i < limit and by_id.get(i, token) != token:

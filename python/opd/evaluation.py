@@ -99,8 +99,11 @@ def load_held_out(
     if task is None:
         raise ConfigError("data.eval_file: is required by evaluation when there is no task")
     maker, seed = task.load(), config.seed + _EVAL_SEED_OFFSET
-    rows, lengths, expert = [], [], []
-    for length in config.lengths or [None]:
+    rows: list[dict[str, Any]] = []
+    expert: list[dict[str, Any]] = []
+    lengths: list[int | None] = []
+    wanted: list[int | None] = [*config.lengths] if config.lengths else [None]
+    for length in wanted:
         # as far as the mixed rows go, the task's own lengths are drawn from
         among = task.lengths if length is None else [length]
         with task_errors("evaluation.lengths" if length is not None else "task.lengths"):
@@ -168,7 +171,7 @@ def _verify(
     """The verdicts, and samples spread evenly over the rows."""
     with_specials = held_out.task is not None
     verdicts: list[bool | None] = []
-    samples = []
+    samples: list[dict[str, Any]] = []
     every = max(1, len(written) // num_samples) if num_samples else 0
     for number, trajectory in enumerate(written):
         text = tokenizer.decode(

@@ -30,6 +30,7 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.handlelength": 2.6,
 }
 
 Draw = Callable[[Any, Sequence[Any]], bool]

@@ -84,7 +84,13 @@ def teacher():
 @pytest.fixture
 def trajectories():
     """Five completions of different lengths, with masked tokens in some."""
-    return make_trajectories()
+    return build_trajectories()
+
+
+@pytest.fixture
+def make_trajectories():
+    """A factory of trajectories from pairs (prompt length, completion length)."""
+    return build_trajectories
 
 
 def make_hf_model(*, seed=1, hidden_size=16, vocab_size=45, **settings):
@@ -97,7 +103,7 @@ def make_hf_model(*, seed=1, hidden_size=16, vocab_size=45, **settings):
     return LlamaForCausalLM(config)
 
 
-def make_trajectories(lengths=((4, 3), (2, 6), (4, 1), (3, 4), (1, 5)), *, vocab_size=45):
+def build_trajectories(lengths=((4, 3), (2, 6), (4, 1), (3, 4), (1, 5)), *, vocab_size=45):
     generator = torch.Generator().manual_seed(5)
     made = []
     for number, (prompt_length, completion_length) in enumerate(lengths):
@@ -110,7 +116,7 @@ def make_trajectories(lengths=((4, 3), (2, 6), (4, 1), (3, 4), (1, 5)), *, vocab
                 ids=torch.randint(1, vocab_size, (length,), generator=generator),
                 prompt_length=prompt_length,
                 loss_mask=loss_mask,
-                behaviour_logprobs=-torch.rand(length, generator=generator) * ~(~loss_mask),
+                behaviour_logprobs=-torch.rand(length, generator=generator) * loss_mask,
                 row={"prompt": "S m0 v0 1"},
                 group_id=number,
             )

@@ -18,6 +18,7 @@ class Rollouts(Protocol):
 
     def observe(self, held_out_nll: float) -> None:
         """Take note of an evaluation: nats per token of the held-out completions."""
+        return
 
     def metrics(self) -> dict[str, float]:
         """What to log of the engine's own state."""
@@ -28,4 +29,5 @@ class Rollouts(Protocol):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo nothing, continue from there."""
+        """Continue from there."""
+        return

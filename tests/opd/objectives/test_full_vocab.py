@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opd.batch import Law, collate, collate_step
-from opd.objectives import FullVocab
+from opd.model import LanguageModel
+from opd.objectives import FullVocab, SampledToken, TokenNll
 from opd.teachers import LocalTeacher
 
 DIVERGENCES = [
@@ -166,3 +169,33 @@ def test_statistics_are_per_token_and_carry_no_graph(student, teacher, batch):
         assert values.shape == (batch.num_tokens,)
         assert not values.requires_grad
     assert signal.loss.item() == pytest.approx(float(signal.statistics["reverse_kl"].mean()))
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.num_elements = max(self.num_elements, leaf.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    "objective", [FullVocab(), SampledToken(), TokenNll()], ids=lambda objective: objective.kind
+)
+def test_no_tensor_of_tokens_times_vocabulary_is_formed(hf_model, make_trajectories, objective):
+    vocab_size, lengths = 2048, [(2, 30)] * 8
+    pair = hf_model(seed=1, vocab_size=vocab_size), hf_model(seed=2, vocab_size=vocab_size)
+    student = LanguageModel(pair[0], workspace_bytes=1 << 18)
+    teacher = LocalTeacher(pair[1], name="teacher", workspace_bytes=1 << 18)
+    batch = collate(make_trajectories(lengths, vocab_size=vocab_size), pad_id=0)
+    with _Largest() as largest:
+        taught = teacher.law(batch) if objective.needs_teacher else None
+        objective(student.law(batch), taught, batch, batch.num_tokens).loss.backward()
+    assert largest.num_elements < 0.5 * batch.num_tokens * vocab_size
