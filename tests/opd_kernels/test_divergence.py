@@ -255,6 +255,23 @@ def test_divergence_without_grad_is_a_plain_tensor():
         assert not opk.divergence(leaf(student), teacher).requires_grad
 
 
+def test_divergence_in_inference_mode():
+    student, teacher = gaussian(3, 20)
+    with torch.inference_mode():
+        loss = opk.divergence(leaf(student), teacher)
+    assert torch.equal(loss, opk.divergence(student, teacher))
+
+
+def test_divergence_has_no_second_derivative_and_says_so():
+    student, teacher = gaussian(3, 20, F64)
+    logits = leaf(student)
+    (gradient,) = torch.autograd.grad(
+        opk.divergence(logits, teacher).sum(), logits, create_graph=True
+    )
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.square().sum(), logits)
+
+
 def test_divergence_backward_twice_gives_the_same_gradient():
     student, teacher = gaussian(3, 20)
     logits = leaf(student)
@@ -363,10 +380,16 @@ def test_divergence_compiles_without_a_graph_break(divergence):
     torch.testing.assert_close(actual.grad, expected.grad, rtol=0, atol=0)
 
 
-def test_divergence_compiles_with_inductor_and_dynamic_tokens():
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_divergence_compiles_with_dynamic_tokens(compiler):
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda s, t: opk.divergence(s * 2, t, divergence="jsd").sum(), fullgraph=True, dynamic=True
+        lambda s, t: opk.divergence(s * 2, t, divergence="jsd").sum(),
+        fullgraph=True,
+        dynamic=True,
+        backend=compiler,
     )
     for num_tokens in (4, 7):
         student, teacher = gaussian(num_tokens, 33)

@@ -245,6 +245,35 @@ def test_fused_linear_divergence_backward_twice(dtype, reduction):
         torch.testing.assert_close(one * 2, two)
 
 
+@every_reduction
+def test_fused_linear_divergence_keeps_its_precision_under_autocast(reduction):
+    # autocast must not turn the op's float32 GEMMs into bfloat16 ones, forward or backward (H4)
+    inputs = fused_of(SMALL, F32)
+
+    def run(enabled):
+        hidden, head = leaf(inputs.student_hidden), leaf(inputs.student_lm_head_weight)
+        with torch.autocast("cpu", dtype=BF16, enabled=enabled):
+            loss = opk.fused_linear_divergence(
+                hidden, head, *inputs.tensors()[2:], reduction=reduction, **inputs.keywords()
+            ).loss.sum()
+            loss.backward()
+        return loss, hidden.grad, head.grad
+
+    for one, two in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, two)
+
+
+@every_reduction
+def test_fused_linear_divergence_in_inference_mode(reduction):
+    inputs = fused_of(SMALL, F32)
+    leaves = [leaf(x) for x in inputs.tensors()]
+    expected = opk.fused_linear_divergence(*leaves, reduction=reduction, **inputs.keywords()).loss
+    with torch.inference_mode():
+        loss = opk.fused_linear_divergence(*leaves, reduction=reduction, **inputs.keywords()).loss
+    assert torch.equal(loss, expected)
+    assert not loss.requires_grad
+
+
 def test_fused_linear_divergence_two_losses_share_the_inputs():
     inputs = fused_of(SMALL, F64)
     hidden, head = leaf(inputs.student_hidden), leaf(inputs.student_lm_head_weight)

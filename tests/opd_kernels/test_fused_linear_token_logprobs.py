@@ -139,6 +139,20 @@ def test_fused_linear_token_logprobs_backward_twice():
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
+def test_fused_linear_token_logprobs_keeps_its_precision_under_autocast():
+    hidden, head, ids, _ = inputs_of(SMALL, F32)
+
+    def run(enabled):
+        leaves = leaf(hidden), leaf(head)
+        with torch.autocast("cpu", dtype=BF16, enabled=enabled):
+            out = opk.fused_linear_token_logprobs(*leaves, ids)
+            sum(x.sum() for x in out).backward()
+        return *out, leaves[0].grad, leaves[1].grad
+
+    for one, two in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_fused_linear_token_logprobs_stays_within_its_workspace():
     case = FusedCase("memory", 512, 4000, 64, 8)
     hidden, head, ids, _ = inputs_of(case, F32)
