@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
+import textwrap
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from run_arm import arm_dir, result_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LENGTHS = range(1, 17)
+WIDTH = 115
 LABELS = {
     "warm_sft": "warm SFT (before)",
     "more_sft": "more SFT",
@@ -68,7 +70,7 @@ def write(
     }
     results = {arm: [flatten(result) for result in found] for arm, found in raw.items()}
     texts = tables(results)
-    words = paragraph.write(results, len(seeds))
+    words = textwrap.fill(paragraph.write(results, len(seeds)), WIDTH)
     console.print("\n" + "\n\n".join(texts), markup=False)
     console.print("\n" + words, markup=False)
     picture = REPOSITORY / "docs" / "first_light.png" if is_full else root / "first_light.png"
@@ -141,7 +143,7 @@ def tables(results: Results) -> list[str]:
                 cell += f" ±{100 * deviation:.1f}"
             cells.append(cell)
         rows.append(cells)
-    parts.append(f"Gauges\n{aligned(rows)}\n{LEGEND}")
+    parts.append(f"Gauges\n{aligned(rows)}\n{textwrap.fill(LEGEND, WIDTH)}")
     return parts
 
 
@@ -236,15 +238,16 @@ def document(
     return (
         "<!-- SPDX-License-Identifier: Apache-2.0 -->\n"
         "# First light\n\n"
-        "A student of 28,128 parameters learns the task `chain_repair` "
-        "(`python/opd/tasks/chain_repair.py`) from a teacher of 104,896, on the CPU, through "
-        "`opd.train` and the fused kernel. `make demo-full` wrote this page and "
+        "A student of 28,128 parameters learns the task `chain_repair`\n"
+        "(`python/opd/tasks/chain_repair.py`) from a teacher of 104,896, on the CPU, through\n"
+        "`opd.train` and the fused kernel. `make demo-full` wrote this page and\n"
         "`benchmarks/results/first_light.json`, which has every number of every seed.\n\n"
         "![Accuracy over n, and the distance to the teacher](first_light.png)\n\n"
         f"{words}\n\n{blocks}\n\n"
-        f"Means of {len(seeds)} seeds: other initial weights, other teacher traces, other samples. "
-        "256 samples of each length, 1,024 of n=16, on all 128 prompts of a length; greedy, each "
-        f"prompt once. {seconds / 60:.0f} minutes of one core in all, training and measuring.\n"
+        f"Means of {len(seeds)} seeds: other initial weights, other teacher traces, other\n"
+        "samples. 256 samples of each length, 1,024 of n=16, on all 128 prompts of a length;\n"
+        f"greedy, each prompt once. {seconds / 60:.0f} minutes of a process in all, training and\n"
+        "measuring.\n"
     )
 
 
