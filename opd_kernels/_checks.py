@@ -81,6 +81,8 @@ def hidden_and_head(op: str, side: str, hidden: Tensor, weight: Tensor) -> None:
     weight_name = f"{side}_lm_head_weight" if side else "lm_head_weight"
     tensor(op, hidden_name, hidden, 2)
     tensor(op, weight_name, weight, 2)
+    if hidden.shape[1] == 0:
+        raise ValueError(f"{op}: {hidden_name} must have a hidden size of at least 1, got 0.")
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"{op}: {weight_name} must have shape (vocab_size, {hidden.shape[1]}) to match "
@@ -170,6 +172,26 @@ def one_of(op: str, name: str, value: str, allowed: Iterable[str]) -> str:
         listed = ", ".join(repr(item) for item in allowed)
         raise ValueError(f"{op}: {name} must be one of {listed}, got {value!r}.")
     return value
+
+
+def names(op: str, name: str, value: Iterable[str]) -> tuple[str, ...]:
+    """Several strings; a single one is refused, because its letters would be taken for them."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{op}: {name} must be a sequence of names, got {value!r}.")
+    return tuple(value)
+
+
+def token_ids_in_range(op: str, value: Tensor, vocab_size: int) -> None:
+    """Ids inside the vocabulary. For the body of an op, on CPU: elsewhere it would wait."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return
+    outside = torch.nonzero((value < 0) | (value >= vocab_size))
+    if len(outside):
+        position = int(outside[0])
+        raise ValueError(
+            f"{op}: token_ids must be in [0, {vocab_size}), got {int(value[position])} at position "
+            f"{position}. Drop ignored positions (-100) before the call."
+        )
 
 
 def workspace(op: str, value: int, smallest: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -72,22 +73,30 @@ BACKENDS: dict[str, tuple[Row, ...]] = {
 # never chosen by itself: it forms every [T, V] in float64
 _ONLY_ON_REQUEST = "reference"
 
-_forced: list[str] = []
+
+class _Forced(threading.local):
+    """Backends that `use_backend` blocks of this thread have asked for, the innermost last."""
+
+    def __init__(self) -> None:
+        self.backends: list[str] = []
+
+
+_forced = _Forced()
 
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Runs the calls inside on one backend, unless a call names its own.
+    """Runs the calls of this thread inside on one backend, unless a call names its own.
 
     Raises:
         ValueError: no backend has this name.
     """
     _check_name("use_backend", backend)
-    _forced.append(backend)
+    _forced.backends.append(backend)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.backends.pop()
 
 
 def _check_name(op: str, backend: str) -> None:
@@ -107,7 +116,9 @@ def select(op: str, meta: Meta, backend: str | None = None) -> str:
     Raises:
         UnsupportedBackendError: a named backend cannot run the call, or none can.
     """
-    wanted = backend or (_forced[-1] if _forced else env.forced_backend())
+    wanted = backend
+    if wanted is None:
+        wanted = _forced.backends[-1] if _forced.backends else env.forced_backend()
     if wanted is not None:
         _check_name(op, wanted)
         for row in BACKENDS[op]:

@@ -7,6 +7,11 @@ from torch import Tensor
 
 from . import _checks, _dispatch, _linear
 
+# where the heads are among the tensors of a call
+_HEADS = {"fused_linear_divergence": (1, 3), "fused_linear_token_logprobs": (1,)}
+# arguments of the calls that change neither the choice nor the plan
+_OTHER_OPTIONS = ("divergence", "temperature", "token_weights", "reduction", "statistics")
+
 
 def explain(op: str, *tensors: Tensor, **options: object) -> str:
     """The dispatch and the plan of a call, as text; nothing is computed.
@@ -25,16 +30,25 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
     _checks.one_of("explain", "op", op, _dispatch.OPS)
     if not tensors:
         raise ValueError(f"explain: {op} must be given the tensors of the call, got none.")
+    known = ("backend", "vocab_size", "workspace_bytes")
+    for name in options:
+        _checks.one_of("explain", "option", name, (*known, *_OTHER_OPTIONS))
+    heads = _HEADS.get(op, ())
+    if heads and len(tensors) <= heads[-1]:
+        raise ValueError(
+            f"explain: {op} must be given {heads[-1] + 1} tensors, got {len(tensors)}."
+        )
     meta = _dispatch.meta_of(tensors[0])
     chosen = _dispatch.select(op, meta, options.get("backend"))
     lines = [f"{op}: backend '{chosen}' for {meta.dtype} on {meta.device}"]
     for backend, available, reason in _dispatch.table(op, meta):
         state = "can run" if available else "cannot run"
         lines.append(f"  {backend}: {state}{f' ({reason})' if reason else ''}")
-    if op.startswith("fused_linear_") and chosen != "reference":
-        heads = [tensors[i] for i in ((1, 3) if op == "fused_linear_divergence" else (1,))]
-        vocab_size = options.get("vocab_size") or min(head.shape[0] for head in heads)
+    if heads and chosen != "reference":
+        weights = [tensors[i] for i in heads]
+        widths = {f"head {i}": weight.shape[0] for i, weight in enumerate(weights)}
+        vocab_size = _checks.vocab_prefix(op, options.get("vocab_size"), **widths)
         budget = options.get("workspace_bytes", _checks.DEFAULT_WORKSPACE_BYTES)
-        plan = _linear.plan(op, tensors[0].shape[0], vocab_size, heads, budget)
+        plan = _linear.plan(op, tensors[0].shape[0], vocab_size, weights, budget)
         lines.append(f"  {plan}")
     return "\n".join(lines)

@@ -65,20 +65,23 @@ def plan(
 ) -> Plan:
     """The largest chunk whose buffers fit into `workspace_bytes`.
 
-    Per token: one float32 (float64) row of logits per head, the gathered hidden states and the
-    gradient of the first. Raises ValueError if not even one token fits.
+    Per token: one float32 (float64) row of logits per head, the gathered hidden states (twice
+    where a 16-bit copy is widened) and the gradient of the first. Raises ValueError if not even one
+    token fits.
     """
     itemsize = _checks.real_dtype(heads[0]).itemsize
     hidden_sizes = [head.shape[1] for head in heads]
     token_bytes = itemsize * (len(heads) * vocab_size + sum(hidden_sizes) + hidden_sizes[0])
-    slice_rows = 0
-    slice_bytes = 0
+    row_bytes = 0
     if any(widens(head) for head in heads):
         row_bytes = itemsize * max(hidden_sizes)
-        budget = max(workspace_bytes // _HEAD_SLICE_SHARE, row_bytes)
-        slice_rows = min(vocab_size, _MAX_HEAD_SLICE_ROWS, budget // row_bytes)
-        slice_bytes = slice_rows * row_bytes
-    _checks.workspace(op, workspace_bytes, token_bytes + slice_bytes)
+        token_bytes += 2 * max(hidden_sizes)
+    _checks.workspace(op, workspace_bytes, token_bytes + row_bytes)
+    slice_rows = 0
+    if row_bytes:
+        share = min(workspace_bytes // _HEAD_SLICE_SHARE, workspace_bytes - token_bytes)
+        slice_rows = min(vocab_size, _MAX_HEAD_SLICE_ROWS, max(1, share // row_bytes))
+    slice_bytes = slice_rows * row_bytes
     chunk_tokens = max(1, min(num_tokens, (workspace_bytes - slice_bytes) // token_bytes))
     if num_tokens:
         # equal chunks: a short last one would run its GEMMs at a worse shape
@@ -124,19 +127,24 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, slice_rows: int) ->
             torch.mm(hidden, piece.t(), out=target)
         else:
             torch.ops.aten.mm.dtype_out(hidden, piece.t(), out.dtype, out=target)
+        # or two slices would be alive while the next one is widened
+        del piece
 
 
 def grad_hidden(grad_logits: Tensor, weight: Tensor, slice_rows: int) -> Tensor:
     """grad_logits @ weight[:V], [C, D] in float32 (float64)."""
-    result: Tensor | None = None
+    result = grad_logits.new_empty(grad_logits.shape[0], weight.shape[1])
     for columns, piece in _head_slices(weight, grad_logits.shape[1], slice_rows):
         gradient = grad_logits[:, columns]
         if piece.dtype != gradient.dtype:
-            result = torch.mm(gradient.to(piece.dtype), piece, out_dtype=gradient.dtype)
-        elif result is None:
-            result = torch.mm(gradient, piece)
+            gradient = gradient.to(piece.dtype)
+            torch.ops.aten.mm.dtype_out(gradient, piece, result.dtype, out=result)
+        elif columns.start == 0:
+            # out= also keeps autocast from rounding the operands
+            torch.mm(gradient, piece, out=result)
         else:
             result.addmm_(gradient, piece)
+        del piece
     return result
 
 
@@ -173,11 +181,28 @@ def new_grad_weight(weight: Tensor, vocab_size: int, num_tokens: int) -> Tensor:
     return buffer
 
 
+def no_double_backward(*_: object) -> None:
+    """The ops have first derivatives only, and say so.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "opd_kernels: the gradients of these losses have no derivative (create_graph=True). "
+        "Use backend='reference' for second derivatives."
+    )
+
+
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor, in place when the graph is not kept for another backward.
 
     In place, because a second copy of dW is the largest thing that the op would ever hold.
+
+    Raises:
+        RuntimeError: the backward is itself to be differentiated.
     """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        no_double_backward()
     kept = torch.compiler.is_compiling() or type(gradient) is not Tensor
     if kept or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * factor.to(gradient.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, reference
+from . import _checks, _dispatch, _linear, reference
 from ._registration import register
 from .divergences import Divergence, parse
 
@@ -192,5 +192,10 @@ register(
     backward=_fwd_backward,
     triton=_triton_fwd,
 )
-register("divergence_bwd", fake=_bwd_fake, triton=_triton_bwd)
+register(
+    "divergence_bwd",
+    fake=_bwd_fake,
+    backward=lambda _: _linear.no_double_backward,
+    triton=_triton_bwd,
+)
 register("divergence_fwd_grad_", fake=_fwd_grad_fake, triton=_triton_fwd_grad_)

@@ -94,6 +94,9 @@ class Divergence:
     name: str
     params: tuple[tuple[str, float | bool], ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", _validated(self.name, dict(self.params)))
+
     @property
     def id(self) -> int:
         """Number of the divergence in the compiled kernels."""
@@ -110,7 +113,15 @@ class Divergence:
         return f"{self.name}({inside})"
 
 
-def _make(name: str, **given: float | bool) -> Divergence:
+def _validated(
+    name: str, given: Mapping[str, float | bool]
+) -> tuple[tuple[str, float | bool], ...]:
+    if name not in DIVERGENCES:
+        close = difflib.get_close_matches(name, DIVERGENCES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"divergence: must be one of {', '.join(DIVERGENCES)}, got {name!r}.{hint}"
+        )
     parameters = DIVERGENCES[name].parameters
     for key in given:
         if key not in parameters:
@@ -126,13 +137,14 @@ def _make(name: str, **given: float | bool) -> Divergence:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}: {key} must be a number, got {value!r}.")
             value = float(value)
-            if not parameter.low < value < parameter.high:
+            # at least this far inside, or float32 would put it on the end itself
+            if not parameter.low + 1e-30 < value < parameter.high - 1e-12:
                 raise ValueError(
                     f"{name}: {key} must be in ({parameter.low:g}, {parameter.high:g}), "
                     f"got {value}. {parameter.at_ends}"
                 )
         params.append((key, value))
-    return Divergence(name, tuple(params))
+    return tuple(params)
 
 
 def parse(divergence: str | Divergence, **params: float | bool) -> Divergence:
@@ -152,23 +164,17 @@ def parse(divergence: str | Divergence, **params: float | bool) -> Divergence:
         raise TypeError(
             f"divergence: must be a name or a Divergence, got {type(divergence).__name__}."
         )
-    if divergence not in DIVERGENCES:
-        close = difflib.get_close_matches(divergence, DIVERGENCES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"divergence: must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.{hint}"
-        )
-    return _make(divergence, **params)
+    return Divergence(divergence, tuple(params.items()))
 
 
 def forward_kl() -> Divergence:
     """KL(P || Q), P the teacher: sum_v p_v (log p_v - log q_v). Source: arXiv:1503.02531."""
-    return _make("forward_kl")
+    return Divergence("forward_kl")
 
 
 def reverse_kl() -> Divergence:
     """KL(Q || P), Q the student: sum_v q_v (log q_v - log p_v). Source: arXiv:2306.08543."""
-    return _make("reverse_kl")
+    return Divergence("reverse_kl")
 
 
 def jsd(beta: float = 0.5) -> Divergence:
@@ -176,12 +182,12 @@ def jsd(beta: float = 0.5) -> Divergence:
 
     beta is the weight on the teacher. Source: GKD, arXiv:2306.13649, eq. (1).
     """
-    return _make("jsd", beta=beta)
+    return Divergence("jsd", (("beta", beta),))
 
 
 def skew_forward_kl(alpha: float = 0.1) -> Divergence:
     """KL(P || alpha P + (1 - alpha) Q), 0 < alpha < 1. Source: DistiLLM, arXiv:2402.03898."""
-    return _make("skew_forward_kl", alpha=alpha)
+    return Divergence("skew_forward_kl", (("alpha", alpha),))
 
 
 def skew_reverse_kl(alpha: float = 0.1, detach_mixture: bool = False) -> Divergence:
@@ -189,9 +195,10 @@ def skew_reverse_kl(alpha: float = 0.1, detach_mixture: bool = False) -> Diverge
 
     Source: DistiLLM, arXiv:2402.03898; detached: DistiLLM-2, arXiv:2503.07067.
     """
-    return _make("skew_reverse_kl", alpha=alpha, detach_mixture=detach_mixture)
+    params = (("alpha", alpha), ("detach_mixture", detach_mixture))
+    return Divergence("skew_reverse_kl", params)
 
 
 def total_variation() -> Divergence:
     """sum_v |p_v - q_v| / 2. Source: f-distill, arXiv:2307.15190."""
-    return _make("total_variation")
+    return Divergence("total_variation")

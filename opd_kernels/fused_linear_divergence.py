@@ -107,6 +107,7 @@ def fused_linear_divergence(
         _OP, token_weights, num_tokens, student_hidden.device, real
     )
     _checks.one_of(_OP, "reduction", reduction, ("sum", "none"))
+    statistics = _checks.names(_OP, "statistics", statistics)
     for name in statistics:
         _checks.one_of(_OP, "statistics", name, STATISTICS)
     heads = (student_lm_head_weight, teacher_lm_head_weight)
@@ -122,7 +123,7 @@ def fused_linear_divergence(
             temperature=temperatures,
             token_weights=token_weights,
             reduction=reduction,
-            statistics=tuple(statistics),
+            statistics=statistics,
             vocab_size=vocab_size,
         )
         return FusedLinearDivergenceOutput(
@@ -199,7 +200,9 @@ def _run(
     )
     buffers = _linear.new_buffer(student_hidden, 2, plan.chunk_tokens, vocab_size)
     numbers = (divergence, param0, param1, student_temperature, teacher_temperature, vocab_size)
-    for begin, end in plan.chunks():
+
+    def run_chunk(begin: int, end: int) -> None:
+        # a function, so that its gathered rows are gone before the next chunk's exist
         student = _linear.take(student_hidden, token_idx, begin, end)
         teacher = _linear.take(teacher_hidden, token_idx, begin, end)
         weights = None if token_idx is None else token_weights[token_idx[begin:end]]
@@ -227,6 +230,9 @@ def _run(
         if with_grad_weight:
             with _linear.phase(student, _OP, "grad_weight"):
                 _linear.accumulate_grad_weight(grad_weight, student_logits, student, begin == 0)
+
+    for begin, end in plan.chunks():
+        run_chunk(begin, end)
     return loss, grad_hidden, grad_weight, statistics
 
 
@@ -264,8 +270,8 @@ def _sum_backward(_):
     def backward(ctx, grad_loss, *__):
         gradients = [None, None]
         if grad_loss is not None:
-            for i, (wanted, saved) in enumerate(zip(ctx.with_grad, ctx.saved_tensors, strict=True)):
-                if wanted:
+            for i, (formed, saved) in enumerate(zip(ctx.with_grad, ctx.saved_tensors, strict=True)):
+                if formed and ctx.needs_input_grad[i]:
                     gradients[i] = _linear.scaled(saved, grad_loss).to(ctx.dtype)
         return *gradients, *(None,) * ctx.num_rest
 
@@ -318,7 +324,10 @@ def _fwd_backward(_):
 def _bwd(grad_loss, *arguments):
     *inputs, with_grad_hidden, with_grad_weight, backend = arguments
     # the upstream gradient is one more token weight, and its zeros cost nothing either
-    weights = grad_loss if inputs[4] is None else inputs[4] * grad_loss
+    weights = grad_loss
+    if inputs[4] is not None:
+        # a token of weight 0 stays out whatever comes from above, inf included
+        weights = torch.where(inputs[4] == 0, torch.zeros_like(grad_loss), inputs[4] * grad_loss)
     _, grad_hidden, grad_weight, _ = _run(
         *inputs[:4], weights, *inputs[5:], with_grad_hidden, with_grad_weight, False, backend
     )
@@ -348,4 +357,9 @@ register(
     backward=_fwd_backward,
     python=_fwd,
 )
-register("fused_linear_divergence_bwd", fake=_bwd_fake, python=_bwd)
+register(
+    "fused_linear_divergence_bwd",
+    fake=_bwd_fake,
+    backward=lambda _: _linear.no_double_backward,
+    python=_bwd,
+)

@@ -43,8 +43,8 @@ def fused_linear_token_logprobs(
         lm_head_weight.
 
     Raises:
-        ValueError: shapes, ranges or a workspace that do not fit. TypeError: unsupported dtype.
-        RuntimeError: an id out of range (on CPU). UnsupportedBackendError.
+        ValueError: shapes, ranges, ids (on CPU) or a workspace that do not fit.
+        TypeError: unsupported dtype. UnsupportedBackendError.
 
     Notes:
         FLOPs 2TVD forward; backward recomputes the logits: 6TVD, 4TVD with the head frozen.
@@ -73,6 +73,7 @@ def fused_linear_token_logprobs(
 
 def _fwd(hidden, lm_head_weight, token_ids, temperature, vocab_size, workspace_bytes, backend):
     rows = _dispatch.row_ops(backend)
+    _checks.token_ids_in_range(_OP, token_ids, vocab_size)
     plan = _linear.plan(_OP, hidden.shape[0], vocab_size, (lm_head_weight,), workspace_bytes)
     outputs = fwd_outputs(hidden)
     buffer = _linear.new_buffer(hidden, plan.chunk_tokens, vocab_size)
@@ -147,7 +148,8 @@ def _bwd(
     )
     per_token = (grad_logprobs, grad_lse, grad_entropy, token_ids, lse, entropy)
     buffer = _linear.new_buffer(hidden, plan.chunk_tokens, vocab_size)
-    for begin, end in plan.chunks():
+
+    def run_chunk(begin: int, end: int) -> None:
         chunk = _linear.take(hidden, token_idx, begin, end)
         *gradients, ids, chunk_lse, chunk_entropy = (
             values[token_idx[begin:end]] for values in per_token
@@ -166,6 +168,9 @@ def _bwd(
         if with_grad_weight:
             with _linear.phase(chunk, _OP, "grad_weight"):
                 _linear.accumulate_grad_weight(grad_weight, logits, chunk, begin == 0)
+
+    for begin, end in plan.chunks():
+        run_chunk(begin, end)
     return grad_hidden, grad_weight.to(lm_head_weight.dtype)
 
 
@@ -184,4 +189,9 @@ register(
     backward=_fwd_backward,
     python=_fwd,
 )
-register("fused_linear_token_logprobs_bwd", fake=_bwd_fake, python=_bwd)
+register(
+    "fused_linear_token_logprobs_bwd",
+    fake=_bwd_fake,
+    backward=lambda _: _linear.no_double_backward,
+    python=_bwd,
+)

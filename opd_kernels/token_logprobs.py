@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, reference
+from . import _checks, _dispatch, _linear, reference
 from ._registration import register
 
 _OP = "token_logprobs"
@@ -142,5 +142,10 @@ register(
     backward=_fwd_backward,
     triton=_triton_fwd,
 )
-register("token_logprobs_bwd", fake=_bwd_fake, triton=_triton_bwd)
+register(
+    "token_logprobs_bwd",
+    fake=_bwd_fake,
+    backward=lambda _: _linear.no_double_backward,
+    triton=_triton_bwd,
+)
 register("token_logprobs_bwd_", fake=_bwd_inplace_fake, triton=_triton_bwd_)

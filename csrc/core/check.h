@@ -35,7 +35,8 @@ std::string concat(const Parts&... parts) {
     }                                                                        \
   } while (false)
 
-void set_last_error(const std::string& message);
+// Never throws: out of memory, the text is cut.
+void set_last_error(const char* message) noexcept;
 
 template <class Fn>
 opd_status_t guarded(Fn&& fn) noexcept {
@@ -47,8 +48,10 @@ opd_status_t guarded(Fn&& fn) noexcept {
     return error.status();
   } catch (const std::exception& error) {
     set_last_error(error.what());
-    return OPD_INTERNAL;
+  } catch (...) {
+    set_last_error("opd: an exception of an unknown type");
   }
+  return OPD_INTERNAL;
 }
 
 }  // namespace opd

@@ -4,6 +4,10 @@
 // teacher's, then (dterm - q * sum dterm) * scale, which needs no transcendental.
 #include "opd/divergences.h"
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "check.h"
 #include "parallel.h"
 #include "rows.h"
@@ -46,7 +50,9 @@ OPD_HD Entry<T> make_entry(T student_logit, T teacher_logit, const Shifts<T>& sh
   Entry<T> entry;
   entry.lq = (student_logit - shifts.student.high) - shifts.student.low;
   entry.lp = (teacher_logit - shifts.teacher.high) - shifts.teacher.low;
-  entry.gap = ((student_logit - teacher_logit) - shifts.gap.high) - shifts.gap.low;
+  T lost;
+  const T gap = difference(student_logit, teacher_logit, &lost);
+  entry.gap = (gap - shifts.gap.high) - (shifts.gap.low - lost);
   entry.q = exp(entry.lq);
   entry.p = exp(entry.lp);
   return entry;
@@ -57,7 +63,7 @@ OPD_ELEMENTWISE void entry_terms(const Divergence divergence, const T* __restric
                                  const T* __restrict__ teacher, const Shifts<T> shifts,
                                  int padded, T* __restrict__ term, T* __restrict__ dterm,
                                  T* __restrict__ q) {
-#pragma GCC ivdep
+OPD_IVDEP
   for (int i = 0; i < padded; ++i) {
     const Entry<T> entry = make_entry(student[i], teacher[i], shifts);
     term[i] = divergence.term(entry);
@@ -72,13 +78,23 @@ OPD_ELEMENTWISE void entry_statistics(const T* __restrict__ student, const T* __
                                       T* __restrict__ student_entropy,
                                       T* __restrict__ teacher_entropy, T* __restrict__ forward_kl,
                                       T* __restrict__ reverse_kl) {
-#pragma GCC ivdep
+OPD_IVDEP
   for (int i = 0; i < padded; ++i) {
     const Entry<T> entry = make_entry(student[i], teacher[i], shifts);
     student_entropy[i] = select(entry.q == T(0), T(0), -entry.q * entry.lq);
     teacher_entropy[i] = select(entry.p == T(0), T(0), -entry.p * entry.lp);
     forward_kl[i] = ForwardKl{}.term(entry);
     reverse_kl[i] = ReverseKl{}.term(entry);
+  }
+}
+
+template <class T>
+OPD_ELEMENTWISE void entry_overlap(const SkewForwardKl divergence, const T* __restrict__ student,
+                                   const T* __restrict__ teacher, const Shifts<T> shifts,
+                                   int padded, T* __restrict__ out) {
+OPD_IVDEP
+  for (int i = 0; i < padded; ++i) {
+    out[i] = divergence.overlap(make_entry(student[i], teacher[i], shifts));
   }
 }
 
@@ -108,6 +124,30 @@ Sums<T> row_terms(const Divergence& divergence, const LogitsRow<T>& student,
   return sums;
 }
 
+// The form of the divergence that suits this row; only the skewed forward KL has two. Backward
+// decides again, from the same numbers and so alike.
+template <class T, class Divergence>
+Divergence for_row(const Divergence& divergence, const LogitsRow<T>&, const LogitsRow<T>&,
+                   const RowState<T>&) {
+  return divergence;
+}
+
+template <class T>
+SkewForwardKl for_row(const SkewForwardKl& divergence, const LogitsRow<T>& student,
+                      const LogitsRow<T>& teacher, const RowState<T>& state) {
+  Block<T> staged_student, staged_teacher, terms;
+  const Shifts<T> shifts(state);
+  double overlap = 0.0;
+  for_each_block(student.vocab_size(), [&](int64_t begin, int count) {
+    const T* s = student.block(begin, count, staged_student.values);
+    const T* t = teacher.block(begin, count, staged_teacher.values);
+    const int padded = round_up_to_lanes(count);
+    entry_overlap(divergence, s, t, shifts, padded, terms.values);
+    overlap += lane_sum(terms.values, padded);
+  });
+  return {divergence.alpha, overlap < 0.5 ? 1.0 : 0.0};
+}
+
 // The statistics of a row, in the order of opd.h.
 template <class T>
 void row_statistics(const LogitsRow<T>& student, const LogitsRow<T>& teacher,
@@ -126,7 +166,9 @@ void row_statistics(const LogitsRow<T>& student, const LogitsRow<T>& teacher,
   for (int k = 0; k < 4; ++k) out[k * stride] = static_cast<T>(sums[k]);
   const bool agree = first_argmax(student, state.student_largest) ==
                      first_argmax(teacher, state.teacher_largest);
-  out[OPD_STATISTIC_TOP1_AGREEMENT * stride] = agree ? T(1) : T(0);
+  const bool defined = !std::isnan(state.student_lse) && !std::isnan(state.teacher_lse);
+  const T undefined = std::numeric_limits<T>::quiet_NaN();
+  out[OPD_STATISTIC_TOP1_AGREEMENT * stride] = !defined ? undefined : agree ? T(1) : T(0);
 }
 
 template <class T>
@@ -141,6 +183,12 @@ void check_spec(const opd_divergence_spec_t& spec, opd_const_matrix_t student,
   check_temperature(kOp, "teacher_temperature", spec.teacher_temperature);
   check_dtype(kOp, "student_logits", student.dtype);
   check_dtype(kOp, "teacher_logits", teacher.dtype);
+  const bool bounded = spec.divergence == OPD_JSD || spec.divergence == OPD_SKEW_FORWARD_KL ||
+                       spec.divergence == OPD_SKEW_REVERSE_KL;
+  OPD_CHECK(!bounded || (spec.param0 > 0.0 && spec.param0 < 1.0), kOp,
+            ": param0 of this divergence must be in (0, 1), got ", spec.param0);
+  check_logits(kOp, "student_logits", student, spec.num_tokens);
+  check_logits(kOp, "teacher_logits", teacher, spec.num_tokens);
   OPD_CHECK((student.dtype == OPD_FLOAT64) == (teacher.dtype == OPD_FLOAT64), kOp,
             ": student_logits and teacher_logits must both be float64 or neither");
 }
@@ -173,8 +221,9 @@ void forward(const Divergence& divergence, const opd_divergence_fwd_args_t& args
     const LogitsRow<T> student(args.student_logits, row, spec.vocab_size, spec.student_temperature);
     const LogitsRow<T> teacher(args.teacher_logits, row, spec.vocab_size, spec.teacher_temperature);
     const RowState<T> state = row_state(student, teacher);
-    const Sums<T> sums = row_terms(divergence, student, teacher, state,
-                                   [](int64_t, int, const T*, const T*) {});
+    const auto suited = for_row(divergence, student, teacher, state);
+    const Sums<T> sums =
+        row_terms(suited, student, teacher, state, [](int64_t, int, const T*, const T*) {});
     *loss = static_cast<T>(static_cast<double>(weight) * sums.term);
     *grad_sum = static_cast<T>(sums.dterm);
     args.student_lse[row] = state.student_lse;
@@ -203,9 +252,9 @@ void backward(const Divergence& divergence, const opd_divergence_bwd_args_t& arg
     const LogitsRow<T> teacher(args.teacher_logits, row, spec.vocab_size, spec.teacher_temperature);
     const RowState<T> state{args.student_lse[row], args.teacher_lse[row], T(0), T(0)};
     Block<T> gradient;
-    row_terms(divergence, student, teacher, state,
+    row_terms(for_row(divergence, student, teacher, state), student, teacher, state,
               [&](int64_t begin, int count, const T* dterm, const T* q) {
-#pragma GCC ivdep
+OPD_IVDEP
                 for (int i = 0; i < count; ++i) {
                   gradient.values[i] = scale * (dterm[i] - q[i] * grad_sum);
                 }
@@ -241,7 +290,8 @@ void forward_grad(const Divergence& divergence, const opd_divergence_fwd_grad_ar
     if (statistics) {
       row_statistics(student, teacher, state, spec.num_tokens, statistics + row);
     }
-    const Sums<T> sums = row_terms(divergence, student, teacher, state,
+    const auto suited = for_row(divergence, student, teacher, state);
+    const Sums<T> sums = row_terms(suited, student, teacher, state,
                                    [&](int64_t begin, int count, const T* dterm, const T* q) {
                                      std::copy(dterm, dterm + count, student_row + begin);
                                      std::copy(q, q + count, teacher_row + begin);
@@ -249,7 +299,7 @@ void forward_grad(const Divergence& divergence, const opd_divergence_fwd_grad_ar
     *loss = static_cast<T>(static_cast<double>(weight) * sums.term);
     const T scale = weight / static_cast<T>(spec.student_temperature);
     const T grad_sum = static_cast<T>(sums.dterm);
-#pragma GCC ivdep
+OPD_IVDEP
     for (int64_t v = 0; v < spec.vocab_size; ++v) {
       student_row[v] = scale * (student_row[v] - teacher_row[v] * grad_sum);
     }
@@ -263,8 +313,12 @@ using opd::guarded;
 
 opd_status_t opd_divergence_fwd_cpu(const opd_divergence_fwd_args_t* args) {
   return guarded([&] {
+    opd::check_pointer(opd::kOp, "args", args);
     opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
     opd::check_spec(args->spec, args->student_logits, args->teacher_logits);
+    if (args->spec.num_tokens == 0) return;
+    opd::check_pointers(opd::kOp, "every output but statistics",
+                        {args->loss, args->grad_sum, args->student_lse, args->teacher_lse});
     opd::visit(args->spec, args->student_logits.dtype, [&](auto divergence, auto real) {
       opd::forward<decltype(real)>(divergence, *args);
     });
@@ -273,10 +327,15 @@ opd_status_t opd_divergence_fwd_cpu(const opd_divergence_fwd_args_t* args) {
 
 opd_status_t opd_divergence_bwd_cpu(const opd_divergence_bwd_args_t* args) {
   return guarded([&] {
+    opd::check_pointer(opd::kOp, "args", args);
     opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
     opd::check_spec(args->spec, args->student_logits, args->teacher_logits);
+    if (args->spec.num_tokens == 0) return;
+    opd::check_pointers(opd::kOp, "every pointer but token_weights",
+                        {args->grad_loss, args->grad_sum, args->student_lse, args->teacher_lse, args->grad_student_logits.data});
     opd::check_dtype(opd::kOp, "grad_student_logits", args->grad_student_logits.dtype);
-    opd::check_width(opd::kOp, args->grad_width, args->spec.vocab_size);
+    opd::check_gradient(opd::kOp, args->grad_student_logits, args->spec.num_tokens,
+                        args->grad_width, args->spec.vocab_size);
     opd::visit(args->spec, args->student_logits.dtype, [&](auto divergence, auto real) {
       opd::backward<decltype(real)>(divergence, *args);
     });
@@ -285,12 +344,21 @@ opd_status_t opd_divergence_bwd_cpu(const opd_divergence_bwd_args_t* args) {
 
 opd_status_t opd_divergence_fwd_grad_cpu(const opd_divergence_fwd_grad_args_t* args) {
   return guarded([&] {
+    opd::check_pointer(opd::kOp, "args", args);
     opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
     const int32_t dtype = args->student_logits.dtype;
     opd::check_spec(args->spec, opd::as_const(args->student_logits),
                     opd::as_const(args->teacher_logits));
     OPD_CHECK((dtype == OPD_FLOAT32 || dtype == OPD_FLOAT64) && args->teacher_logits.dtype == dtype,
               opd::kOp, ": logits must be float32 or float64 to be overwritten by the gradient");
+    if (args->spec.num_tokens == 0) return;
+    opd::check_pointer(opd::kOp, "loss", args->loss);
+    for (const opd_matrix_t& matrix : {args->student_logits, args->teacher_logits}) {
+      opd::check_gradient(opd::kOp, matrix, args->spec.num_tokens, args->spec.vocab_size,
+                          args->spec.vocab_size);
+    }
+    OPD_CHECK(args->student_logits.data != args->teacher_logits.data, opd::kOp,
+              ": student_logits and teacher_logits are both overwritten and must not be the same");
     opd::visit(args->spec, dtype, [&](auto divergence, auto real) {
       opd::forward_grad<decltype(real)>(divergence, *args);
     });
@@ -301,6 +369,8 @@ opd_status_t opd_divergence_eval(int32_t divergence, double param0, double param
                                  const double* teacher_logprob, const double* student_logprob,
                                  double* term, double* dterm) {
   return guarded([&] {
+    if (n == 0) return;
+    opd::check_pointers(opd::kOp, "every pointer", {teacher_logprob, student_logprob, term, dterm});
     const bool known = opd::visit_divergence(divergence, param0, param1, [&](auto functor) {
       for (int64_t i = 0; i < n; ++i) {
         const opd::Entry<double> entry{teacher_logprob[i], student_logprob[i],

@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
+#include <type_traits>
 
 #include "check.h"
 #include "half.h"
@@ -15,6 +17,15 @@
 #include "opd/opd.h"
 
 namespace opd {
+
+// no iteration of the loop below depends on another
+#if defined(__clang__)
+#define OPD_IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define OPD_IVDEP _Pragma("GCC ivdep")
+#else
+#define OPD_IVDEP
+#endif
 
 // columns in a block: a few float arrays of this length fit in L1
 constexpr int kBlock = 512;
@@ -33,7 +44,7 @@ template <class T>
 double lane_sum(const T* values, int count) {
   T lanes[kLanes] = {};
   for (int i = 0; i < count; i += kLanes) {
-#pragma GCC ivdep
+OPD_IVDEP
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
   }
   double sum = 0.0;
@@ -46,7 +57,7 @@ T lane_max(const T* values, int count) {
   T lanes[kLanes];
   std::fill(lanes, lanes + kLanes, -std::numeric_limits<T>::infinity());
   for (int i = 0; i < count; i += kLanes) {
-#pragma GCC ivdep
+OPD_IVDEP
     for (int lane = 0; lane < kLanes; ++lane) {
       const T value = values[i + lane];
       lanes[lane] = value > lanes[lane] ? value : lanes[lane];
@@ -91,10 +102,10 @@ class LogitsRow {
     }
     const T temperature = temperature_;
     if (temperature == T(1)) {
-#pragma GCC ivdep
+OPD_IVDEP
       for (int i = 0; i < count; ++i) scratch[i] = static_cast<T>(to_real(source[i]));
     } else {
-#pragma GCC ivdep
+OPD_IVDEP
       for (int i = 0; i < count; ++i) scratch[i] = static_cast<T>(to_real(source[i])) / temperature;
     }
     std::fill(scratch + count, scratch + round_up_to_lanes(count),
@@ -123,7 +134,7 @@ struct Shift {
   explicit Shift(double lse)
       : high(static_cast<T>(lse)), low(static_cast<T>(lse - static_cast<double>(high))) {
     // inf - inf would hide that the row has no finite logit
-    if (std::isinf(lse)) low = T(0);
+    if (std::isinf(high)) low = T(0);
   }
   T high, low;
 };
@@ -135,7 +146,7 @@ struct Shift {
 template <class T>
 OPD_ELEMENTWISE void exp_block(const T* __restrict__ block, T shift, int padded,
                                T* __restrict__ out) {
-#pragma GCC ivdep
+OPD_IVDEP
   for (int i = 0; i < padded; ++i) out[i] = exp(block[i] - shift);
 }
 
@@ -196,7 +207,7 @@ void store_block(opd_matrix_t matrix, int64_t row, int64_t begin, int count, con
   const int64_t offset = row * matrix.row_stride + begin;
   const auto write = [&](auto* out) {
     out += offset;
-#pragma GCC ivdep
+OPD_IVDEP
     for (int i = 0; i < count; ++i) {
       if constexpr (std::is_same_v<decltype(out), double*>) {
         out[i] = static_cast<double>(values[i]);
@@ -239,9 +250,30 @@ inline void check_struct_size(const char* op, uint32_t got, size_t expected) {
             ". The caller was compiled against another opd.h.");
 }
 
-inline void check_width(const char* op, int64_t grad_width, int64_t vocab_size) {
+inline void check_gradient(const char* op, opd_matrix_t matrix, int64_t num_tokens,
+                           int64_t grad_width, int64_t vocab_size) {
+  OPD_CHECK(num_tokens <= 1 || matrix.row_stride >= grad_width, op,
+            ": rows of the gradient must not overlap, got row_stride ", matrix.row_stride,
+            " for width ", grad_width);
   OPD_CHECK(grad_width >= vocab_size, op, ": grad_width must be at least vocab_size ", vocab_size,
             ", got ", grad_width);
+}
+
+inline void check_pointer(const char* op, const char* name, const void* pointer) {
+  OPD_CHECK(pointer != nullptr, op, ": ", name, " must not be NULL");
+}
+
+inline void check_pointers(const char* op, const char* which,
+                           std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers) check_pointer(op, which, pointer);
+}
+
+inline void check_logits(const char* op, const char* name, opd_const_matrix_t matrix,
+                         int64_t num_tokens) {
+  OPD_CHECK(num_tokens == 0 || matrix.data != nullptr, op, ": ", name, " must not be NULL");
+  // rows may repeat (stride 0) but not run backwards; an output's rows may not overlap
+  OPD_CHECK(num_tokens <= 1 || matrix.row_stride >= 0, op, ": ", name,
+            " row_stride must be >= 0, got ", matrix.row_stride);
 }
 
 inline void check_sizes(const char* op, int64_t num_tokens, int64_t vocab_size) {

@@ -14,7 +14,7 @@ constexpr char kOp[] = "token_logprobs";
 template <class T>
 OPD_ELEMENTWISE void entropy_terms(const T* __restrict__ logits, Shift<T> shift, int padded,
                                    T* __restrict__ out) {
-#pragma GCC ivdep
+OPD_IVDEP
   for (int i = 0; i < padded; ++i) {
     const T lq = (logits[i] - shift.high) - shift.low;
     const T q = exp(lq);
@@ -25,7 +25,7 @@ OPD_ELEMENTWISE void entropy_terms(const T* __restrict__ logits, Shift<T> shift,
 template <class T>
 OPD_ELEMENTWISE void gradient_terms(const T* __restrict__ logits, Shift<T> shift, T c0, T c1,
                                     int padded, T* __restrict__ out) {
-#pragma GCC ivdep
+OPD_IVDEP
   for (int i = 0; i < padded; ++i) {
     const T lq = (logits[i] - shift.high) - shift.low;
     const T q = exp(lq);
@@ -45,6 +45,8 @@ void check_spec(const opd_token_logprobs_spec_t& spec, opd_const_matrix_t logits
   check_sizes(kOp, spec.num_tokens, spec.vocab_size);
   check_temperature(kOp, "temperature", spec.temperature);
   check_dtype(kOp, "logits", logits.dtype);
+  check_logits(kOp, "logits", logits, spec.num_tokens);
+  OPD_CHECK(spec.num_tokens == 0 || token_ids != nullptr, kOp, ": token_ids must not be NULL");
   for (int64_t row = 0; row < spec.num_tokens; ++row) {
     OPD_CHECK(token_ids[row] >= 0 && token_ids[row] < spec.vocab_size, kOp,
               ": token_ids must be in [0, ", spec.vocab_size, "), got ", token_ids[row],
@@ -111,18 +113,27 @@ void backward(const opd_token_logprobs_bwd_args_t& args) {
 
 opd_status_t opd_token_logprobs_fwd_cpu(const opd_token_logprobs_fwd_args_t* args) {
   return opd::guarded([&] {
+    opd::check_pointer(opd::kOp, "args", args);
     opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
     opd::check_spec(args->spec, args->logits, args->token_ids);
+    if (args->spec.num_tokens == 0) return;
+    opd::check_pointers(opd::kOp, "every output",
+                        {args->logprobs, args->lse, args->entropy});
     args->logits.dtype == OPD_FLOAT64 ? opd::forward<double>(*args) : opd::forward<float>(*args);
   });
 }
 
 opd_status_t opd_token_logprobs_bwd_cpu(const opd_token_logprobs_bwd_args_t* args) {
   return opd::guarded([&] {
+    opd::check_pointer(opd::kOp, "args", args);
     opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
     opd::check_spec(args->spec, args->logits, args->token_ids);
     opd::check_dtype(opd::kOp, "grad_logits", args->grad_logits.dtype);
-    opd::check_width(opd::kOp, args->grad_width, args->spec.vocab_size);
+    opd::check_gradient(opd::kOp, args->grad_logits, args->spec.num_tokens, args->grad_width,
+                        args->spec.vocab_size);
+    if (args->spec.num_tokens == 0) return;
+    opd::check_pointers(opd::kOp, "every pointer",
+                        {args->grad_logprobs, args->grad_lse, args->grad_entropy, args->lse, args->entropy, args->grad_logits.data});
     args->logits.dtype == OPD_FLOAT64 ? opd::backward<double>(*args) : opd::backward<float>(*args);
   });
 }

@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <limits>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 
 #if defined(__linux__)
@@ -87,7 +89,29 @@ void parallel_for(int64_t num_rows, opd_rows_fn body, void* context) {
       0, num_rows, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-void check(opd_status_t status) { STD_TORCH_CHECK(status == OPD_OK, opd_last_error()); }
+void require(bool condition, const char* what) {
+  // not STD_TORCH_CHECK: it would put the path of this file before the sentence
+  if (!condition) throw std::runtime_error(what);
+}
+
+void check(opd_status_t status) { require(status == OPD_OK, opd_last_error()); }
+
+// What the Python layer has checked in words; here so that a direct call of torch.ops.opd can be
+// refused but not crash.
+void check_logits(const Tensor& logits, int64_t num_tokens, int64_t vocab_size) {
+  require(logits.dim() == 2 && logits.size(0) == num_tokens,
+          "opd: logits must have two dimensions and one row per token");
+  require(logits.numel() == 0 || logits.size(1) == 1 || logits.stride(1) == 1,
+          "opd: logits must be contiguous in the last dimension");
+  require(vocab_size > 0 && vocab_size <= logits.size(1),
+          "opd: vocab_size must be in [1, columns of the logits]");
+}
+
+void check_rows(const Tensor& values, int64_t num_tokens, ScalarType dtype) {
+  require(values.dim() == 1 && values.size(0) == num_tokens && values.scalar_type() == dtype &&
+              (num_tokens <= 1 || values.stride(0) == 1),
+          "opd: per-token tensors must be contiguous, one value per token, in the kernel's dtype");
+}
 
 int32_t dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -100,7 +124,7 @@ int32_t dtype_of(const Tensor& tensor) {
     case ScalarType::Half:
       return OPD_FLOAT16;
     default:
-      STD_TORCH_CHECK(false, "opd: logits must be float32, float64, bfloat16 or float16");
+      throw std::runtime_error("opd: logits must be float32, float64, bfloat16 or float16");
   }
 }
 
@@ -123,6 +147,8 @@ const void* data_or_null(const std::optional<Tensor>& tensor) {
 opd_divergence_spec_t divergence_spec(const Tensor& student_logits, int64_t divergence,
                                       double param0, double param1, double student_temperature,
                                       double teacher_temperature, int64_t vocab_size) {
+  require(divergence >= 0 && divergence <= std::numeric_limits<int32_t>::max(),
+          "opd: divergence must be an id of opd_divergence_t");
   opd_divergence_spec_t spec{};
   spec.divergence = static_cast<int32_t>(divergence);
   spec.param0 = param0;
@@ -146,6 +172,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> divergence_fwd(
     double teacher_temperature, int64_t vocab_size, bool with_statistics) {
   const int64_t num_tokens = student_logits.size(0);
   const ScalarType real = real_of(student_logits);
+  check_logits(student_logits, num_tokens, vocab_size);
+  check_logits(teacher_logits, num_tokens, vocab_size);
+  if (token_weights) check_rows(*token_weights, num_tokens, real);
   Tensor loss = torch::stable::new_empty(student_logits, {num_tokens}, real);
   Tensor grad_sum = torch::stable::new_empty(student_logits, {num_tokens}, real);
   Tensor student_lse = torch::stable::new_empty(student_logits, {num_tokens}, ScalarType::Double);
@@ -171,6 +200,15 @@ Tensor divergence_bwd(Tensor grad_loss, Tensor student_logits, Tensor teacher_lo
                       std::optional<Tensor> token_weights, Tensor student_lse, Tensor teacher_lse,
                       Tensor grad_sum, int64_t divergence, double param0, double param1,
                       double student_temperature, double teacher_temperature, int64_t vocab_size) {
+  const int64_t num_tokens = student_logits.size(0);
+  const ScalarType real = real_of(student_logits);
+  check_logits(student_logits, num_tokens, vocab_size);
+  check_logits(teacher_logits, num_tokens, vocab_size);
+  if (token_weights) check_rows(*token_weights, num_tokens, real);
+  for (const Tensor& values : {grad_loss, grad_sum}) check_rows(values, num_tokens, real);
+  for (const Tensor& values : {student_lse, teacher_lse}) {
+    check_rows(values, num_tokens, ScalarType::Double);
+  }
   Tensor grad_student_logits = torch::stable::new_empty(
       student_logits, {student_logits.size(0), student_logits.size(1)});
   opd_divergence_bwd_args_t args{};
@@ -194,8 +232,11 @@ std::tuple<Tensor, Tensor> divergence_fwd_grad_(
     Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> token_weights,
     int64_t divergence, double param0, double param1, double student_temperature,
     double teacher_temperature, int64_t vocab_size, bool with_statistics) {
-  Tensor loss =
-      torch::stable::new_empty(student_logits, {student_logits.size(0)}, real_of(student_logits));
+  const ScalarType real = real_of(student_logits);
+  check_logits(student_logits, student_logits.size(0), vocab_size);
+  check_logits(teacher_logits, student_logits.size(0), vocab_size);
+  if (token_weights) check_rows(*token_weights, student_logits.size(0), real);
+  Tensor loss = torch::stable::new_empty(student_logits, {student_logits.size(0)}, real);
   Tensor statistics = empty_statistics(student_logits, with_statistics);
   opd_divergence_fwd_grad_args_t args{};
   args.struct_size = sizeof(args);
@@ -218,6 +259,8 @@ opd_token_logprobs_spec_t token_logprobs_spec(const Tensor& logits, double tempe
 std::tuple<Tensor, Tensor, Tensor> token_logprobs_fwd(Tensor logits, Tensor token_ids,
                                                       double temperature, int64_t vocab_size) {
   const int64_t num_tokens = logits.size(0);
+  check_logits(logits, num_tokens, vocab_size);
+  check_rows(token_ids, num_tokens, ScalarType::Long);
   Tensor logprobs = torch::stable::new_empty(logits, {num_tokens}, real_of(logits));
   Tensor lse = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Double);
   Tensor entropy = torch::stable::new_empty(logits, {num_tokens}, real_of(logits));
@@ -237,6 +280,15 @@ void token_logprobs_bwd_into(const Tensor& grad_logits, const Tensor& grad_logpr
                              const Tensor& grad_lse, const Tensor& grad_entropy,
                              const Tensor& logits, const Tensor& token_ids, const Tensor& lse,
                              const Tensor& entropy, double temperature, int64_t vocab_size) {
+  const ScalarType real = real_of(logits);
+  check_logits(logits, logits.size(0), vocab_size);
+  check_rows(token_ids, logits.size(0), ScalarType::Long);
+  for (const Tensor& values : {grad_lse, lse}) {
+    check_rows(values, logits.size(0), ScalarType::Double);
+  }
+  for (const Tensor& values : {grad_logprobs, grad_entropy, entropy}) {
+    check_rows(values, logits.size(0), real);
+  }
   opd_token_logprobs_bwd_args_t args{};
   args.struct_size = sizeof(args);
   args.spec = token_logprobs_spec(logits, temperature, vocab_size);

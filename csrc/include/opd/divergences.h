@@ -25,12 +25,12 @@ struct Entry {
 
   OPD_HD bool teacher_larger() const { return gap <= T(0); }
   OPD_HD T larger() const { return teacher_larger() ? p : q; }
-  // -|gap|; NaN if p = q = 0, where callers look at larger() first
-  OPD_HD T negative_gap() const { return teacher_larger() ? gap : -gap; }
+  // e^-|gap| and e^-|gap| - 1; NaN if p = q = 0, where callers look at larger() first
+  OPD_HD ExpPair<T> ratio() const { return exp_pair_nonpositive(teacher_larger() ? gap : -gap); }
   // q - p, with the relative accuracy of gap
   OPD_HD T student_minus_teacher() const {
-    const T difference = larger() * expm1_nonpositive(negative_gap());
-    return select(larger() == T(0), T(0), teacher_larger() ? difference : -difference);
+    const T excess = larger() * ratio().expm1;
+    return select(larger() == T(0), T(0), teacher_larger() ? excess : -excess);
   }
 };
 
@@ -60,23 +60,31 @@ struct ReverseKl {
   }
 };
 
-// The mixture m = w p + (1 - w) q, in the logarithms that the terms need. Computed relative to the
-// larger of p and q, so that it stays exact as p -> q and when one of them is 0.
+// The mixture m = w p + (1 - w) q, in the forms that the terms need. Ratios and logarithms are
+// relative to the larger of p and q, so that they stay exact as p -> q, when one of them is 0, and
+// when both are too small to divide by.
 template <class T>
 struct Mixture {
-  T m, lm_lp, lm_lq;
+  T m;
+  T lm_lp, lm_lq;          // log m - log p, log m - log q
+  T p_over_m;
+  T difference_over_m;     // (q - p) / m
 };
 
 template <class T>
 OPD_HD Mixture<T> mixture(const Entry<T>& e, T teacher_weight, T student_weight) {
-  const T gap = e.negative_gap();
-  const T keep = e.teacher_larger() ? teacher_weight : student_weight;
-  const T weight = e.teacher_larger() ? student_weight : teacher_weight;
-  const T from_larger = log_mix(expm1_nonpositive(gap), keep, weight);
-  const T from_smaller = from_larger - gap;
+  const bool teacher_larger = e.teacher_larger();
+  const ExpPair<T> ratio = e.ratio();
+  const T keep = teacher_larger ? teacher_weight : student_weight;
+  const T weight = teacher_larger ? student_weight : teacher_weight;
+  const T m_over_larger = keep + weight * ratio.exp;
+  const T from_larger = log_mix(ratio, keep, weight);
+  const T from_smaller = from_larger + (teacher_larger ? -e.gap : e.gap);
   return {teacher_weight * e.p + student_weight * e.q,
-          e.teacher_larger() ? from_larger : from_smaller,
-          e.teacher_larger() ? from_smaller : from_larger};
+          teacher_larger ? from_larger : from_smaller,
+          teacher_larger ? from_smaller : from_larger,
+          (teacher_larger ? T(1) : ratio.exp) / m_over_larger,
+          (teacher_larger ? ratio.expm1 : -ratio.expm1) / m_over_larger};
 }
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.  dterm = (1-beta) q (lq - lm).
@@ -100,8 +108,13 @@ struct Jsd {
 
 // KL(p || m), m = alpha p + (1 - alpha) q.  dterm = (1 - alpha) q (1 - p/m).
 // At most -log alpha; alpha -> 0 is forward KL.  DistiLLM, arXiv:2402.03898.
+//
+// The gradient does not change when a multiple of q is added to dterm. Near p = q the form above
+// does not cancel against its row sum; where the laws barely overlap it would, and the textbook's
+// -(1 - alpha) q p/m does not. Rows choose by sum q p/m, which lies in [0, 1].
 struct SkewForwardKl {
   double alpha;
+  double textbook = 0;  // 1: the textbook's form, 0: the other
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
     const Mixture<T> mix = mixture(e, T(alpha), T(1 - alpha));
@@ -110,9 +123,15 @@ struct SkewForwardKl {
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
     const T c = T(1 - alpha);
-    const T m = T(alpha) * e.p + c * e.q;
-    // 1 - p/m = (1 - alpha)(q - p)/m, where q - p does not cancel
-    return select(e.q == T(0), T(0), c * e.q * (c * e.student_minus_teacher() / m));
+    const Mixture<T> mix = mixture(e, T(alpha), c);
+    // both are finite; a choice between them would keep the loop from being vectorised
+    const T factor = T(1 - textbook) * (c * mix.difference_over_m) - T(textbook) * mix.p_over_m;
+    return select(e.q == T(0), T(0), c * e.q * factor);
+  }
+  template <class T>
+  OPD_HD T overlap(const Entry<T>& e) const {
+    const Mixture<T> mix = mixture(e, T(alpha), T(1 - alpha));
+    return select(e.q == T(0), T(0), e.q * mix.p_over_m);
   }
 };
 
@@ -131,7 +150,7 @@ struct SkewReverseKl {
   OPD_HD T dterm(const Entry<T>& e) const {
     const T a = T(alpha), c = T(1 - alpha);
     const Mixture<T> mix = mixture(e, c, a);
-    const T through_mixture = T(live) * a * (-c * e.student_minus_teacher() / mix.m);
+    const T through_mixture = T(live) * a * (-c * mix.difference_over_m);
     return select(e.q == T(0), T(0), e.q * (through_mixture - mix.lm_lq));
   }
 };
@@ -140,13 +159,14 @@ struct SkewReverseKl {
 struct TotalVariation {
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
-    const T difference = e.student_minus_teacher();
-    return T(0.5) * (difference < T(0) ? -difference : difference);
+    const T excess = e.student_minus_teacher();
+    return T(0.5) * (excess < T(0) ? -excess : excess);
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
-    const T sign = e.gap > T(0) ? T(0.5) : T(-0.5);
-    return e.q * (e.gap == T(0) ? T(0) : sign);
+    // gap itself where it is 0 or NaN
+    const T negative = e.gap < T(0) ? T(-0.5) : e.gap;
+    return select(e.larger() == T(0), T(0), e.q * (e.gap > T(0) ? T(0.5) : negative));
   }
 };
 

@@ -10,6 +10,10 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__FAST_MATH__)
+#error "opd must not be compiled with -ffast-math or -Ofast: they drop inf, NaN and the rounding tricks"
+#endif
+
 #if defined(__CUDACC__)
 #define OPD_HD __host__ __device__ __forceinline__
 #else
@@ -53,7 +57,8 @@ OPD_HD float expm1_reduced(float x, float* scale) {
   const float n = shifted - shifter;
   float r = x - n * 0.693359375f;
   r = r + n * 2.12194440054690583e-4f;
-  *scale = bits_to_float((float_to_bits(shifted) << 23) + (127 << 23));
+  const uint32_t exponent = static_cast<uint32_t>(float_to_bits(shifted)) << 23;
+  *scale = bits_to_float(static_cast<int32_t>(exponent + (127u << 23)));
   float poly = 1.9908904505427957e-4f;
   poly = poly * r + 1.3934543821960688e-3f;
   poly = poly * r + 8.33328440785408e-3f;
@@ -96,42 +101,63 @@ OPD_HD float exp(float x) {
 #endif
 }
 
-// e^x - 1 for x <= 0, right to the last bits near 0; exactly -1 at -inf.
-OPD_HD float expm1_nonpositive(float x) {
+// e^x and e^x - 1 for x <= 0, both right to the last bits.
+template <class T>
+struct ExpPair {
+  T exp, expm1;
+};
+
+// Exactly 0 and -1 below -87.33 and at -inf; NaN for NaN.
+OPD_HD ExpPair<float> exp_pair_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
-  return ::expm1f(x);
+  return {::expf(x), ::expm1f(x)};
 #else
-  const float clamped = x < -87.33f ? -87.33f : x;
+  const float low = -87.33f;
+  const float clamped = x < low ? low : x;
   float scale;
   const float em1 = detail::expm1_reduced(clamped, &scale);
-  return em1 * scale + (scale - 1.0f);
+  const float full = em1 * scale + scale;
+  return {x < low ? 0.0f : full, em1 * scale + (scale - 1.0f)};
 #endif
 }
 
-// log(keep + (1 - keep) e^x) for x <= 0, from em1 = expm1(x), with weight = 1 - keep: right near
-// x = 0 (where it is log1p(weight * em1)) and for keep so small that 1 - keep rounds to 1.
-OPD_HD float log_mix(float em1, float keep, float weight) {
-  const float f = weight * em1;
+// log(keep + weight e^x) for x <= 0 and keep + weight = 1, from the pair of x: right near x = 0,
+// where it is log1p(weight expm1(x)), and for either weight however small. NaN for NaN.
+OPD_HD float log_mix(ExpPair<float> pair, float keep, float weight) {
+  const float value = keep + weight * pair.exp;
+  const float f = weight * pair.expm1;
 #if defined(__CUDA_ARCH__)
-  const float value = keep + weight * (em1 + 1.0f);
   return value > 0.7071f ? ::log1pf(f) : ::logf(value);
 #else
-  const float value = keep + weight * (em1 + 1.0f);
   const int32_t bits = detail::float_to_bits(value);
   // exponent relative to sqrt(1/2), so that the mantissa lands in [sqrt(1/2), sqrt(2))
   const int32_t exponent = (bits - 0x3f3504f3) >> 23;
-  const float mantissa = detail::bits_to_float(bits - (exponent << 23));
+  const uint32_t rebased = static_cast<uint32_t>(bits) - (static_cast<uint32_t>(exponent) << 23);
+  const float mantissa = detail::bits_to_float(static_cast<int32_t>(rebased));
   const float reduced = exponent == 0 ? f : mantissa - 1.0f;
   const float n = static_cast<float>(exponent);
-  return (n * -2.12194440054690583e-4f + detail::log1p_reduced(reduced)) + n * 0.693359375f;
+  const float result =
+      (n * -2.12194440054690583e-4f + detail::log1p_reduced(reduced)) + n * 0.693359375f;
+  return value == value ? result : value;
 #endif
 }
 
 OPD_HD double exp(double x) { return ::exp(x); }
-OPD_HD double expm1_nonpositive(double x) { return ::expm1(x); }
-OPD_HD double log_mix(double em1, double keep, double weight) {
-  const double value = keep + weight * (em1 + 1.0);
-  return value > 0.7071 ? ::log1p(weight * em1) : ::log(value);
+OPD_HD ExpPair<double> exp_pair_nonpositive(double x) { return {::exp(x), ::expm1(x)}; }
+OPD_HD double log_mix(ExpPair<double> pair, double keep, double weight) {
+  const double value = keep + weight * pair.exp;
+  return value > 0.7071 ? ::log1p(weight * pair.expm1) : ::log(value);
+}
+
+// a - b as the rounded difference and what rounding lost: the sum of both is exact. What was lost
+// counts as 0 where the difference is not finite.
+template <class T>
+OPD_HD T difference(T a, T b, T* lost) {
+  const T d = a - b;
+  const T back = d - a;
+  const T error = (a - (d - back)) - (b + back);
+  *lost = select(d - d == T(0), error, T(0));
+  return d;
 }
 
 // a * phi(x) with phi(x) = e^x - 1 - x >= 0 and b = a e^x: the Bregman form of a KL summand, which

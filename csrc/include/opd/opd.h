@@ -84,7 +84,7 @@ typedef struct opd_divergence_spec_t {
 
 /* loss[t] = token_weights[t] * D(P_t, Q_t). Rows of weight 0 give exactly 0 and are not read. */
 typedef struct opd_divergence_fwd_args_t {
-  uint32_t struct_size; /* sizeof(this struct), so that fields can be appended */
+  uint32_t struct_size; /* sizeof(this struct): a caller of another version is refused */
   opd_divergence_spec_t spec;
   opd_const_matrix_t student_logits, teacher_logits;
   const void* token_weights; /* [T] real, or NULL for ones */
