@@ -120,6 +120,7 @@ def open_run(config: TrainConfig) -> Run:
     # last, so that nothing above can move the random numbers
     ckpt.seed_everything(config.seed)
     if resumed is not None:
+        _tell_of_other_versions(resumed.state["versions"])
         run.step = resumed.state["step"]
         run.ledger = Ledger(**resumed.state["ledger"])
         run.optimizer.load_state_dict(resumed.tensors["optimizer"])
@@ -175,6 +176,18 @@ def find_checkpoint(config: TrainConfig) -> ckpt.Checkpoint | None:
 def _tell(aside: Path | None) -> None:
     if aside is not None:
         _log.warning("moved what an earlier run left to %s", aside)
+
+
+def _tell_of_other_versions(theirs: dict[str, str]) -> None:
+    """A resumed run repeats an uninterrupted one bit for bit only on the same software."""
+    ours = versions()
+    changed = [
+        f"{name} {theirs.get(name)} -> {ours[name]}"
+        for name in ours
+        if theirs.get(name) != ours[name]
+    ]
+    if changed:
+        _log.warning("the checkpoint was written with other versions: %s", ", ".join(changed))
 
 
 def load_run_tokenizer(config: TrainConfig) -> Any:

@@ -94,6 +94,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     """Accuracy and KL of a checkpoint on held-out rows, as a table."""
+    from rich.console import Console
+
     from opd.assembly import load_run_tokenizer, load_student, load_teacher, prepare_process
     from opd.checkpoint import newest_checkpoint
     from opd.config import load_config
@@ -108,16 +110,17 @@ def _eval(options: argparse.Namespace) -> int:
         raise ConfigError(f"--checkpoint: is required, there is none in '{config.output_dir}' yet")
     prepare_process(config)
     settings = config.evaluation or EvaluationConfig()
-    tokenizer = load_run_tokenizer(config)
-    student = load_student(config, tokenizer, Path(path))
-    found = evaluate(
-        student,
-        load_teacher(config, tokenizer, student),
-        tokenizer,
-        load_held_out(settings, config.task, config.data, tokenizer),
-        settings,
-        max_completion_length=config.rollouts.max_completion_length,
-    )
+    with Console(stderr=True).status(f"evaluating {path}"):
+        tokenizer = load_run_tokenizer(config)
+        student = load_student(config, tokenizer, Path(path))
+        found = evaluate(
+            student,
+            load_teacher(config, tokenizer, student),
+            tokenizer,
+            load_held_out(settings, config.task, config.data, tokenizer),
+            settings,
+            max_completion_length=config.rollouts.max_completion_length,
+        )
     _print_table(["metric", "value"], [[k, f"{v:.4f}"] for k, v in sorted(found.metrics.items())])
     if options.output:
         Path(options.output).write_text(json.dumps(found.metrics, indent=2), encoding="utf-8")

@@ -36,13 +36,12 @@ class Display:
 
     Args:
         num_steps: of the run.
-        step: already done.
         console: where to draw. Default: the standard error.
         quiet: show nothing.
     """
 
     def __init__(
-        self, num_steps: int, *, step: int = 0, console: Console | None = None, quiet: bool = False
+        self, num_steps: int, *, console: Console | None = None, quiet: bool = False
     ) -> None:
         self._console = console or Console(file=sys.stderr, quiet=quiet, highlight=False)
         self._is_live = self._console.is_terminal and not quiet
@@ -61,7 +60,7 @@ class Display:
             disable=not self._is_live,
             refresh_per_second=4,
         )
-        self._task = self._progress.add_task("train", total=num_steps, completed=step, numbers="")
+        self._task = self._progress.add_task("train", total=num_steps, numbers="")
 
     def __enter__(self) -> Self:
         self._progress.start()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,15 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
         FloatingPointError: the gradient is not finite.
     """
-    run = open_run(config)
-    writer = MetricsWriter(run.output_dir, config.report_to, step=run.step)
-    clock, meter = Clock(run.student.device), Meter()
-    with Display(config.max_steps, step=run.step, quiet=quiet) as display, _stop_signals() as stop:
+    with ExitStack() as stack:
+        display = stack.enter_context(Display(config.max_steps, quiet=quiet))
+        display.phase("load")
+        run = open_run(config)
+        display.step(run.step, {})
+        writer = MetricsWriter(run.output_dir, config.report_to, step=run.step)
+        clock, meter = Clock(run.student.device), Meter()
+        # from here on a signal waits for the end of the step
+        stop = stack.enter_context(_stop_signals())
         if run.step == 0:
             evaluated = _evaluate(run, writer, display)
         else:

@@ -101,3 +101,12 @@ def test_threads_are_set(values):
 
 def test_versions_name_what_a_result_depends_on():
     assert {"torch", "transformers", "opd_kernels", "python"} == set(versions())
+
+
+def test_going_on_with_other_versions_is_said(values, caplog, monkeypatch):
+    import opd.assembly
+
+    train(parse_config({**values, "max_steps": 2}), quiet=True)
+    monkeypatch.setattr(opd.assembly, "versions", lambda: {"torch": "9.9"})
+    train(parse_config({**values, "max_steps": 2}), quiet=True)
+    assert f"torch {torch.__version__} -> 9.9" in caplog.text

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from opd.batch import Prompt, collate
+from opd.model import LanguageModel
 from opd.rollouts import Sampling, sample
 from opd.rollouts.hf import end_token_ids
 
@@ -62,6 +63,30 @@ def test_behaviour_equals_the_students_own_law_at_temperature_one(student, token
     batch = collate(_sample(student, tokenizer), pad_id=0)
     own = student.law(batch).token_logprobs(batch.token_ids).logprobs
     torch.testing.assert_close(batch.behaviour_logprobs, own.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("qwen3", {"head_dim": 8, "num_key_value_heads": 1}),
+        ("gpt2", {}),
+        ("gpt_neox", {}),
+        ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 16}),
+    ],
+)
+def test_left_padding_and_the_cache_do_not_show_in_any_family(tokenizer, family, own):
+    values = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, **own}
+    values |= {"max_position_embeddings": 64, "initializer_range": 0.4}
+    config = AutoConfig.for_model(
+        family, vocab_size=45, pad_token_id=0, bos_token_id=1, eos_token_id=3, **values
+    )
+    torch.manual_seed(0)
+    model = LanguageModel(AutoModelForCausalLM.from_config(config))
+    trajectories = _sample(model, tokenizer, num_generations=2)
+    model.model.eval()
+    batch = collate(trajectories, pad_id=0)
+    own = model.law(batch).token_logprobs(batch.token_ids).logprobs
+    torch.testing.assert_close(batch.behaviour_logprobs, own.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_completion_stops_at_its_first_end_token_which_is_trained(student, tokenizer):
