@@ -11,10 +11,12 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
-from rich.table import Column
 
 # in a log, at most one line in so many seconds
 _SECONDS_BETWEEN_LINES = 2.0
+
+# of the live line; a narrow terminal loses the last numbers, not the bar
+_WIDTH_WITHOUT_NUMBERS = 42
 
 # what to show of an evaluation: a label, and what is around the name that tells one from another
 _EVALUATED = (("acc", "eval/accuracy/", ""), ("rkl", "eval/", "_states/reverse_kl"))
@@ -24,10 +26,10 @@ _SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("reverse_kl", "rkl", "{:.4f}"),
     ("reverse_kl_k1", "rkl(k1)", "{:.4f}"),
-    ("forward_kl", "fkl", "{:.4f}"),
     ("accuracy", "acc", "{:.3f}"),
-    ("completions/mean_length", "len", "{:.1f}"),
     ("tokens_per_s", "tok/s", "{:,.0f}"),
+    ("forward_kl", "fkl", "{:.4f}"),
+    ("completions/mean_length", "len", "{:.1f}"),
 )
 
 
@@ -48,14 +50,12 @@ class Display:
         self._num_steps = num_steps
         self._accuracy: float | None = None
         self._last_line = float("-inf")
-        # a narrow terminal cuts the last numbers instead of breaking the line
-        one_line = Column(no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             Remaining(),
-            TextColumn("{task.fields[numbers]}", markup=False, table_column=one_line),
+            TextColumn("{task.fields[numbers]}", markup=False),
             console=self._console,
             disable=not self._is_live,
             refresh_per_second=4,
@@ -75,7 +75,7 @@ class Display:
         self._progress.stop()
 
     def phase(self, name: str) -> None:
-        """Say what is going on: train, evaluate, save."""
+        """Say what is going on, in a word: load, train, eval, save."""
         self._progress.update(self._task, description=name)
 
     def say(self, text: str) -> None:
@@ -84,17 +84,20 @@ class Display:
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """A step is done; `values` is empty when it is not one to log."""
-        numbers = self._numbers(values)
+        parts = self._numbers(values)
         if self._is_live:
             self._progress.update(self._task, completed=step)
             if values:
-                self._progress.update(self._task, numbers=numbers)
+                room = self._console.width - _WIDTH_WITHOUT_NUMBERS
+                while parts and len("  ".join(parts)) > room:
+                    parts.pop()
+                self._progress.update(self._task, numbers="  ".join(parts))
             return
         now = time.monotonic()
         is_due = now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps
         if values and is_due:
             self._last_line = now
-            self.say(f"step {step}/{self._num_steps}  {numbers}")
+            self.say(f"step {step}/{self._num_steps}  {'  '.join(parts)}")
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """An evaluation is done."""
@@ -111,10 +114,10 @@ class Display:
             parts += [f"{head} {numbers}"] if found else []
         self.say(f"eval {step}/{self._num_steps}  {'  '.join(parts)}")
 
-    def _numbers(self, values: dict[str, float]) -> str:
+    def _numbers(self, values: dict[str, float]) -> list[str]:
         known = dict(values)
         if self._accuracy is not None:
             known["accuracy"] = self._accuracy
-        return "  ".join(
+        return [
             f"{label} {form.format(known[name])}" for name, label, form in _SHOWN if name in known
-        )
+        ]

@@ -170,7 +170,7 @@ def _log(run: Run, writer: MetricsWriter, meter: Meter) -> dict[str, float]:
 def _evaluate(run: Run, writer: MetricsWriter, display: Display) -> dict[str, float]:
     if run.held_out is None or run.config.evaluation is None:
         return {}
-    display.phase("evaluate")
+    display.phase("eval")
     found = evaluate(
         run.student,
         run.teacher,

@@ -17,9 +17,9 @@ EVALUATED = {
 }
 
 
-def _show(*, terminal):
+def _show(*, terminal, width=120):
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=100, highlight=False)
+    console = Console(file=stream, force_terminal=terminal, width=width, highlight=False)
     with Display(3, console=console) as display:
         display.evaluated(0, EVALUATED)
         for step in (1, 2, 3):
@@ -43,6 +43,12 @@ def test_a_terminal_gets_a_live_line():
     out = _show(terminal=True)
     assert "3/3" in out and "\x1b" in out
     assert "loss 0.5000" in out and "acc 0.125" in out
+
+
+def test_a_narrow_terminal_keeps_the_bar_and_drops_the_last_numbers():
+    out = _show(terminal=True, width=80)
+    assert "3/3" in out and "loss 0.5000" in out
+    assert "tok/s" not in out and "…" not in out
 
 
 def test_quiet_is_silent(capsys):
