@@ -235,7 +235,8 @@ def main() -> int:
     arms = tuple(options.arms or (FULL_ARMS if options.full else DEMO_ARMS))
     runs = REPOSITORY / "runs" / "first_light"
     new = runs / time.strftime("demo-%Y%m%d-%H%M%S")
-    root = options.root or (runs / "full" if options.full else new)
+    # absolute, because the paths are part of the arms' settings
+    root = (options.root or (runs / "full" if options.full else new)).resolve()
     start = time.monotonic()
     try:
         run_jobs(plan_jobs(root, arms, seeds), max(1, options.jobs), console)

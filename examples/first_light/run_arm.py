@@ -175,7 +175,7 @@ def main() -> int:
     from opd.train import Interrupted
 
     try:
-        run(options.root, options.arm, options.seed)
+        run(options.root.resolve(), options.arm, options.seed)
     except ConfigError as error:
         _say(str(error))
         return 2

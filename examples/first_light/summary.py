@@ -70,7 +70,7 @@ def write(
     }
     results = {arm: [flatten(result) for result in found] for arm, found in raw.items()}
     texts = tables(results)
-    words = textwrap.fill(paragraph.write(results, len(seeds)), WIDTH)
+    words = textwrap.fill(paragraph.write(results, len(seeds)), WIDTH, break_on_hyphens=False)
     console.print("\n" + "\n\n".join(texts), markup=False)
     console.print("\n" + words, markup=False)
     picture = REPOSITORY / "docs" / "first_light.png" if is_full else root / "first_light.png"
@@ -143,7 +143,7 @@ def tables(results: Results) -> list[str]:
                 cell += f" ±{100 * deviation:.1f}"
             cells.append(cell)
         rows.append(cells)
-    parts.append(f"Gauges\n{aligned(rows)}\n{textwrap.fill(LEGEND, WIDTH)}")
+    parts.append(f"Gauges\n{aligned(rows)}\n{textwrap.fill(LEGEND, WIDTH, break_on_hyphens=False)}")
     return parts
 
 
