@@ -66,12 +66,14 @@ def statistics(
         student_logprobs = torch.log_softmax(student_scaled, dim=-1)
         teacher_logprobs = torch.log_softmax(teacher_scaled, dim=-1)
         same_top1 = student_scaled.argmax(-1) == teacher_scaled.argmax(-1)
+        # NaN logits make no law, and so no best token
+        undefined = student_logprobs.isnan().any(-1) | teacher_logprobs.isnan().any(-1)
         named = {
             "student_entropy": entropy(student_logprobs),
             "teacher_entropy": entropy(teacher_logprobs),
             "forward_kl": evaluate("forward_kl", teacher_logprobs, student_logprobs),
             "reverse_kl": evaluate("reverse_kl", teacher_logprobs, student_logprobs),
-            "top1_agreement": same_top1.to(torch.float64),
+            "top1_agreement": same_top1.to(torch.float64).masked_fill(undefined, torch.nan),
             "student_lse": student_scaled.logsumexp(-1),
             "teacher_lse": teacher_scaled.logsumexp(-1),
         }

@@ -3,7 +3,8 @@
 
 A divergence is two scalars of one vocabulary entry, `term` and `dterm = d term / d log q`. An entry
 is (p, q, gap): teacher, student, and log q - log p formed from the logits themselves. Parameters
-travel as three floats: weight = param0 (beta or alpha), rest = 1 - param0, live = 1 - param1.
+travel as three floats: weight = param0 (beta or alpha), rest = 1 - param0, live = 1 - param1; for
+skew_forward_kl, which has no param1, the kernels set live to the form of dterm that suits the row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._math import bregman, expm1_nonpositive, log_mix
+from ._math import bregman, exp_pair_nonpositive, log_mix
 
 # id -> name, the order of OPD_DIVERGENCES
 DIVERGENCES = (
@@ -30,22 +31,18 @@ def parameters(param0: float, param1: float) -> tuple[float, float, float]:
 
 
 @triton.jit
-def _larger(p, q, gap):
-    return tl.where(gap <= 0.0, p, q)
-
-
-@triton.jit
-def _negative_gap(gap):
-    """-|gap|; NaN if p = q = 0, where callers look at _larger first."""
-    return tl.where(gap <= 0.0, gap, -gap)
+def _ratio(gap):
+    """(e^-|gap|, e^-|gap| - 1); NaN if p = q = 0, where callers look at the larger first."""
+    return exp_pair_nonpositive(tl.where(gap <= 0.0, gap, -gap))
 
 
 @triton.jit
 def _student_minus_teacher(p, q, gap):
     """q - p, with the relative accuracy of gap."""
-    larger = _larger(p, q, gap)
-    difference = larger * expm1_nonpositive(_negative_gap(gap))
-    return tl.where(larger == 0.0, 0.0, tl.where(gap <= 0.0, difference, -difference))
+    larger = tl.where(gap <= 0.0, p, q)
+    _, excess = _ratio(gap)
+    excess = larger * excess
+    return tl.where(larger == 0.0, 0.0, tl.where(gap <= 0.0, excess, -excess))
 
 
 @triton.jit
@@ -70,55 +67,69 @@ def reverse_kl_dterm(p, q, gap, weight, rest, live):
 
 @triton.jit
 def _mixture(p, q, gap, teacher_weight, student_weight):
-    """m = teacher_weight p + student_weight q as (m, log m - lp, log m - lq)."""
+    """m = teacher_weight p + student_weight q: (m, lm - lp, lm - lq, p / m, (q - p) / m).
+
+    Ratios and logarithms are relative to the larger of p and q, so that they stay exact as p -> q,
+    when one of them is 0, and when both are too small to divide by.
+    """
     teacher_larger = gap <= 0.0
-    negative_gap = _negative_gap(gap)
+    ratio, excess = _ratio(gap)
     keep = tl.where(teacher_larger, teacher_weight, student_weight)
     weight = tl.where(teacher_larger, student_weight, teacher_weight)
-    from_larger = log_mix(expm1_nonpositive(negative_gap), keep, weight)
-    from_smaller = from_larger - negative_gap
+    m_over_larger = keep + weight * ratio
+    from_larger = log_mix(ratio, excess, keep, weight)
+    from_smaller = from_larger + tl.where(teacher_larger, -gap, gap)
     m = teacher_weight * p + student_weight * q
     lm_lp = tl.where(teacher_larger, from_larger, from_smaller)
     lm_lq = tl.where(teacher_larger, from_smaller, from_larger)
-    return m, lm_lp, lm_lq
+    p_over_m = tl.where(teacher_larger, 1.0, ratio) / m_over_larger
+    difference_over_m = tl.where(teacher_larger, excess, -excess) / m_over_larger
+    return m, lm_lp, lm_lq, p_over_m, difference_over_m
 
 
 @triton.jit
 def jsd_term(p, q, gap, weight, rest, live):
-    m, lm_lp, lm_lq = _mixture(p, q, gap, weight, rest)
+    m, lm_lp, lm_lq, _, _ = _mixture(p, q, gap, weight, rest)
     return weight * bregman(p, m, lm_lp) + rest * bregman(q, m, lm_lq)
 
 
 @triton.jit
 def jsd_dterm(p, q, gap, weight, rest, live):
-    _, _, lm_lq = _mixture(p, q, gap, weight, rest)
+    _, _, lm_lq, _, _ = _mixture(p, q, gap, weight, rest)
     return tl.where(q == 0.0, 0.0, -rest * q * lm_lq)
 
 
 @triton.jit
 def skew_forward_kl_term(p, q, gap, weight, rest, live):
-    m, lm_lp, _ = _mixture(p, q, gap, weight, rest)
+    m, lm_lp, _, _, _ = _mixture(p, q, gap, weight, rest)
     return bregman(p, m, lm_lp)
 
 
 @triton.jit
-def skew_forward_kl_dterm(p, q, gap, weight, rest, live):
-    m = weight * p + rest * q
-    # 1 - p/m = rest (q - p) / m, where q - p does not cancel
-    difference = _student_minus_teacher(p, q, gap)
-    return tl.where(q == 0.0, 0.0, rest * q * (rest * difference / m))
+def skew_forward_kl_dterm(p, q, gap, weight, rest, textbook):
+    """rest q (1 - p/m), or the textbook's -rest q p/m where textbook is 1; see divergences.h."""
+    _, _, _, p_over_m, difference_over_m = _mixture(p, q, gap, weight, rest)
+    factor = (1.0 - textbook) * (rest * difference_over_m) - textbook * p_over_m
+    return tl.where(q == 0.0, 0.0, rest * q * factor)
+
+
+@triton.jit
+def skew_forward_kl_overlap(p, q, gap, weight, rest):
+    """The summand of sum q p/m, by which a row chooses its form of dterm."""
+    _, _, _, p_over_m, _ = _mixture(p, q, gap, weight, rest)
+    return tl.where(q == 0.0, 0.0, q * p_over_m)
 
 
 @triton.jit
 def skew_reverse_kl_term(p, q, gap, weight, rest, live):
-    m, _, lm_lq = _mixture(p, q, gap, rest, weight)
+    m, _, lm_lq, _, _ = _mixture(p, q, gap, rest, weight)
     return bregman(q, m, lm_lq)
 
 
 @triton.jit
 def skew_reverse_kl_dterm(p, q, gap, weight, rest, live):
-    m, _, lm_lq = _mixture(p, q, gap, rest, weight)
-    through_mixture = live * weight * (-rest * _student_minus_teacher(p, q, gap) / m)
+    _, _, lm_lq, _, difference_over_m = _mixture(p, q, gap, rest, weight)
+    through_mixture = live * weight * (-rest * difference_over_m)
     return tl.where(q == 0.0, 0.0, q * (through_mixture - lm_lq))
 
 
@@ -129,8 +140,9 @@ def total_variation_term(p, q, gap, weight, rest, live):
 
 @triton.jit
 def total_variation_dterm(p, q, gap, weight, rest, live):
-    sign = tl.where(gap > 0.0, 0.5, -0.5)
-    return q * tl.where(gap == 0.0, 0.0, sign)
+    # gap itself where it is 0 or NaN
+    sign = tl.where(gap > 0.0, 0.5, tl.where(gap < 0.0, -0.5, gap))
+    return tl.where(tl.where(gap <= 0.0, p, q) == 0.0, 0.0, q * sign)
 
 
 @triton.jit

@@ -30,35 +30,40 @@ def exp(x):
 
 
 @triton.jit
-def exp_minus_distance(x, y):
-    """e^-|x - y| with the rounding of x - y put back, up to 2e-7 of the result at |x - y| = 8."""
-    distance = x - y
-    back = distance - x
-    lost = (x - (distance - back)) - (y + back)
-    # an infinite distance has lost nothing
-    lost = tl.where(tl.abs(distance) < float("inf"), lost, 0.0)
-    lost = tl.where(distance < 0.0, lost, -lost)
-    result = exp(-tl.abs(distance))
-    return result + result * lost
+def difference(a, b):
+    """(a - b rounded, what rounding lost): their sum is exact. inf and NaN have lost nothing."""
+    rounded = a - b
+    back = rounded - a
+    lost = (a - (rounded - back)) - (b + back)
+    return rounded, tl.where(rounded - rounded == 0.0, lost, 0.0)
 
 
 @triton.jit
-def expm1_nonpositive(x):
-    """e^x - 1 for x <= 0, right to the last bits near 0; exactly -1 at -inf."""
+def exp_minus_distance(x, y):
+    """e^-|x - y| with the rounding of x - y put back, up to 2e-7 of the result at |x - y| = 8."""
+    distance, lost = difference(x, y)
+    result = exp(-tl.abs(distance))
+    return result + result * tl.where(distance < 0.0, lost, -lost)
+
+
+@triton.jit
+def exp_pair_nonpositive(x):
+    """(e^x, e^x - 1) for x <= 0, right to the last bits; exactly 0 and -1 below -87.33."""
     r, scale = _reduce(tl.where(x < -87.33, -87.33, x))
     poly = 1.9908904505427957e-4 * r + 1.3934543821960688e-3
     poly = poly * r + 8.33328440785408e-3
     poly = poly * r + 4.166645556688309e-2
     poly = poly * r + 0.1666666716337204
     poly = poly * r + 0.5
-    return (poly * (r * r) + r) * scale + (scale - 1.0)
+    em1 = poly * (r * r) + r
+    return tl.where(x < -87.33, 0.0, em1 * scale + scale), em1 * scale + (scale - 1.0)
 
 
 @triton.jit
-def log_mix(em1, keep, weight):
-    """log(keep + weight e^x) with keep + weight = 1 and em1 = expm1(x), x <= 0; right as x -> 0."""
-    f = weight * em1
-    value = keep + weight * (em1 + 1.0)
+def log_mix(ratio, excess, keep, weight):
+    """log(keep + weight e^x), keep + weight = 1, from the pair (e^x, e^x - 1), x <= 0."""
+    f = weight * excess
+    value = keep + weight * ratio
     poly = -7.859894633293152e-2 * f + 0.12885838747024536
     poly = poly * f - 0.13130463659763336
     poly = poly * f + 0.14180703461170197

@@ -2,7 +2,8 @@
 """Divergence of two rows of logits, one program per row: two log-sum-exps, then term and dterm.
 
 The three launchers have the signatures of the `opd` schemas. Reads each logit twice (three times
-with the gradient in place); sums in BLOCK_V float32 lanes, so results do not depend on the grid.
+with the gradient in place, once more for skew_forward_kl); sums in BLOCK_V float32 lanes, so that
+results do not depend on the grid.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ._divergences import (
+    DIVERGENCES,
     divergence_dterm,
     divergence_term,
     forward_kl_term,
     parameters,
     reverse_kl_term,
+    skew_forward_kl_overlap,
 )
-from ._math import exp
+from ._math import difference, exp
 from ._rows import launch, load_logits, row_lse, split, tile
 
 NUM_STATISTICS = 5
+SKEW_FORWARD_KL = tl.constexpr(DIVERGENCES.index("skew_forward_kl"))
 
 
 @triton.jit
@@ -42,8 +46,39 @@ def _load_entry(
     )
     lq = (student - student_high) - student_low
     lp = (teacher - teacher_high) - teacher_low
-    gap = ((student - teacher) - gap_high) - gap_low
+    gap, lost = difference(student, teacher)
+    gap = (gap - gap_high) - (gap_low - lost)
     return lp, lq, exp(lp), exp(lq), gap
+
+
+@triton.jit
+def _form_of_row(
+    student_row_ptr, teacher_row_ptr, vocab_size, student_temperature, teacher_temperature,
+    student_lse, teacher_lse, weight, rest, live, DIVERGENCE: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """`live` as dterm takes it: for skew_forward_kl 1 where the laws barely overlap, else 0.
+
+    Backward decides again, from the same numbers and so alike.
+    """
+    form = live
+    if DIVERGENCE == SKEW_FORWARD_KL:
+        lanes = tl.arange(0, BLOCK_V)
+        overlap = tl.zeros((BLOCK_V,), tl.float32)
+        for begin in range(0, vocab_size, BLOCK_V):
+            _, _, p, q, gap = _load_entry(
+                student_row_ptr, teacher_row_ptr, begin + lanes, vocab_size, student_temperature,
+                teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
+            )  # fmt: skip
+            overlap += skew_forward_kl_overlap(p, q, gap, weight, rest)
+        form = tl.where(tl.sum(overlap, 0) < 0.5, 1.0, 0.0)
+    return form
+
+
+@triton.jit
+def _top1_agreement(student_argmax, teacher_argmax, student_lse, teacher_lse):
+    defined = (student_lse == student_lse) & (teacher_lse == teacher_lse)
+    return tl.where(defined, (student_argmax == teacher_argmax).to(tl.float32), float("nan"))
 
 
 @triton.jit
@@ -114,6 +149,11 @@ def _divergence_fwd_kernel(
         teacher_lse, teacher_argmax = row_lse(
             teacher_row_ptr, vocab_size, teacher_temperature, HAS_TEMPERATURE, BLOCK_V
         )
+        form = _form_of_row(
+            student_row_ptr, teacher_row_ptr, vocab_size, student_temperature,
+            teacher_temperature, student_lse, teacher_lse, weight, rest, live, DIVERGENCE,
+            HAS_TEMPERATURE, BLOCK_V,
+        )  # fmt: skip
         lanes = tl.arange(0, BLOCK_V)
         term_sum = tl.zeros((BLOCK_V,), tl.float32)
         dterm_sum = tl.zeros((BLOCK_V,), tl.float32)
@@ -123,7 +163,7 @@ def _divergence_fwd_kernel(
                 teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
             )  # fmt: skip
             term_sum += divergence_term(p, q, gap, weight, rest, live, DIVERGENCE)
-            dterm_sum += divergence_dterm(p, q, gap, weight, rest, live, DIVERGENCE)
+            dterm_sum += divergence_dterm(p, q, gap, weight, rest, form, DIVERGENCE)
         tl.store(loss_ptr + row, token_weight * tl.sum(term_sum, 0))
         tl.store(grad_sum_ptr + row, tl.sum(dterm_sum, 0))
         tl.store(student_lse_ptr + row, student_lse)
@@ -135,7 +175,8 @@ def _divergence_fwd_kernel(
             )  # fmt: skip
             _store_statistics(
                 statistics_ptr, row, num_tokens, student_entropy, teacher_entropy, forward_kl,
-                reverse_kl, (student_argmax == teacher_argmax).to(tl.float32),
+                reverse_kl,
+                _top1_agreement(student_argmax, teacher_argmax, student_lse, teacher_lse),
             )  # fmt: skip
 
 
@@ -160,6 +201,11 @@ def _divergence_bwd_kernel(
     grad_sum = tl.load(grad_sum_ptr + row)
     # a row that counts for nothing is not read, so that NaN in it stays there
     readable = tl.where(scale == 0.0, 0, vocab_size)
+    form = _form_of_row(
+        student_row_ptr, teacher_row_ptr, readable, student_temperature,
+        teacher_temperature, student_lse, teacher_lse, weight, rest, live, DIVERGENCE,
+        HAS_TEMPERATURE, BLOCK_V,
+    )  # fmt: skip
     lanes = tl.arange(0, BLOCK_V)
     for begin in range(0, grad_width, BLOCK_V):
         columns = begin + lanes
@@ -167,7 +213,7 @@ def _divergence_bwd_kernel(
             student_row_ptr, teacher_row_ptr, columns, readable, student_temperature,
             teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
         )  # fmt: skip
-        dterm = divergence_dterm(p, q, gap, weight, rest, live, DIVERGENCE)
+        dterm = divergence_dterm(p, q, gap, weight, rest, form, DIVERGENCE)
         gradient = tl.where(columns < readable, scale * (dterm - q * grad_sum), 0.0)
         gradient = gradient.to(grad_student_logits_ptr.dtype.element_ty)
         tl.store(grad_row_ptr + columns, gradient, mask=columns < grad_width)
@@ -210,8 +256,14 @@ def _divergence_fwd_grad_kernel(
             )  # fmt: skip
             _store_statistics(
                 statistics_ptr, row, num_tokens, student_entropy, teacher_entropy, forward_kl,
-                reverse_kl, (student_argmax == teacher_argmax).to(tl.float32),
+                reverse_kl,
+                _top1_agreement(student_argmax, teacher_argmax, student_lse, teacher_lse),
             )  # fmt: skip
+        form = _form_of_row(
+            student_row_ptr, teacher_row_ptr, vocab_size, student_temperature,
+            teacher_temperature, student_lse, teacher_lse, weight, rest, live, DIVERGENCE,
+            HAS_TEMPERATURE, BLOCK_V,
+        )  # fmt: skip
         term_sum = tl.zeros((BLOCK_V,), tl.float32)
         dterm_sum = tl.zeros((BLOCK_V,), tl.float32)
         for begin in range(0, vocab_size, BLOCK_V):
@@ -221,7 +273,7 @@ def _divergence_fwd_grad_kernel(
                 teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
             )  # fmt: skip
             term_sum += divergence_term(p, q, gap, weight, rest, live, DIVERGENCE)
-            dterm = divergence_dterm(p, q, gap, weight, rest, live, DIVERGENCE)
+            dterm = divergence_dterm(p, q, gap, weight, rest, form, DIVERGENCE)
             dterm_sum += dterm
             tl.store(student_row_ptr + columns, dterm, mask=columns < vocab_size)
             tl.store(teacher_row_ptr + columns, q, mask=columns < vocab_size)

@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 EPS = torch.finfo(torch.float32).eps
-exp, expm1_nonpositive = _math.exp, _math.expm1_nonpositive
+exp, exp_pair_nonpositive = _math.exp, _math.exp_pair_nonpositive
 exp_minus_distance = _math.exp_minus_distance
 
 
@@ -55,8 +55,10 @@ def _elementary_kernel(x_ptr, y_ptr, out_ptr, count, NAME: tl.constexpr, BLOCK: 
     y = tl.load(y_ptr + index, mask=index < count, other=0.0)
     if NAME == "exp":
         result = exp(x)
-    elif NAME == "expm1_nonpositive":
-        result = expm1_nonpositive(x)
+    elif NAME == "expm1_of_pair":
+        _, result = exp_pair_nonpositive(x)
+    elif NAME == "exp_of_pair":
+        result, _ = exp_pair_nonpositive(x)
     else:
         result = exp_minus_distance(x, y)
     tl.store(out_ptr + index, result, mask=index < count)
@@ -74,17 +76,32 @@ def float32_entries() -> list[tuple[float, float]]:
     return [tuple(pair) for pair in pairs.tolist()]
 
 
+def evaluate(number: int, weight: float, rest: float, live: float, pairs) -> list[torch.Tensor]:
+    lp, lq = torch.tensor(pairs, dtype=torch.float32).T.contiguous()
+    term, dterm = torch.empty_like(lp), torch.empty_like(lp)
+    _evaluate_kernel[(1,)](
+        lp, lq, term, dterm, len(pairs), weight, rest, live,
+        DIVERGENCE=number, BLOCK=triton.next_power_of_2(len(pairs)),
+    )  # fmt: skip
+    return term, dterm
+
+
+def test_triton_skew_forward_kl_has_two_forms_that_differ_by_a_multiple_of_q():
+    pairs = float32_entries()
+    (_, near), (_, textbook) = (evaluate(3, 0.1, 0.9, form, pairs) for form in (0.0, 1.0))
+    q = torch.tensor(pairs)[:, 1].exp()
+    bound = 4 * EPS * (q + textbook.abs()) + 1e-36
+    assert bool(((near - textbook - 0.9 * q).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("divergence", SPECS, ids=str)
 def test_triton_terms_match_the_definition(divergence):
     public = divergence.public()
+    weight, rest, live = parameters(*public.kernel_params)
+    # skew_forward_kl reads it as the form of its dterm; 0 is the one of divergences.h's comment
+    live = 0.0 if divergence.name == "skew_forward_kl" else live
     pairs = float32_entries()
-    lp, lq = torch.tensor(pairs, dtype=torch.float32).T.contiguous()
-    term, dterm = torch.empty_like(lp), torch.empty_like(lp)
-    count = len(pairs)
-    _evaluate_kernel[(1,)](
-        lp, lq, term, dterm, count, *parameters(*public.kernel_params),
-        DIVERGENCE=public.id, BLOCK=triton.next_power_of_2(count),
-    )  # fmt: skip
+    term, dterm = evaluate(public.id, weight, rest, live, pairs)
     for pair, got_term, got_dterm in zip(pairs, term.tolist(), dterm.tolist(), strict=True):
         assert got_term == pytest.approx(
             exact_term(divergence, *pair, SMALLEST_FLOAT32), rel=16 * EPS, abs=1e-36
@@ -107,10 +124,11 @@ def test_triton_exp_is_exact_to_two_roundings_and_zero_below_its_range():
 def test_triton_expm1_keeps_its_digits_near_zero():
     values = -torch.logspace(-30, math.log10(87.0), 2000)
     truth = torch.expm1(values.double())
-    error = (elementary("expm1_nonpositive", values).double() - truth).abs() / truth.abs()
+    error = (elementary("expm1_of_pair", values).double() - truth).abs() / truth.abs()
     assert error.max().item() <= 2 * EPS
     special = torch.tensor([0.0, -1e4, -math.inf])
-    assert elementary("expm1_nonpositive", special).tolist() == [0.0, -1.0, -1.0]
+    assert elementary("expm1_of_pair", special).tolist() == [0.0, -1.0, -1.0]
+    assert elementary("exp_of_pair", special).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_triton_exp_minus_distance_puts_the_rounding_of_the_distance_back():
