@@ -89,7 +89,15 @@ def _greedy(results: Results) -> str:
             "student included: what the arms differ in is how much probability they leave on "
             "wrong tokens, not what they know."
         )
-    return f"Greedy, the arms range from {lowest:.1f}% ({worst}) upwards."
+    text = f"Greedy, the arms range from {lowest:.1f}% ({worst}) upwards"
+    before = 100 * _mean(results, "warm_sft", "greedy_accuracy/16")
+    if lowest < before:
+        worst_seed = 100 * min(seed["greedy_accuracy/16"] for seed in results[worst])
+        text += (
+            f"; the warm student has {before:.1f}%, so sharpening can also settle on a wrong table "
+            f"entry (the worst seed has {worst_seed:.1f}%)"
+        )
+    return text + "."
 
 
 def _repair(results: Results) -> str:

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -103,6 +104,21 @@ def write_traces(root: Path, seed: int) -> None:
     partial.replace(path)
 
 
+def commit() -> str:
+    """Of the working tree that this runs from, with a + if files of it differ."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(
+            ["git", "-C", str(ARMS), *arguments], capture_output=True, text=True, check=False
+        )
+        return found.stdout.strip()
+
+    # only what makes the numbers: the loop, the kernels and the arms
+    code = [":/python", ":/opd_kernels", ":/csrc", ":/examples"]
+    is_changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", *code))
+    return (git("rev-parse", "HEAD") or "unknown") + ("+" if is_changed else "")
+
+
 def load(arm: str, root: Path) -> Any:
     """A trained model, or the teacher."""
     from transformers import AutoModelForCausalLM
@@ -152,6 +168,7 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
         "key": job_key(root, arm, seed),
         "arm": arm,
         "seed": seed,
+        "commit": commit(),
         "train_s": trained - start,
         "measure_s": time.perf_counter() - trained,
         "gauges": gauges,

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import textwrap
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -217,12 +216,12 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def stamp(raw: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The results with the versions, the machine and the commit that made them."""
+    """The results with the versions, the machine and the commits that made them."""
     from opd.assembly import versions
 
     return {
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commits": sorted({result["commit"] for found in raw.values() for result in found}),
         "versions": versions(),
         "machine": {"processor": _processor(), "num_cpus": os.cpu_count()},
         "results": raw,
@@ -262,13 +261,6 @@ def report(root: Path, arms: Sequence[str], seed: int) -> Path:
 def _read(root: Path, arm: str, seed: int) -> dict[str, Any]:
     path = result_path(root / f"seed{seed}", arm)
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

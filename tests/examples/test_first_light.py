@@ -199,6 +199,15 @@ def test_words_admit_that_no_student_learned_to_repair_and_say_so_when_one_did()
     assert "No student learned" not in words and "with probability 0.600" in words
 
 
+def test_words_say_so_when_sharpening_settled_on_a_wrong_entry():
+    results = _results(on=0.96, off=0.96, sft=0.88)
+    lost = {"greedy_accuracy/16": 0.9}
+    results["on_policy_reverse_kl"] = [_made_up(0.96), _made_up(0.96, **lost)]
+    words = paragraph.write(results, 2)
+    assert "from 95.0% (on_policy_reverse_kl) upwards" in words
+    assert "the worst seed has 90.0%" in words
+
+
 def test_words_name_the_price_in_coverage_if_there_is_one():
     results = _results(on=0.96, off=0.96, sft=0.88)
     assert "coverage" not in paragraph.write(results, 2)
@@ -222,7 +231,8 @@ def test_picture_is_drawn(tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_stamp_names_the_commit_and_the_versions():
-    stamp = summary.stamp({})
+def test_stamp_names_the_commits_and_the_versions():
+    stamp = summary.stamp({"more_sft": [{"commit": "b"}, {"commit": "a+"}, {"commit": "b"}]})
+    assert stamp["commits"] == ["a+", "b"]
     assert {"python", "torch", "transformers", "opd_kernels"} <= set(stamp["versions"])
     assert stamp["machine"]["num_cpus"] == os.cpu_count()
