@@ -238,6 +238,9 @@ def main() -> int:
     # absolute, because the paths are part of the arms' settings
     root = (options.root or (runs / "full" if options.full else new)).resolve()
     start = time.monotonic()
+    # a closed terminal or a kill ends the jobs too, as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         run_jobs(plan_jobs(root, arms, seeds), max(1, options.jobs), console)
         # imported late: drawing needs matplotlib, which takes a second to load

@@ -129,7 +129,8 @@ def test_what_was_begun_with_other_inputs_is_stale(tmp_path):
     assert run_arm.is_stale(tmp_path, "warm_sft", 0)
 
 
-def test_ctrl_c_ends_the_demo_with_one_line_that_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_a_kill_ends_the_demo_with_one_line_that_says_how_to_go_on(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, FOLDER / "demo.py", "--root", tmp_path, "--seeds", "0"],
         stdout=subprocess.PIPE,
@@ -139,7 +140,7 @@ def test_ctrl_c_ends_the_demo_with_one_line_that_says_how_to_go_on(tmp_path):
     deadline = time.monotonic() + 60
     while not (tmp_path / "seed0" / "teacher.log").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     last = output.strip().splitlines()[-1]

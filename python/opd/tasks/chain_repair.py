@@ -15,6 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -123,7 +124,7 @@ class ChainRepair:
         seed: int,
         error_rate: float = 0.15,
         lengths: Sequence[int] | None = None,
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """Right answers in which every so often a wrong value is injected and repaired.
 
         Args:
@@ -140,7 +141,7 @@ class ChainRepair:
         if not 0.0 <= error_rate < 1.0:
             raise ValueError(f"chain_repair: error_rate must be in [0, 1), got {error_rate}")
         rng = random.Random(f"chain_repair expert {seed}")
-        rows: list[dict] = []
+        rows: list[dict[str, Any]] = []
         for row in self.rows(num_rows, seed=seed, lengths=lengths):
             tokens, mask = self._expert_completion(row["prompt"], rng, error_rate)
             rows.append({**row, "completion": " ".join(tokens), "completion_mask": mask})

@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-def _batch(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
     token_id = {token: i for i, token in enumerate(VOCABULARY)}
     sequences = [f"{row['prompt']} {row['completion']}".split() for row in rows]
     width = max(map(len, sequences))
