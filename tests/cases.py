@@ -62,6 +62,7 @@ class Case:
     vocab_size: int
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
     # "gaussian": teacher N(-10, std), student = teacher + noise; "equal": the same logits twice;
+    # "unrelated": both N(-10, std), laws that barely overlap at a large std;
     # "uniform": U(-.5, .5); "peaked": one logit at +3, the others at -15
     law: str = "gaussian"
     std: float = 2.0
@@ -157,6 +158,10 @@ CASES = (
     Case("minus_inf_student", 5, 300, minus_inf="student"),
     Case("minus_inf_teacher", 5, 300, minus_inf="teacher"),
     Case("minus_inf_both", 5, 300, minus_inf="both"),
+    *(
+        Case(f"unrelated_{std}", 8, 1000, dtypes=(F64, F32), law="unrelated", std=std)
+        for std in (6.0, 12.0, 30.0)
+    ),
     # scale and closeness of the laws (H24)
     *(
         Case(f"scale_{std}_gap_{gap}", 8, 4000, dtypes=(F64, F32), std=std, gap=gap)
@@ -183,6 +188,7 @@ INTERPRETED = frozenset(
         "minus_inf_teacher",
         "minus_inf_both",
         "equal_laws",
+        "unrelated_12.0",
         "scale_2.0_gap_0.1",
         "scale_30.0_gap_1.0",
         "vocab_32000",
@@ -208,6 +214,8 @@ def logits_of(case: Case, dtype: torch.dtype) -> Logits:
         student = teacher + noise * case.gap * min(case.std, 6.0) / 2
         if case.law == "equal":
             student = teacher.clone()
+        elif case.law == "unrelated":
+            student = noise * case.std - 10.0
     if case.minus_inf is not None:
         # column 0 stays, so that every row keeps a finite logit
         hidden = torch.rand(shape, generator=generator) < 0.4

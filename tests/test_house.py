@@ -82,8 +82,9 @@ MAY_INCLUDE = {
     "csrc/cuda/": r"opd/\w+\.h|\w+\.(h|cuh)|cuda\w*\.h",
 }
 OP_CODE = ("opd_kernels/*.py", "opd_kernels/triton/*.py")
-# the declared host syncs: at most one per call, and only with weights or a masked loss
-SYNCS = {("opd_kernels/_linear.py", "nonzero")}
+# the declared exceptions: one sync per call, only with weights or a masked loss; a check of ids
+# that returns early unless they are on the CPU
+SYNCS = {("opd_kernels/_linear.py", "nonzero"), ("opd_kernels/_checks.py", "nonzero")}
 
 
 @cache

@@ -194,7 +194,9 @@ def _divergence_bwd_kernel(
     grad_row_ptr = grad_student_logits_ptr + row * stride_grad
     scale = tl.load(grad_loss_ptr + row)
     if HAS_WEIGHTS:
-        scale = tl.load(token_weights_ptr + row) * scale
+        token_weight = tl.load(token_weights_ptr + row)
+        # weight 0 wins over an infinite upstream gradient
+        scale = tl.where(token_weight == 0.0, 0.0, token_weight * scale)
     scale = scale / student_temperature
     student_lse = tl.load(student_lse_ptr + row)
     teacher_lse = tl.load(teacher_lse_ptr + row)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -38,6 +40,16 @@ def test_use_backend_is_undone_by_an_error():
     with pytest.raises(RuntimeError, match="inside"), opk.use_backend("reference"):
         raise RuntimeError("inside")
     assert select("divergence", CPU) == "cpu"
+
+
+def test_use_backend_is_of_one_thread():
+    chosen = []
+    with opk.use_backend("reference"):
+        thread = threading.Thread(target=lambda: chosen.append(select("divergence", CPU)))
+        thread.start()
+        thread.join()
+        assert select("divergence", CPU) == "reference"
+    assert chosen == ["cpu"]
 
 
 def test_an_empty_environment_variable_is_none(monkeypatch):

@@ -224,6 +224,19 @@ def test_divergence_weight_zero_hides_whatever_the_row_holds(divergence):
     assert bool(logits.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.triton)])
+def test_divergence_weight_zero_wins_over_an_infinite_upstream_gradient(backend, request):
+    if backend == "triton":
+        request.getfixturevalue("interpreted_triton")
+    student, teacher = gaussian(2, 30)
+    logits = leaf(student)
+    weights = torch.tensor([0.0, 1.0])
+    loss = opk.divergence(logits, teacher, token_weights=weights, backend=backend)
+    loss.backward(torch.tensor([INF, 1.0]))
+    assert bool((logits.grad[0] == 0).all())
+    assert bool(logits.grad[1].isfinite().all())
+
+
 def test_divergence_huge_logits_do_not_overflow():
     student, teacher = gaussian(3, 500, std=30.0)
     shifted = opk.divergence(student + 3e4, teacher - 3e4, divergence="jsd")
@@ -268,7 +281,7 @@ def test_divergence_has_no_second_derivative_and_says_so():
     (gradient,) = torch.autograd.grad(
         opk.divergence(logits, teacher).sum(), logits, create_graph=True
     )
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(gradient.square().sum(), logits)
 
 

@@ -34,11 +34,17 @@ def test_explain_accepts_meta_tensors():
     assert "backend 'reference'" in text
 
 
+def test_explain_refuses_an_option_that_no_op_has():
+    with pytest.raises(ValueError, match=r"option must be one of .*, got 'bakend'"):
+        opk.explain("divergence", torch.zeros(2, 3), bakend="cpu")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("divergense",), "op must be one of 'divergence', .*got 'divergense'"),
         (("divergence",), "divergence must be given the tensors of the call"),
+        (("fused_linear_divergence", torch.zeros(2, 3)), "must be given 4 tensors, got 1"),
     ],
 )
 def test_explain_rejects_in_words(arguments, message):

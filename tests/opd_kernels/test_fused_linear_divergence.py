@@ -329,6 +329,18 @@ def test_fused_linear_divergence_all_masked_is_exactly_zero(reduction):
     assert all(bool((row == 0).all()) for row in out.statistics.values())
 
 
+def test_fused_linear_divergence_weight_zero_wins_over_an_infinite_upstream_gradient():
+    inputs = fused_of(SMALL, F32)
+    hidden, head = leaf(inputs.student_hidden), leaf(inputs.student_lm_head_weight)
+    loss = opk.fused_linear_divergence(
+        hidden, head, *inputs.tensors()[2:], reduction="none", **inputs.keywords()
+    ).loss
+    masked = inputs.token_weights == 0
+    loss.backward(torch.where(masked, torch.inf, 1.0))
+    assert bool((hidden.grad[masked] == 0).all())
+    assert bool(head.grad.isfinite().all())
+
+
 @every_reduction
 def test_fused_linear_divergence_of_no_tokens(reduction):
     hidden = torch.empty(0, 8, requires_grad=True)
@@ -486,6 +498,15 @@ def _call(**changes):
         ),
         ({"reduction": "mean"}, ValueError, "reduction must be one of 'sum', 'none', got 'mean'"),
         ({"statistics": ("entropy",)}, ValueError, "statistics must be one of 'student_entropy'"),
+        ({"statistics": "forward_kl"}, TypeError, "must be a sequence of names, got 'forward_kl'"),
+        (
+            {
+                "student_hidden": torch.zeros(4, 0),
+                "student_lm_head_weight": torch.zeros(20, 0),
+            },
+            ValueError,
+            "student_hidden must have a hidden size of at least 1, got 0",
+        ),
         ({"workspace_bytes": 10}, ValueError, "workspace_bytes must be at least .* got 10"),
         ({"workspace_bytes": 1e9}, TypeError, "workspace_bytes must be an int, got float"),
         ({"temperature": 0}, ValueError, "temperature must be positive and finite, got 0"),

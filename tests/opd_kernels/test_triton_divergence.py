@@ -44,6 +44,7 @@ SPECIAL = {
     "minus_inf_teacher",
     "minus_inf_both",
     "equal_laws",
+    "unrelated_12.0",
     "scale_30.0_gap_1.0",
 }
 FEW = (spec("forward_kl"), spec("jsd", beta=0.1))
