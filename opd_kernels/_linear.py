@@ -206,6 +206,9 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     kept = torch.compiler.is_compiling() or type(gradient) is not Tensor
     if kept or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * factor.to(gradient.dtype)
+    if factor.device.type == "cpu" and bool(factor == 1):
+        # the usual case; the scalar is at hand on CPU, and dW is not worth a pass for nothing
+        return gradient
     return gradient.mul_(factor.to(gradient.dtype))
 
 
