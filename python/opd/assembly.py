@@ -80,6 +80,10 @@ def open_run(config: TrainConfig) -> Run:
     """
     prepare_process(config)
     output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: cannot make {config.output_dir!r}: {error}") from None
     resumed = find_checkpoint(config)
     tokenizer = load_run_tokenizer(config)
     student = load_student(config, tokenizer, resumed.path if resumed else None)
@@ -115,7 +119,6 @@ def open_run(config: TrainConfig) -> Run:
         held_out=held_out,
         optimizer=build_optimizer(student.model, config),
     )
-    output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     # last, so that nothing above can move the random numbers
     ckpt.seed_everything(config.seed)
@@ -157,8 +160,7 @@ def find_checkpoint(config: TrainConfig) -> ckpt.Checkpoint | None:
         # later ones are of a run that this one now departs from
         _tell(ckpt.set_aside(root, after_step=found.state["step"]))
         return found
-    if root.is_dir():
-        ckpt.remove_leftovers(root)
+    ckpt.remove_leftovers(root)
     newest = ckpt.newest_checkpoint(root)
     if newest is None:
         return None

@@ -10,13 +10,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line. Returns 0, 2 for a bad configuration, or 128 + a signal's number."""
+    """Run a command line.
+
+    Returns:
+        0; 1 when training went wrong, 2 for a bad configuration, 128 + the number of a signal.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -28,10 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted before the end of a step, nothing was saved by it", file=sys.stderr)
         return 130
     except Exception as error:
-        if _is_for_the_user(error):
-            print(error, file=sys.stderr)
-            return 2
-        raise
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(error, file=sys.stderr)
+        return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,18 +105,23 @@ def _eval(options: argparse.Namespace) -> int:
     from opd.config import load_config
     from opd.evaluation import EvaluationConfig, evaluate, load_held_out
     from opd.model import resolve_model_path
-    from opd.schema import ConfigError
+    from opd.schema import ConfigError, did_you_mean
 
     config = load_config(options.config, options.overrides)
-    path = options.checkpoint and resolve_model_path(options.checkpoint)
-    path = path or newest_checkpoint(config.output_dir)
+    path = newest_checkpoint(config.output_dir)
+    if options.checkpoint:
+        path = Path(resolve_model_path(options.checkpoint))
+        if not path.is_dir():
+            siblings = [str(other) for other in path.parent.glob("*") if other.is_dir()]
+            hint = did_you_mean(path, siblings)
+            raise ConfigError(f"--checkpoint: no such directory '{path}'{hint}")
     if path is None:
         raise ConfigError(f"--checkpoint: is required, there is none in '{config.output_dir}' yet")
     prepare_process(config)
     settings = config.evaluation or EvaluationConfig()
     with Console(stderr=True).status(f"evaluating {path}"):
         tokenizer = load_run_tokenizer(config)
-        student = load_student(config, tokenizer, Path(path))
+        student = load_student(config, tokenizer, path)
         found = evaluate(
             student,
             load_teacher(config, tokenizer, student),
@@ -178,8 +187,10 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
     (console if console.is_terminal else Console(width=200, markup=False)).print(table)
 
 
-def _is_for_the_user(error: Exception) -> Any:
-    """Errors that say in one sentence what to change; anything else is a defect of ours."""
+def _exit_code(error: Exception) -> int | None:
+    """Of errors that say in one sentence what to change; any other is a defect of ours."""
     from opd.schema import ConfigError
 
-    return isinstance(error, ConfigError | FloatingPointError)
+    if isinstance(error, ConfigError):
+        return 2
+    return 1 if isinstance(error, FloatingPointError) else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from opd.data import DataConfig, TaskConfig
 from opd.evaluation import EvaluationConfig
@@ -73,6 +73,12 @@ class TrainConfig(OptimConfig):
         "html",
     )
     resume_from_checkpoint: str = "auto"
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        # as in HF, where one name need not be in a list and `none` is an empty one
+        return ([] if value == "none" else [value]) if isinstance(value, str) else value
 
     @property
     def num_trajectories(self) -> int:

@@ -79,8 +79,8 @@ def apply_gradients(optimizer: torch.optim.Optimizer, step: int, config: OptimCo
     norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
     if not math.isfinite(norm):
         raise FloatingPointError(
-            f"step {step + 1}: the gradient's norm is {float(norm)}; the last checkpoint is good, "
-            "a lower learning_rate or max_grad_norm may help"
+            f"step {step + 1}: the gradient's norm is {float(norm)}; nothing was saved since the "
+            "last checkpoint; a lower learning_rate or max_grad_norm may help"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)

@@ -57,6 +57,7 @@ def test_train_then_eval_then_report(path, tmp_path, capsys):
         ("teacher.config.vocab_size=50", "the teacher's head has 50 tokens and the student's 45"),
         ("teacher.model_name_or_path=builtin:chain", "teacher.model_name_or_path: no builtin"),
         ("rollouts.max_completion_length=99", "must be at most 60 with prompts of up to 4 tokens"),
+        ("output_dir=/proc/here", "output_dir: cannot make '/proc/here'"),
         ("resume_from_checkpoint=nowhere", "resume_from_checkpoint: no checkpoint at 'nowhere'"),
         ("device=tpu9", "device: cannot use 'tpu9'"),
         ("student.config.model_type=lama", "student.config: "),
@@ -102,6 +103,21 @@ def test_starting_afresh_keeps_the_earlier_run(path, tmp_path):
 
 def test_eval_without_a_checkpoint_says_so(path, capsys):
     assert "--checkpoint: is required" in _fails(capsys, "eval", "--config", path)
+
+
+def test_eval_of_a_checkpoint_that_does_not_exist_says_so(path, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    line = _fails(capsys, "eval", "--config", path, "--checkpoint", str(tmp_path / "rnus"))
+    assert line.startswith("--checkpoint: no such directory")
+    assert "did you mean" in line
+
+
+def test_training_that_diverges_is_one_sentence_and_code_1(path, capsys):
+    command = ["train", "--config", path, "--quiet", "learning_rate=1e30", "max_grad_norm=0"]
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1
+    assert "a lower learning_rate" in err
 
 
 def test_report_of_no_run_says_so(tmp_path, capsys):

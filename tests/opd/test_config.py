@@ -91,6 +91,13 @@ def test_overrides_are_yaml_and_numbers_may_lack_the_dot(path):
     assert (config.learning_rate, config.task.lengths, config.seed) == (1e-4, [1, 2], 7)
 
 
+@pytest.mark.parametrize(
+    ("text", "names"), [("none", ()), ("jsonl", ("jsonl",)), ("[jsonl]", ("jsonl",))]
+)
+def test_report_to_is_read_as_in_hf(path, text, names):
+    assert load_config(path, [f"report_to={text}"]).report_to == names
+
+
 def test_a_missing_file_suggests_its_neighbour(tmp_path):
     (tmp_path / "train.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"no such file or recipe, did you mean '.*train.yaml'"):

@@ -181,12 +181,20 @@ def _generate(
         use_cache=True,
     )
     with _for_generation(model.model, generation):
-        output = model.model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=generation,
-            logits_processor=processors,
-        )
+        try:
+            output = model.model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=generation,
+                logits_processor=processors,
+            )
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            raise FloatingPointError(
+                f"{model.name}: its logits are not finite, so nothing can be sampled; a lower "
+                "learning_rate or max_grad_norm may help"
+            ) from None
     completions = output[:, longest:]
     logprobs = None if is_greedy else recorder.logprobs(completions).cpu()
     return completions.cpu(), logprobs
