@@ -86,11 +86,19 @@ def compile_for(kernel, dtype: str, constants: dict, capability: int) -> dict:
 
 
 def _resource_usage(ptx: str, capability: int) -> dict[str, int]:
-    arch = f"sm_{capability}a" if capability == SM_90 else f"sm_{capability}"
+    arch = f"sm_{capability}a" if capability >= SM_90 else f"sm_{capability}"
+    assembler = "ptxas-blackwell" if capability >= 100 else "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        command = [TOOLS / "ptxas", f"-arch={arch}", "-v", path, "-o", Path(folder, "kernel.cubin")]
+        command = [
+            TOOLS / assembler,
+            f"-arch={arch}",
+            "-v",
+            path,
+            "-o",
+            Path(folder, "kernel.cubin"),
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (registers,) = re.findall(r"Used (\d+) registers", report)
     stores = re.findall(r"(\d+) bytes spill stores", report)

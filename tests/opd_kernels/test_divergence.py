@@ -336,6 +336,22 @@ def test_divergence_accepts_rows_that_are_not_contiguous():
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.triton)])
+def test_divergence_finds_rows_beyond_two_to_the_31_elements(backend, request, tmp_path):
+    # T x V passes 2^31 at 14,135 tokens of 151,936; here two rows of a sparse file lie so far apart
+    if backend == "triton":
+        request.getfixturevalue("interpreted_triton")
+    stride, vocab_size = 1 << 31, 40
+    storage = torch.from_file(
+        str(tmp_path / "logits"), shared=True, size=stride + vocab_size, dtype=BF16
+    )
+    far = storage.as_strided((2, vocab_size), (stride, 1))
+    student, teacher = gaussian(2, vocab_size, BF16)
+    far.copy_(student)
+    loss = opk.divergence(far, teacher, backend=backend)
+    assert torch.equal(loss, opk.divergence(student, teacher, backend=backend))
+
+
 def test_divergence_leaves_its_inputs_alone():
     student, teacher = gaussian(3, 700, BF16)
     before = student.clone(), teacher.clone()
