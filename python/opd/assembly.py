@@ -24,10 +24,12 @@ from opd.model import (
     resolve_model_path,
 )
 from opd.optim import build_optimizer
+from opd.rollouts.hf import end_token_ids
 from opd.schema import ConfigError
 from opd.teachers import TeacherConfig
 
 _log = logging.getLogger(__name__)
+_LONGER = "completions may grow to the length limit, see completions/clipped_ratio"
 _RUN_FILES = ["config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "report.html"]
 
 
@@ -243,6 +245,7 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
         )
     _check_rows(teacher, config.vocab_size or theirs)
     _check_same_tokens(config.teacher, tokenizer, config.vocab_size, key)
+    _tell_of_other_ends(teacher, student, tokenizer)
     return teacher
 
 
@@ -264,6 +267,14 @@ def _check_rows(model: LanguageModel, num_tokens: int) -> None:
             f"{model.name}: its head has {rows} tokens, fewer than the {num_tokens} of "
             f"{'vocab_size' if model.vocab_size else 'the tokenizer'}"
         )
+
+
+def _tell_of_other_ends(teacher: Any, student: LanguageModel, tokenizer: Any) -> None:
+    """A teacher that ends its text with another token teaches the student never to end."""
+    theirs, ours = (end_token_ids(model.model, tokenizer) for model in (teacher, student))
+    if theirs != ours:
+        names = [tokenizer.convert_ids_to_tokens(ids) for ids in (theirs, ours)]
+        _log.warning("the teacher's end tokens are %s, the student's %s; %s", *names, _LONGER)
 
 
 def _check_same_tokens(

@@ -110,3 +110,14 @@ def test_going_on_with_other_versions_is_said(values, caplog, monkeypatch):
     monkeypatch.setattr(opd.assembly, "versions", lambda: {"torch": "9.9"})
     train(parse_config({**values, "max_steps": 2}), quiet=True)
     assert f"torch {torch.__version__} -> 9.9" in caplog.text
+
+
+def test_another_end_token_of_the_teacher_is_said(values, hf_model, tmp_path, caplog):
+    teacher = hf_model()
+    teacher.generation_config.eos_token_id = [3, 7]
+    teacher.save_pretrained(tmp_path / "teacher")
+    open_run(parse_config(values))
+    assert "end tokens" not in caplog.text
+    values["teacher"] = {"model_name_or_path": str(tmp_path / "teacher")}
+    open_run(parse_config(values))
+    assert "the teacher's end tokens are ['E', 'v3'], the student's ['E']" in caplog.text

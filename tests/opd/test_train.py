@@ -196,7 +196,7 @@ def test_killed_and_rerun_is_bitwise_the_run_that_was_not_killed(values, tmp_pat
 
 
 def test_kill_minus_nine_from_outside_and_the_same_command_again(values, tmp_path):
-    values |= {"max_steps": 120, "save_steps": 10, "evaluation": {"num_prompts": 4}}
+    values |= {"max_steps": 200, "save_steps": 20, "evaluation": {"num_prompts": 4}}
     whole = _run(values, output_dir=str(tmp_path / "whole"))
     values["output_dir"] = str(tmp_path / "killed")
     path = tmp_path / "config.yaml"
@@ -210,9 +210,9 @@ def test_kill_minus_nine_from_outside_and_the_same_command_again(values, tmp_pat
         time.sleep(0.002)
     child.kill()
     child.wait()
-    assert not (tmp_path / "killed" / "checkpoint-120").exists()
+    assert not (tmp_path / "killed" / "checkpoint-200").exists()
     subprocess.run(command, env=_environment(), check=True, stdout=subprocess.DEVNULL)
-    again = tmp_path / "killed" / "checkpoint-120" / "model.safetensors"
+    again = tmp_path / "killed" / "checkpoint-200" / "model.safetensors"
     assert again.read_bytes() == _weights(whole)
     assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")
 
