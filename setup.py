@@ -50,7 +50,8 @@ class CMakeBuild(build_ext):
         build_directory = ROOT / "build" / "torch"
         march = os.environ.get("OPD_MARCH", "native")
         configure = [cmake, "-S", str(ROOT), "-B", str(build_directory), "-G", "Ninja"]
-        configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DOPD_TESTS=OFF", "-DOPD_WERROR=OFF", f"-DOPD_MARCH={march}"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DOPD_MARCH={march}"]
+        configure += ["-DOPD_TESTS=OFF", "-DOPD_WERROR=OFF"]
         configure += [f"-DOPD_TORCH_DIR={torch_directory()}"]
         subprocess.run(configure, check=True)
         subprocess.run(

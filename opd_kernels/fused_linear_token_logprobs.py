@@ -39,8 +39,8 @@ def fused_linear_token_logprobs(
         backend: "cpu" | "triton" | "reference"; None picks one.
 
     Returns:
-        TokenLogprobs of [T] float32 (float64 for float64), all three differentiable in hidden and
-        lm_head_weight.
+        TokenLogprobs of [T] float32 (float64 for float64), nats, all three differentiable in
+        hidden and lm_head_weight.
 
     Raises:
         ValueError: shapes, ranges, ids (on CPU) or a workspace that do not fit.

@@ -47,7 +47,7 @@ def token_logprobs(
         backend: "cpu" | "triton" | "reference"; None picks one.
 
     Returns:
-        TokenLogprobs of [T] float32 (float64 for float64 logits), all three differentiable.
+        TokenLogprobs of [T] float32 (float64 for float64 logits), nats, all three differentiable.
 
     Raises:
         ValueError: shapes or temperature that do not fit. TypeError: unsupported dtype.

@@ -34,7 +34,7 @@ def test_readme_loss_is_the_masked_mean_divergence_and_trains_the_student():
     loss_mask[1, 2:7] = True
 
     loss = readme_function("distillation_loss")(
-        student, teacher, input_ids, attention_mask, loss_mask
+        student, teacher, loss_mask, input_ids=input_ids, attention_mask=attention_mask
     )
     loss.backward()
     got = {name: p.grad.clone() for name, p in student.named_parameters()}
