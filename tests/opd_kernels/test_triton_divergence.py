@@ -67,11 +67,11 @@ def test_triton_divergence_matches_reference(case, dtype, divergence):
     check_divergence(case, dtype, divergence, backend="triton", max_tokens=rows)
 
 
-@pytest.mark.parametrize("gap", [1e-2, 1e-4])
+@pytest.mark.parametrize(("gap", "shift"), [(1e-2, 0.0), (1e-4, 0.0), (1e-3, 300.0)])
 @pytest.mark.parametrize("divergence", SPECS, ids=str)
-def test_triton_divergence_is_precise_when_the_laws_are_close(gap, divergence):
+def test_triton_divergence_is_precise_when_the_laws_are_close(gap, shift, divergence):
     student, teacher = torch.randn(2, 1, 3000)
-    student = leaf(teacher + gap * student)
+    student = leaf(teacher + gap * student + shift)
     exact = leaf(student.detach(), F64)
     loss = opk.divergence(student, teacher, divergence=divergence.public(), backend="triton")
     truth = reference.divergence(exact, teacher, divergence=divergence)
@@ -188,6 +188,18 @@ def test_triton_divergence_opcheck():
         ops.divergence_bwd, (torch.ones_like(loss), student, teacher, weights, *saved, *numbers)
     )
     torch.library.opcheck(ops.divergence_fwd_grad_, (student, teacher, weights, *numbers, True))
+
+
+def test_triton_fused_linear_divergence_opcheck():
+    inputs = fused_of(FusedCase("triton", 3, 40, 8, 8), F32)
+    trained = [leaf(x) for x in inputs.tensors()[:2]]
+    tensors = [*trained, *inputs.tensors()[2:], None]
+    numbers = (2, 0.3, 0.0, 1.0, 1.0, 40, 1 << 20)
+    ops = torch.ops.opd
+    torch.library.opcheck(
+        ops.fused_linear_divergence_sum, (*tensors, *numbers, True, True, True, "triton")
+    )
+    torch.library.opcheck(ops.fused_linear_divergence_fwd, (*tensors, *numbers, True, "triton"))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
