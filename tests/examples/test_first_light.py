@@ -44,6 +44,10 @@ def test_every_arm_of_the_demo_has_a_file():
 def test_arms_differ_from_more_sft_in_who_writes_the_loss_and_the_steps_only(arm):
     one, other = (load_config(FOLDER / "arms" / f"{name}.yaml") for name in ("more_sft", arm))
     apart = {"output_dir", "teacher", "rollouts", "objective", "max_steps", "evaluation"}
+    if other.rollouts.kind == "hf":
+        # the rate that suits SFT is too hot on-policy; the README has the numbers
+        apart.add("learning_rate")
+        assert other.learning_rate < one.learning_rate
     assert one.model_dump(exclude=apart) == other.model_dump(exclude=apart)
 
 
