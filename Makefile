@@ -28,7 +28,8 @@ $(VENV)/.dependencies: requirements.txt constraints.txt
 	@test -n "$(PYTHON)" || { echo "opd-kernels needs Python 3.11 or newer; install it, or run: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
 	@echo "setting up $(VENV) (once; a few minutes, most of it is torch)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# an interrupted first set-up leaves a python without pip
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@# torch first and alone: a requirement of another package must not pull a different build
 	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_FLAGS) torch
 	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_FLAGS) -r requirements.txt
