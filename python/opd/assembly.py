@@ -19,6 +19,7 @@ from opd.ledger import Ledger
 from opd.model import (
     LanguageModel,
     StudentConfig,
+    disable_dropout,
     load_model,
     load_tokenizer,
     resolve_model_path,
@@ -207,6 +208,8 @@ def load_student(config: TrainConfig, tokenizer: Any, path: Path | None = None) 
     if path is not None:
         source = source.model_copy(update={"model_name_or_path": str(path)})
     model = load_model(source, tokenizer, name="student", seed=config.seed, device=config.device)
+    if source.disable_dropout:
+        disable_dropout(model)
     if source.gradient_checkpointing:
         # transformers 5.23 gave it a new name and warns about the old one
         enable = getattr(model, "activation_checkpointing_enable", None)

@@ -24,6 +24,8 @@ _LOGIT_BENDERS = {
 }
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _NUM_PROBE_TOKENS = 6
+# parts of the names under which models keep probabilities of dropping something in training
+_DROPOUTS = ("dropout", "pdrop", "layerdrop")
 
 
 class ModelSource(Section):
@@ -61,10 +63,13 @@ class StudentConfig(ModelSource):
     Attributes:
         tokenizer_name_or_path: default: the task's tokenizer, else the model's own.
         gradient_checkpointing: recompute activations in the backward pass.
+        disable_dropout: train without dropout, as completions are sampled; with it, the law that
+            is trained is not the one that was drawn from, and importance ratios are noise.
     """
 
     tokenizer_name_or_path: str | None = None
     gradient_checkpointing: bool = False
+    disable_dropout: bool = True
 
 
 class LanguageModel:
@@ -148,6 +153,27 @@ def load_model(config: ModelSource, tokenizer: Any, *, name: str, seed: int, dev
     else:
         model = _random_model(config, tokenizer, name=name, seed=seed, extra=extra).to(dtype)
     return model.to(resolve_device(device))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0: layers, numbers kept by modules, its configuration."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        # attention reads its probability from an attribute, other code from the configuration
+        holders = [module, *_configs(getattr(module, "config", None))]
+        for holder in holders:
+            for name, value in list(vars(holder).items()):
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if is_number and any(part in name for part in _DROPOUTS):
+                    setattr(holder, name, 0.0)
+
+
+def _configs(config: Any) -> list[Any]:
+    """A configuration and those of the parts of a composite model."""
+    if config is None or not hasattr(config, "get_text_config"):
+        return []
+    return [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))]
 
 
 def load_tokenizer(config: StudentConfig) -> Any:
