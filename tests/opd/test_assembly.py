@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from opd.assembly import open_run, versions
+from opd.batch import collate_step
 from opd.config import parse_config
 from opd.schema import ConfigError
 from opd.train import train
@@ -121,3 +122,49 @@ def test_another_end_token_of_the_teacher_is_said(values, hf_model, tmp_path, ca
     values["teacher"] = {"model_name_or_path": str(tmp_path / "teacher")}
     open_run(parse_config(values))
     assert "the teacher's end tokens are ['E', 'v3'], the student's ['E']" in caplog.text
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+
+
+def _ratios(values):
+    """Importance ratios of fresh samples, for which training must find the law drawn from."""
+    run = open_run(parse_config({**values, "objective": {"kind": "sampled_token"}}))
+    trajectories = run.rollouts.collect(run.data.take(0, 4), 0)
+    (batch,), _ = collate_step(trajectories, batch_size=4, pad_id=0, device=run.student.device)
+    assert run.student.model.training
+    own = run.student.law(batch).token_logprobs(batch.token_ids).logprobs
+    return (own - batch.behaviour_logprobs).exp().detach()
+
+
+def test_fresh_samples_have_ratio_one_for_a_student_with_dropout(values):
+    values["student"] = {"config": {**GPT2, "initializer_range": 0.4}}
+    ratios = _ratios(values)
+    torch.testing.assert_close(ratios, torch.ones_like(ratios))
+    values["student"]["disable_dropout"] = False
+    assert (_ratios(values) - 1).abs().max() > 0.1
+
+
+def test_no_dropout_is_left_anywhere(values):
+    values["student"] = {"config": {**GPT2, "attn_pdrop": 0.2}}
+    model = open_run(parse_config(values)).student.model
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+    assert (model.config.attn_pdrop, model.config.embd_pdrop, model.config.resid_pdrop) == (0, 0, 0)
+    values["student"] = {"config": {**values["teacher"]["config"], "attention_dropout": 0.2}}
+    model = open_run(parse_config(values)).student.model
+    assert model.model.layers[0].self_attn.attention_dropout == 0.0
+
+
+def test_padding_of_the_students_head_is_never_sampled(values):
+    values["student"]["config"]["vocab_size"] = 64
+    evaluation = {"num_prompts": 4, "lengths": [1], "temperature": [1.0, 0.0]}
+    values |= {"vocab_size": 45, "max_steps": 2, "evaluation": evaluation}
+    assert train(parse_config(values), quiet=True).step == 2
+
+
+def test_padding_of_a_writing_teachers_head_is_never_sampled(values):
+    values["teacher"]["config"]["vocab_size"] = 64
+    values["rollouts"] = {"kind": "dataset", "seq_kd": True, "max_completion_length": 20}
+    run = open_run(parse_config({**values, "vocab_size": 45}))
+    written = run.rollouts.collect(run.data.take(0, 8), 0)
+    assert max(int(trajectory.ids.max()) for trajectory in written) < 45

@@ -94,6 +94,18 @@ class BehaviourRecorder:
             self._drawn.append(self._law.gather(1, token_ids[:, None]).squeeze(1))
 
 
+class SharedVocabulary:
+    """A logits processor without which padding rows of the head would be sampled."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Only tokens of the shared vocabulary can be drawn."""
+        padding = torch.arange(scores.shape[-1], device=scores.device) >= self._vocab_size
+        return scores.masked_fill(padding, -torch.inf)
+
+
 def sample(
     model: Any,
     tokenizer: Any,
@@ -162,6 +174,8 @@ def _generate(
     recorder = BehaviourRecorder()
     # the warping is done here, so that the recorder sees the law that is really drawn from
     processors = LogitsProcessorList()
+    if model.vocab_size is not None:
+        processors.append(SharedVocabulary(model.vocab_size))
     if not is_greedy:
         if sampling.temperature != 1.0:
             processors.append(warpers.TemperatureLogitsWarper(float(sampling.temperature)))
