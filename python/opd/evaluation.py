@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,9 +60,17 @@ class HeldOut:
         """The verdict on a completion; None when nobody knows the answer."""
         if self.task is not None:
             return self.task.verify(trajectory.row["prompt"], text)
-        if trajectory.row.get("answer") is None:
-            return None
-        return text.strip().rstrip(".").endswith(str(trajectory.row["answer"]).strip())
+        answer = trajectory.row.get("answer")
+        return None if answer is None else ends_with_answer(text, str(answer))
+
+
+def ends_with_answer(text: str, answer: str) -> bool | None:
+    """Whether a text ends with an answer, final periods aside: 14 and -4 do not end with 4. None
+    when the answer is empty."""
+    text, answer = (part.strip().rstrip(".").rstrip() for part in (text, answer))
+    if not answer:
+        return None
+    return re.search(rf"(?<![\w.\-]){re.escape(answer)}\Z", text) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

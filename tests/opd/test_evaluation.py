@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opd.data import DataConfig, TaskConfig
-from opd.evaluation import EvaluationConfig, evaluate, load_held_out
+from opd.evaluation import EvaluationConfig, ends_with_answer, evaluate, load_held_out
 from opd.schema import ConfigError
 from opd.teachers import LocalTeacher
 
@@ -120,3 +120,22 @@ def test_without_task_and_file_it_says_what_is_missing(tokenizer):
 def test_a_teacher_can_be_evaluated_like_a_student(hf_model, tokenizer):
     twin = LocalTeacher(hf_model(), name="teacher")
     assert _evaluate(twin, None, tokenizer).metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "verdict"),
+    [
+        ("The answer is 4.", "4", True),
+        ("The answer is 14", "4", False),
+        ("The answer is -4", "4", False),
+        ("The answer is -4", "-4", True),
+        ("The answer is 2.4", "4", False),
+        ("Yes.", "Yes.", True),
+        ("x=4 ", " 4", True),
+        ("It is (a+b)*c", "(a+b)*c", True),
+        ("anything", "", None),
+        ("anything.", ".", None),
+    ],
+)
+def test_an_answer_is_a_whole_word_at_the_end(text, answer, verdict):
+    assert ends_with_answer(text, answer) is verdict
