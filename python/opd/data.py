@@ -123,14 +123,19 @@ def read_rows(path: str, key: str) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file.
 
     Raises:
-        ConfigError: no such file, a line that is not an object, a row without prompt or messages.
+        ConfigError: no such file, not UTF-8, a line that is not an object, a row without prompt or messages.
     """
     file = Path(path)
     if not file.is_file():
         siblings = [str(other) for other in file.parent.glob("*.jsonl")]
         raise ConfigError(f"{key}: no such file {path!r}{did_you_mean(path, siblings)}")
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}: cannot read {path!r} as UTF-8, {error}") from None
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # JSON strings may hold what splitlines() takes for the end of a line, U+2028 for one
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -143,3 +143,18 @@ def test_a_step_can_be_taken_without_those_before():
 
 def test_without_shuffling_the_order_is_that_of_the_file():
     assert _stream(shuffle=False).take(0, 7) == [0, 1, 2, 3, 4, 0, 1]
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a\u2028b\x85c"}, {"prompt": "d"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_bytes(text.encode("utf-8"))
+    assert read_rows(str(path), "data.train_file") == rows
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"data.train_file: cannot read '.*rows.jsonl' as UTF-8"):
+        read_rows(str(path), "data.train_file")
