@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -110,7 +111,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read the training state of a checkpoint.
 
     Raises:
-        ConfigError: there is no complete checkpoint.
+        ConfigError: there is no complete checkpoint, or it is damaged.
     """
     path = Path(path)
     if not (path / "state.json").is_file():
@@ -121,8 +122,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
                 f"no checkpoint at '{path}'; complete ones in '{path.parent}': {siblings}"
             )
         path = newest
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    tensors = torch.load(path / "training_state.pt", weights_only=True, map_location="cpu")
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise ValueError("state.json has no step")
+        tensors = torch.load(path / "training_state.pt", weights_only=True, map_location="cpu")
+    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"the checkpoint '{path}' is damaged, {reason}") from None
     return Checkpoint(path=path, state=state, tensors=tensors)
 
 

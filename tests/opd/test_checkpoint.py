@@ -102,3 +102,13 @@ def test_set_aside_moves_and_deletes_nothing(tmp_path):
     assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-1", "metrics.jsonl"]
     assert [path.name for path in tmp_path.iterdir()] == ["previous-1"]
     assert ckpt.set_aside(tmp_path, ["metrics.jsonl"]) is None
+
+
+@pytest.mark.parametrize("name", ["state.json", "training_state.pt"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path, name, content):
+    path = _save(tmp_path, 3)
+    (path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"checkpoint-3' is damaged, ") as caught:
+        ckpt.load_checkpoint(path)
+    assert "\n" not in str(caught.value)
