@@ -126,13 +126,31 @@ def open_run(config: TrainConfig) -> Run:
     # last, so that nothing above can move the random numbers
     ckpt.seed_everything(config.seed)
     if resumed is not None:
-        _tell_of_other_versions(resumed.state["versions"])
-        run.step = resumed.state["step"]
-        run.ledger = Ledger(**resumed.state["ledger"])
-        run.optimizer.load_state_dict(resumed.tensors["optimizer"])
-        run.rollouts.load_state_dict(resumed.tensors["rollouts"])
-        ckpt.set_random_state(resumed.tensors["random"])
+        try:
+            _restore(run, resumed)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"resume_from_checkpoint: '{resumed.path}' does not fit this run, {error}"
+            ) from None
     return run
+
+
+def _restore(run: Run, resumed: ckpt.Checkpoint) -> None:
+    """Put everything but the weights where the checkpoint has it."""
+    _tell_of_other_versions(resumed.state["versions"])
+    run.step = resumed.state["step"]
+    run.ledger = Ledger(**resumed.state["ledger"])
+    # the state is the checkpoint's, the hyperparameters are this configuration's
+    settings = [dict(group) for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(resumed.tensors["optimizer"])
+    for group, ours in zip(run.optimizer.param_groups, settings, strict=True):
+        group.update({name: value for name, value in ours.items() if name != "params"})
+    theirs, kind = resumed.state["config"]["rollouts"]["kind"], run.config.rollouts.kind
+    if theirs == kind:
+        run.rollouts.load_state_dict(resumed.tensors["rollouts"])
+    else:
+        _log.warning("rollouts %r start afresh, the checkpoint is of %r", kind, theirs)
+    ckpt.set_random_state(resumed.tensors["random"])
 
 
 def prepare_process(config: TrainConfig) -> None:
@@ -168,8 +186,8 @@ def find_checkpoint(config: TrainConfig) -> ckpt.Checkpoint | None:
     if newest is None:
         return None
     found = ckpt.load_checkpoint(newest)
-    if found.state["config_hash"] != config_hash(config):
-        differing = differences(config, found.state["config"])
+    if found.state.get("config_hash") != config_hash(config):
+        differing = differences(config, found.state.get("config", {}))
         raise ConfigError(
             f"output_dir: '{newest}' was made with other settings, {', '.join(differing)}; take "
             f"another output_dir, or resume_from_checkpoint=none to start afresh, or "

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -168,3 +170,36 @@ def test_padding_of_a_writing_teachers_head_is_never_sampled(values):
     run = open_run(parse_config({**values, "vocab_size": 45}))
     written = run.rollouts.collect(run.data.take(0, 8), 0)
     assert max(int(trajectory.ids.max()) for trajectory in written) < 45
+
+
+def _resume_with(values, **changes):
+    done = train(parse_config({**values, "max_steps": 1}), quiet=True)
+    return parse_config({**values, "resume_from_checkpoint": str(done.checkpoint), **changes})
+
+
+def test_going_on_from_a_path_takes_the_new_optimizer_settings(values):
+    changes = {"adam_beta2": 0.95, "adam_epsilon": 1e-6, "weight_decay": 0.1}
+    optimizer = open_run(_resume_with(values, **changes)).optimizer
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
+    assert all(int(state["step"]) == 1 for state in optimizer.state.values())
+
+
+def test_going_on_with_other_rollouts_starts_those_afresh_and_says_so(values, caplog):
+    replay = {"kind": "replay", "max_completion_length": 8, "init_threshold": 0.3}
+    evaluation = {"eval_steps": 1, "num_prompts": 2}
+    run = open_run(_resume_with(values, rollouts=replay, evaluation=evaluation))
+    assert run.step == 1
+    assert run.rollouts.metrics()["replay/phi"] == 0.3
+    assert "rollouts 'replay' start afresh, the checkpoint is of 'hf'" in caplog.text
+
+
+def test_a_training_state_of_another_model_is_one_sentence(values):
+    config = _resume_with(values)
+    path = Path(config.resume_from_checkpoint) / "training_state.pt"
+    tensors = torch.load(path, weights_only=True)
+    del tensors["optimizer"]["param_groups"][0]
+    torch.save(tensors, path)
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint: '.*' does not fit this run, "):
+        open_run(config)
