@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from opd.batch import Batch, Law
@@ -70,6 +70,16 @@ class StudentConfig(ModelSource):
     tokenizer_name_or_path: str | None = None
     gradient_checkpointing: bool = False
     disable_dropout: bool = True
+
+    @field_validator("dtype")
+    @classmethod
+    def _check_trainable(cls, dtype: str) -> str:
+        if dtype == "float16":
+            raise ValueError(
+                "must be float32 or bfloat16 for a student, whose updates overflow and underflow "
+                "in pure float16, got 'float16'"
+            )
+        return dtype
 
 
 class LanguageModel:

@@ -58,6 +58,7 @@ def test_config_is_frozen(config):
         ("report_to=[wandb]", "report_to.0: must be 'jsonl', 'tensorboard' or 'html', got 'wandb'"),
         ("rollouts={kind: replay}", "evaluation.eval_steps: is required by rollouts.kind 'replay'"),
         ("rollouts={kind: dataset, top_k: 3}", "top_k means something only with seq_kd: true"),
+        ("student.dtype=float16", "student.dtype: must be float32 or bfloat16 for a student"),
         ("student={dtype: float32}", "student: must have model_name_or_path, or config"),
     ],
 )
