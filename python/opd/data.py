@@ -123,7 +123,8 @@ def read_rows(path: str, key: str) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file.
 
     Raises:
-        ConfigError: no such file, not UTF-8, a line that is not an object, a row without prompt or messages.
+        ConfigError: no such file, not UTF-8, a line that is not an object, a row without prompt or
+            messages.
     """
     file = Path(path)
     if not file.is_file():
