@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def open_run(config: TrainConfig) -> Run:
         add_special_tokens=config.task is None,
         max_prompt_length=config.data.max_prompt_length,
     )
-    _check_positions(config, prompts, student)
+    _check_completions(config, prompts)
     held_out = None
     if config.evaluation is not None:
         held_out = load_held_out(config.evaluation, config.task, config.data, tokenizer)
@@ -109,6 +110,7 @@ def open_run(config: TrainConfig) -> Run:
                 "data.eval_file: must have completions for rollouts.kind "
                 f"{config.rollouts.kind!r}, which follows their likelihood"
             )
+    check_positions(config, student, teacher, prompts=prompts, held_out=held_out)
     run = Run(
         config=config,
         output_dir=output_dir,
@@ -270,15 +272,47 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
     return teacher
 
 
-def _check_positions(config: TrainConfig, prompts: list[Prompt], student: LanguageModel) -> None:
-    limit = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(prompt.ids) for prompt in prompts)
+def check_positions(
+    config: TrainConfig,
+    student: LanguageModel,
+    teacher: Any,
+    *,
+    prompts: Sequence[Prompt] = (),
+    held_out: HeldOut | None = None,
+) -> None:
+    """Refuse prompts and completions that are together longer than a model's positions.
+
+    Raises:
+        ConfigError: the longest are.
+    """
     wanted = config.rollouts.max_completion_length
-    if limit is not None and longest + wanted > limit:
-        raise ConfigError(
-            f"rollouts.max_completion_length: must be at most {limit - longest} with prompts of "
-            f"up to {longest} tokens and a student of {limit} positions, got {wanted}"
-        )
+    cases = [("rollouts", wanted, prompts)]
+    if held_out is not None:
+        own = config.evaluation and config.evaluation.max_completion_length
+        section, length = ("evaluation", own) if own else ("rollouts", wanted)
+        cases.append((section, length, [*held_out.prompts, *held_out.with_completion]))
+    for model in (student, teacher):
+        settings = None if model is None else model.model.config.get_text_config()
+        limit = getattr(settings, "max_position_embeddings", None)
+        for section, length, those in cases:
+            longest = max((len(prompt.ids) for prompt in those), default=0)
+            if limit is not None and those and longest + length > limit:
+                raise ConfigError(
+                    f"{section}.max_completion_length: must be at most {limit - longest} with "
+                    f"prompts of up to {longest} tokens and a {model.name} of {limit} positions, "
+                    f"got {length}"
+                )
+
+
+def _check_completions(config: TrainConfig, prompts: Sequence[Prompt]) -> None:
+    if not config.rollouts.needs_completions:
+        return
+    for prompt in prompts:
+        if prompt.completion_ids is None:
+            raise ConfigError(
+                f"data.train_file: row {prompt.group_id + 1} has no completion, which "
+                f"rollouts.kind {config.rollouts.kind!r} trains on"
+            )
 
 
 def _check_rows(model: LanguageModel, num_tokens: int) -> None:
@@ -312,7 +346,11 @@ def _check_same_tokens(
             trust_remote_code=source.trust_remote_code,
         ).get_vocab()
     except (OSError, ValueError):
-        _log.info("the teacher has no tokenizer to compare with the student's")
+        _log.warning(
+            "the teacher '%s' has no tokenizer to compare with the student's, so nothing checks "
+            "that its tokens are the same ones",
+            source.model_name_or_path,
+        )
         return
     ours = tokenizer.get_vocab()
     limit = vocab_size or max(len(ours), len(theirs))

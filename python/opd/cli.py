@@ -100,7 +100,13 @@ def _eval(options: argparse.Namespace) -> int:
     """Accuracy and KL of a checkpoint on held-out rows, as a table."""
     from rich.console import Console
 
-    from opd.assembly import load_run_tokenizer, load_student, load_teacher, prepare_process
+    from opd.assembly import (
+        check_positions,
+        load_run_tokenizer,
+        load_student,
+        load_teacher,
+        prepare_process,
+    )
     from opd.checkpoint import newest_checkpoint
     from opd.config import load_config
     from opd.evaluation import EvaluationConfig, evaluate, load_held_out
@@ -122,11 +128,14 @@ def _eval(options: argparse.Namespace) -> int:
     with Console(stderr=True).status(f"evaluating {path}"):
         tokenizer = load_run_tokenizer(config)
         student = load_student(config, tokenizer, path)
+        teacher = load_teacher(config, tokenizer, student)
+        held_out = load_held_out(settings, config.task, config.data, tokenizer)
+        check_positions(config, student, teacher, held_out=held_out)
         found = evaluate(
             student,
-            load_teacher(config, tokenizer, student),
+            teacher,
             tokenizer,
-            load_held_out(settings, config.task, config.data, tokenizer),
+            held_out,
             settings,
             max_completion_length=config.rollouts.max_completion_length,
         )

@@ -203,3 +203,20 @@ def test_a_training_state_of_another_model_is_one_sentence(values):
     torch.save(tensors, path)
     with pytest.raises(ConfigError, match=r"resume_from_checkpoint: '.*' does not fit this run, "):
         open_run(config)
+
+
+@pytest.mark.parametrize("rollouts", [{"kind": "dataset"}, {"kind": "mixture", "lmbda": 0.9}])
+def test_a_row_without_completion_is_found_before_training(values, tmp_path, rollouts):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "S m0 v0 1", "completion": "v1"}\n{"prompt": "S m0 v0 2"}\n')
+    values |= {"data": {"train_file": str(path)}}
+    values["rollouts"] = {"max_completion_length": 8, **rollouts}
+    with pytest.raises(ConfigError, match=r"data.train_file: row 2 has no completion, which"):
+        open_run(parse_config(values))
+
+
+def test_a_teacher_without_tokenizer_is_said(values, hf_model, tmp_path, caplog):
+    hf_model().save_pretrained(tmp_path / "teacher")
+    values["teacher"] = {"model_name_or_path": str(tmp_path / "teacher")}
+    open_run(parse_config(values))
+    assert "has no tokenizer to compare with the student's" in caplog.text

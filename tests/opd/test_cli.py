@@ -57,6 +57,15 @@ def test_train_then_eval_then_report(path, tmp_path, capsys):
         ("teacher.config.vocab_size=50", "the teacher's head has 50 tokens and the student's 45"),
         ("teacher.model_name_or_path=builtin:chain", "teacher.model_name_or_path: no builtin"),
         ("rollouts.max_completion_length=99", "must be at most 60 with prompts of up to 4 tokens"),
+        (
+            "teacher.config.max_position_embeddings=8",
+            "rollouts.max_completion_length: must be at most 4 with prompts of up to 4 tokens and "
+            "a teacher of 8 positions, got 8",
+        ),
+        (
+            "evaluation={max_completion_length: 61}",
+            "evaluation.max_completion_length: must be at most 60 with prompts of up to 4 tokens",
+        ),
         ("output_dir=/proc/here", "output_dir: cannot make '/proc/here'"),
         ("resume_from_checkpoint=nowhere", "resume_from_checkpoint: no checkpoint at 'nowhere'"),
         ("device=tpu9", "device: cannot use 'tpu9'"),
@@ -103,6 +112,13 @@ def test_starting_afresh_keeps_the_earlier_run(path, tmp_path):
 
 def test_eval_without_a_checkpoint_says_so(path, capsys):
     assert "--checkpoint: is required" in _fails(capsys, "eval", "--config", path)
+
+
+def test_eval_checks_positions_too(path, capsys):
+    assert main(["train", "--config", path, "--quiet", "max_steps=1"]) == 0
+    capsys.readouterr()
+    line = _fails(capsys, "eval", "--config", path, "evaluation={max_completion_length: 99}")
+    assert line.startswith("evaluation.max_completion_length: must be at most 60")
 
 
 def test_eval_of_a_checkpoint_that_does_not_exist_says_so(path, tmp_path, capsys):
