@@ -8,11 +8,12 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 _REQUIREMENTS = {
     "int": "must be an integer",
     "float": "must be a number",
+    "finite": "must be a finite number",
     "bool": "must be true or false",
     "string": "must be a string",
     "list": "must be a list",
@@ -29,7 +30,34 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A frozen configuration section in which an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_bool_for_number(cls, values: Any) -> Any:
+        # pydantic would read true as 1; YAML reads 1e-4 as a string, so strict mode is no way out
+        if not isinstance(values, dict):
+            return values
+        return {
+            key: _without_bool(value)
+            if key in cls.model_fields and _is_number(cls.model_fields[key].annotation)
+            else value
+            for key, value in values.items()
+        }
+
+
+def _without_bool(value: Any) -> Any:
+    """The words for true and false, which are no numbers, in their place."""
+    if isinstance(value, list | tuple):
+        return [_without_bool(item) for item in value]
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _is_number(annotation: Any) -> bool:
+    types = set(_leaves(annotation))
+    return bool not in types and not types.isdisjoint((int, float))
 
 
 def did_you_mean(word: object, candidates: Iterable[str]) -> str:
@@ -123,6 +151,15 @@ def _locate(
         }
         section = options[0] if len(options) == 1 else None
     return ".".join(words), parent
+
+
+def _leaves(annotation: Any) -> Iterator[type]:
+    """The types in an annotation; those of its values for a literal."""
+    arguments = typing.get_args(annotation)
+    for argument in arguments:
+        yield from _leaves(argument)
+    if not arguments:
+        yield annotation if isinstance(annotation, type) else type(annotation)
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from typing import Annotated, Any, Literal
+
 import pytest
 from pydantic import Field, ValidationError
 
@@ -15,6 +17,10 @@ class _Inner(Section):
 class _Outer(Section):
     inner: _Inner = _Inner()
     required: float
+    many: list[Annotated[float, Field(ge=0)]] = Field([1.0])
+    one: Literal[1] = 1
+    flag: bool = False
+    free: dict[str, Any] = Field({})
 
 
 def _error(values):
@@ -40,6 +46,21 @@ def _error(values):
         ({"required": 1, "inner": 3}, "file.yaml: inner: must be a mapping, got 3"),
         ({"required": 1, "inner": {"width": 0}}, "command line: inner.width: must be >= 1, got 0"),
         ({"required": 1, "inner": {"name": 3}}, "file.yaml: inner.name: must be a string, got 3"),
+        ({"required": True}, "file.yaml: required: must be a number, got 'true'"),
+        (
+            {"required": 1, "inner": {"width": True}},
+            "command line: inner.width: must be an integer, got 'true'",
+        ),
+        ({"required": float("nan")}, "file.yaml: required: must be a finite number, got nan"),
+        ({"required": "inf"}, "file.yaml: required: must be a finite number, got 'inf'"),
+        (
+            {"required": 1, "many": [1, False]},
+            "file.yaml: many.1: must be a number, got 'false'",
+        ),
+        (
+            {"required": 1, "one": True},
+            "file.yaml: one: must be 1, got 'true'",
+        ),
     ],
 )
 def test_every_error_is_one_sentence_with_its_path(values, sentence):
@@ -52,3 +73,8 @@ def test_two_errors_are_two_lines():
 
 def test_did_you_mean_is_silent_when_nothing_is_close():
     assert did_you_mean("loss", ["learning_rate"]) == ""
+
+
+def test_numbers_as_yaml_reads_them_and_true_where_it_belongs():
+    made = _Outer.model_validate({"required": "1e-4", "flag": True, "free": {"tied": True}})
+    assert (made.required, made.flag, made.free) == (1e-4, True, {"tied": True})
