@@ -145,3 +145,24 @@ def test_differences_name_the_path_and_both_values(values, config):
     other = parse_config({**values, "rollouts": {**values["rollouts"], "top_k": 5}})
     found = differences(config, other.model_dump(mode="json"))
     assert found == ["rollouts.top_k (5 there, 0 here)"]
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nseed: 2", "student:\n  dtype: a\n  dtype: b"])
+def test_a_key_that_is_there_twice_is_refused(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"x.yaml:[23]:\d: .* the key '\w+' is there twice"):
+        read_yaml(path)
+
+
+def test_merge_keys_still_work(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}")
+    assert read_yaml(path)["b"] == {"x": 3, "y": 2}
+
+
+def test_a_file_that_is_not_utf8_is_one_sentence(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match=r"x.yaml: cannot be read as UTF-8"):
+        read_yaml(path)
