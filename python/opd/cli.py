@@ -21,11 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 when training went wrong, 2 for a bad configuration, 128 + the number of a signal.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options, left = parser.parse_known_args(words)
+    if left and "overrides" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # nothing is tokenized in threads here, and a fork would otherwise warn about it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        if left:
+            options.overrides = _overrides(words, options.overrides, left)
         return options.run(options)
     except KeyboardInterrupt:
         print("interrupted before the end of a step, nothing was saved by it", file=sys.stderr)
@@ -38,18 +43,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
+def _overrides(words: list[str], found: list[str], left: list[str]) -> list[str]:
+    """Also what argparse leaves of them: the ones apart from the others, and `--key=value`.
+
+    Raises:
+        ConfigError: an option that is none.
+    """
+    from opd.schema import ConfigError, did_you_mean
+
+    for word in left:
+        key = word.lstrip("-")
+        if "=" not in word or word not in (key, f"--{key}"):
+            after = words[words.index(word) + 1 :][:1]
+            value = after[0] if after and not after[0].startswith("-") else "value"
+            meant = key if "=" in key else f"{key}={value}"
+            hint = did_you_mean(word, ["--config", "--quiet", "--checkpoint", "--output"])
+            hint = hint or f", did you mean {meant!r}?"
+            raise ConfigError(f"unknown option {word!r}{hint}")
+    # in the order of the command line, for the last one counts
+    return [word for word in words if word in {*found, *left}]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opd", description="On-policy distillation of language models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("train", help="train a student", description=_train.__doc__)
+    command = commands.add_parser(
+        "train", help="train a student", description=_train.__doc__, allow_abbrev=False
+    )
     _add_config(command)
     command.add_argument("--quiet", action="store_true", help="show no progress")
     command.set_defaults(run=_train)
 
-    command = commands.add_parser("eval", help="evaluate a checkpoint", description=_eval.__doc__)
+    command = commands.add_parser(
+        "eval", help="evaluate a checkpoint", description=_eval.__doc__, allow_abbrev=False
+    )
     _add_config(command)
     command.add_argument("--checkpoint", help="default: the newest in output_dir")
     command.add_argument("--output", help="also write the numbers to this JSON file")
@@ -114,6 +144,7 @@ def _eval(options: argparse.Namespace) -> int:
     from opd.schema import ConfigError, did_you_mean
 
     config = load_config(options.config, options.overrides)
+    output = _writable(options.output)
     path = newest_checkpoint(config.output_dir)
     if options.checkpoint:
         path = Path(resolve_model_path(options.checkpoint))
@@ -140,16 +171,32 @@ def _eval(options: argparse.Namespace) -> int:
             max_completion_length=config.rollouts.max_completion_length,
         )
     _print_table(["metric", "value"], [[k, f"{v:.4f}"] for k, v in sorted(found.metrics.items())])
-    if options.output:
-        Path(options.output).write_text(json.dumps(found.metrics, indent=2), encoding="utf-8")
+    if output is not None:
+        output.write_text(json.dumps(found.metrics, indent=2), encoding="utf-8")
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
     from opd.report import write_report
 
-    print(write_report([Path(run) for run in options.run_dirs], options.output))
+    print(write_report([Path(run) for run in options.run_dirs], _writable(options.output)))
     return 0
+
+
+def _writable(output: str | None) -> Path | None:
+    """The path of --output in a directory that exists, known before the work is done."""
+    from opd.schema import ConfigError
+
+    if output is None:
+        return None
+    path = Path(output)
+    if path.is_dir():
+        raise ConfigError(f"--output: '{path}' is a directory, a file is wanted")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot make '{path.parent}': {error}") from None
+    return path
 
 
 def _recipes(options: argparse.Namespace) -> int:

@@ -36,15 +36,17 @@ def test_train_then_eval_then_report(path, tmp_path, capsys):
     evaluation = "evaluation={num_prompts: 3, lengths: [1, 2], temperature: [1.0]}"
     assert main(["train", "--config", path, "--quiet", evaluation]) == 0
     assert "checkpoint-4" in capsys.readouterr().out
-    output = tmp_path / "eval.json"
+    output = tmp_path / "new" / "eval.json"
     command = ["eval", "--config", path, evaluation, "--output", str(output)]
     assert main(command) == 0
     assert "eval/accuracy/t1/n2" in capsys.readouterr().out
     from opd.metrics import last_evaluation
 
     assert json.loads(output.read_text()) == last_evaluation(tmp_path / "run")
-    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "r.html")]) == 0
-    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+    assert (
+        main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "also/new/r.html")]) == 0
+    )
+    assert (tmp_path / "also/new/r.html").read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,45 @@ def test_train_then_eval_then_report(path, tmp_path, capsys):
 )
 def test_a_bad_setting_is_one_sentence_and_code_2(path, capsys, override, sentence):
     assert sentence in _fails(capsys, "train", "--config", path, "--quiet", override)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config", "PATH", "--max_steps=2", "--quiet", "seed=3"],
+        ["max_steps=9", "seed=3", "--config", "PATH", "max_steps=2", "--quiet"],
+        ["max_steps=9", "--quiet", "--max_steps=2", "--config", "PATH", "--seed=3"],
+        ["--seed=3", "max_steps=2", "--quiet", "--config", "PATH"],
+    ],
+    ids=" ".join,
+)
+def test_overrides_stand_anywhere_and_the_last_counts(path, tmp_path, monkeypatch, words):
+    seen = []
+    monkeypatch.setattr("opd.train.train", lambda config, quiet: seen.append(config) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", *[path if word == "PATH" else word for word in words]])
+    assert (seen[0].max_steps, seen[0].seed) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--max_steps", "3"], "unknown option '--max_steps', did you mean 'max_steps=3'?"),
+        (["--quite"], "unknown option '--quite', did you mean '--quiet'?"),
+        (["--max_step=3"], "max_step: unknown key, did you mean 'max_steps'?"),
+        (["-seed=3"], "unknown option '-seed=3', did you mean 'seed=3'?"),
+    ],
+)
+def test_an_unknown_option_is_one_sentence_and_code_2(path, capsys, words, sentence):
+    assert sentence in _fails(capsys, "train", "--config", path, *words)
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path, capsys):
+    line = _fails(capsys, "report", "nowhere", "--output", str(tmp_path))
+    assert line == f"--output: '{tmp_path}' is a directory, a file is wanted"
+    assert "--output: cannot make '/proc/x'" in _fails(
+        capsys, "report", "nowhere", "--output", "/proc/x/y"
+    )
 
 
 def test_a_missing_config_is_one_sentence_and_code_2(path, capsys):
