@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,11 +85,7 @@ def open_run(config: TrainConfig) -> Run:
         ConfigError: something that a part needs is not there, or two parts do not fit.
     """
     prepare_process(config)
-    output_dir = Path(config.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir: cannot make {config.output_dir!r}: {error}") from None
+    output_dir = _make_output_dir(config)
     resumed = find_checkpoint(config)
     tokenizer = load_run_tokenizer(config)
     student = load_student(config, tokenizer, resumed.path if resumed else None)
@@ -153,6 +151,41 @@ def _restore(run: Run, resumed: ckpt.Checkpoint) -> None:
     else:
         _log.warning("rollouts %r start afresh, the checkpoint is of %r", kind, theirs)
     ckpt.set_random_state(resumed.tensors["random"])
+
+
+def _make_output_dir(config: TrainConfig) -> Path:
+    path = Path(config.output_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: cannot make {config.output_dir!r}: {error}") from None
+    return path
+
+
+@contextmanager
+def claim_output_dir(config: TrainConfig) -> Iterator[None]:
+    """Hold the output_dir against other runs; the system lets go of it when the process ends.
+
+    Raises:
+        ConfigError: another run holds it, or it cannot be written to.
+    """
+    path = _make_output_dir(config) / ".lock"
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise ConfigError(f"output_dir: cannot write there: {error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"output_dir: another run is at work in {config.output_dir!r}; wait for it, or "
+                "take another output_dir"
+            ) from None
+        except OSError as error:
+            # some network file systems have no locks
+            _log.warning("nothing keeps a second run out of the output_dir: %s", error)
+        yield
 
 
 def prepare_process(config: TrainConfig) -> None:

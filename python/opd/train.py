@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.assembly import Run, open_run
+from opd.assembly import Run, claim_output_dir, open_run
 from opd.batch import Batch, Law, Signal, Trajectory, collate_step
 from opd.config import TrainConfig
 from opd.evaluation import evaluate
@@ -55,6 +55,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     with ExitStack() as stack:
         display = stack.enter_context(Display(config.max_steps, quiet=quiet))
         display.phase("load")
+        stack.enter_context(claim_output_dir(config))
         run = open_run(config)
         display.step(run.step, {})
         writer = MetricsWriter(run.output_dir, config.report_to, step=run.step)
@@ -103,8 +104,10 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
                 run.save()
                 saved_step = run.step
                 display.phase("train")
-        # a signal may have come after the last look at it
-        if run.step > saved_step:
+        # a signal may have come after the last look at it, and a run may have gone on from the
+        # checkpoint of another directory with no step left to do
+        path = run.output_dir / f"checkpoint-{run.step}"
+        if run.step > saved_step or (run.step and not path.is_dir()):
             run.save()
         writer.close()
     if stop:
@@ -115,7 +118,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         write_report([run.output_dir])
     return TrainResult(
         output_dir=run.output_dir,
-        checkpoint=run.output_dir / f"checkpoint-{run.step}",
+        checkpoint=path,
         step=run.step,
         metrics=evaluated,
         ledger=run.ledger.state_dict(),

@@ -13,8 +13,10 @@ import pytest
 import torch
 import yaml
 
+from opd.assembly import claim_output_dir
 from opd.config import parse_config
 from opd.metrics import read_jsonl
+from opd.schema import ConfigError
 from opd.train import Interrupted, train
 
 REPLAY = {
@@ -267,3 +269,18 @@ def test_ledger_adds_up(values):
     assert ledger["student_tokens_forward"] == ledger["teacher_tokens_forward"] == expected
     row = json.loads((result.output_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["num_tokens"] == expected
+
+
+def test_a_second_run_in_the_same_output_dir_is_refused_until_the_first_ends(values, tmp_path):
+    refused = pytest.raises(ConfigError, match=r"output_dir: another run is at work in '.*run'; ")
+    with claim_output_dir(parse_config(values)), refused:
+        _run(values)
+    assert _run(values).step == 4
+
+
+def test_nothing_left_to_do_still_leaves_a_checkpoint(values, tmp_path):
+    done = _run(values)
+    other = str(tmp_path / "other")
+    again = _run(values, output_dir=other, resume_from_checkpoint=str(done.checkpoint))
+    assert again.checkpoint.parent == tmp_path / "other"
+    assert _weights(again) == _weights(done)
