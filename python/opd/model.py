@@ -174,8 +174,8 @@ def disable_dropout(model: nn.Module) -> None:
         holders = [module, *_configs(getattr(module, "config", None))]
         for holder in holders:
             for name, value in list(vars(holder).items()):
-                is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                if is_number and any(part in name for part in _DROPOUTS):
+                is_probability = isinstance(value, float) and 0 < value <= 1
+                if is_probability and any(part in name for part in _DROPOUTS):
                     setattr(holder, name, 0.0)
 
 
@@ -183,7 +183,8 @@ def _configs(config: Any) -> list[Any]:
     """A configuration and those of the parts of a composite model."""
     if config is None or not hasattr(config, "get_text_config"):
         return []
-    return [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))]
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(part for part in parts if part is not None)]
 
 
 def load_tokenizer(config: StudentConfig) -> Any:
