@@ -32,8 +32,12 @@ def inputs(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[torch.Tens
     )
 
 
-def gemms(shape: Shape, dtype: torch.dtype):
-    """The four float32 GEMMs that the loss cannot do without, into buffers that exist already."""
+def gemms(shape: Shape, dtype: torch.dtype, *, into_existing: bool = False):
+    """The four float32 GEMMs that the loss cannot do without.
+
+    As four plain torch.mm calls, each of which returns its result in fresh memory; or into buffers
+    that exist already, which no training step has: dW at least is new in each.
+    """
     student_hidden, student_weight, teacher_hidden, teacher_weight = (
         tensor.detach().float() for tensor in inputs(shape, dtype)
     )
@@ -42,13 +46,18 @@ def gemms(shape: Shape, dtype: torch.dtype):
     grad_hidden = torch.empty_like(student_hidden)
     grad_weight = torch.empty_like(student_weight)
 
-    def run() -> None:
+    def existing() -> None:
         torch.mm(student_hidden, student_weight.t(), out=logits)
         torch.mm(teacher_hidden, teacher_weight.t(), out=teacher_logits)
         torch.mm(logits, student_weight, out=grad_hidden)
         torch.mm(logits.t(), student_hidden, out=grad_weight)
 
-    return run
+    def fresh() -> tuple[torch.Tensor, ...]:
+        student = torch.mm(student_hidden, student_weight.t())
+        teacher = torch.mm(teacher_hidden, teacher_weight.t())
+        return teacher, torch.mm(student, student_weight), torch.mm(student.t(), student_hidden)
+
+    return existing if into_existing else fresh
 
 
 def with_backward(loss, tensors):
@@ -89,6 +98,7 @@ def bench_all_divergences(benchmark, divergence):
         benchmark,
         {
             "gemms": gemms(CPU, torch.float32),
+            "gemms into existing buffers": gemms(CPU, torch.float32, into_existing=True),
             harness.OURS: with_backward(ours(divergence), tensors),
         },
         floor="gemms",

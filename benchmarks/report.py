@@ -22,8 +22,9 @@ kernels yet, so there is no GPU number here.
 Machine: {cpu}, {threads} threads; torch {torch}, Python {python}, commit {commit}.
 
 Every figure is a ratio of best times within one run, in which the variants took turns; the divisor
-is the *floor* of the group: the GEMMs that the loss cannot do without (into buffers that exist
-already), or one copy of the logits. In brackets the ratio of medians.
+is the *floor* of the group: the float32 GEMMs that the loss cannot do without, as plain torch.mm
+calls, or one copy of the logits. In brackets the ratio of medians. The machine was a shared virtual
+one: the same figure moves by a tenth between runs.
 """
 
 
