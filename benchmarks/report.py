@@ -23,8 +23,9 @@ Machine: {cpu}, {threads} threads; torch {torch}, Python {python}, commit {commi
 
 Every figure is a ratio of best times within one run, in which the variants took turns; the divisor
 is the *floor* of the group: the float32 GEMMs that the loss cannot do without, as plain torch.mm
-calls, or one copy of the logits. In brackets the ratio of medians. The machine was a shared virtual
-one: the same figure moves by a tenth between runs.
+calls, or one copy of the logits. In brackets the ratio of medians. On a shared virtual machine such
+as this the same figure moves by a fifth between runs, and a best time may fall below its own floor.
+{note}
 """
 
 
@@ -39,7 +40,7 @@ def condense(run: dict) -> dict:
 
 def page(results: dict) -> str:
     """The Markdown page."""
-    lines = [HEADER.format(**results["machine"])]
+    lines = [HEADER.format(note=results.get("note", ""), **results["machine"])]
     groups: dict[str, list[dict]] = {}
     for row in results["benchmarks"]:
         groups.setdefault(row["group"], []).append(row)
