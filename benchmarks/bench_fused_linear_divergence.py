@@ -194,12 +194,12 @@ def bench_peak_memory(benchmark, workspace_mib):
     """Peak extra resident memory of forward + backward: workspace + gradients + 5% at most."""
     workspace_bytes = workspace_mib << 20
     gradients = 4 * CPU.student_hidden_size * (CPU.num_tokens + CPU.vocab_size)
+    benchmark.group = f"peak memory of jsd float32 {CPU}"
     setup = PEAK_SETUP.format(workspace_bytes=workspace_bytes)
     peak = benchmark.pedantic(
         harness.peak_extra_bytes, args=(setup, "run()"), rounds=1, iterations=1
     )
     allowed = (workspace_bytes + gradients) * 1.05
-    benchmark.group = "peak memory"
     benchmark.extra_info.update(
         peak_extra_bytes=peak, workspace_bytes=workspace_bytes, gradient_bytes=gradients
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -248,7 +249,8 @@ def main() -> int:
 
         summary.write(root, arms, seeds, console, is_full=options.full)
     except KeyboardInterrupt:
-        console.print(f"stopped; to go on: python {sys.argv[0]} --root {root}" + _flags(options))
+        command = shlex.join([sys.executable, sys.argv[0], "--root", str(root)])
+        console.print(f"stopped; to go on: {command}{_flags(options)}", markup=False, soft_wrap=True)
         return 130
     except JobFailed as error:
         console.print(str(error), markup=False)
