@@ -249,8 +249,8 @@ def main() -> int:
 
         summary.write(root, arms, seeds, console, is_full=options.full)
     except KeyboardInterrupt:
-        command = shlex.join([sys.executable, sys.argv[0], "--root", str(root)])
-        console.print(f"stopped; to go on: {command}{_flags(options)}", markup=False, soft_wrap=True)
+        command = shlex.join([sys.executable, sys.argv[0], "--root", str(root)]) + _flags(options)
+        console.print(f"stopped; to go on: {command}", markup=False, soft_wrap=True)
         return 130
     except JobFailed as error:
         console.print(str(error), markup=False)
