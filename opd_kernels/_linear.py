@@ -166,6 +166,28 @@ def accumulate_grad_weight(
         target.addmm_(gradient, hidden)
 
 
+def backproject(
+    op: str,
+    rows: tuple[Tensor | None, int, int],
+    grad_logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    slice_rows: int,
+    grad_hidden_out: Tensor | None,
+    grad_weight_out: Tensor | None,
+) -> None:
+    """Takes dX and dW of one chunk from its dZ; None for what nobody asked for.
+
+    `rows` is (token_idx, begin, end) of the chunk, as for `put`.
+    """
+    if grad_hidden_out is not None:
+        with phase(hidden, op, "grad_hidden"):
+            put(grad_hidden_out, *rows, grad_hidden(grad_logits, weight, slice_rows))
+    if grad_weight_out is not None:
+        with phase(hidden, op, "grad_weight"):
+            accumulate_grad_weight(grad_weight_out, grad_logits, hidden, first=rows[1] == 0)
+
+
 def new_buffer(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised float32 (float64) buffer on the device of `like`, for a GEMM to fill."""
     buffer = like.new_empty(shape, dtype=_checks.real_dtype(like))

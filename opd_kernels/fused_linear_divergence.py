@@ -223,13 +223,16 @@ def _run(
         _linear.put(loss, token_idx, begin, end, chunk_loss)
         if with_statistics:
             _linear.put(statistics.t(), token_idx, begin, end, chunk_statistics.t())
-        if with_grad_hidden:
-            with _linear.phase(student, _OP, "grad_hidden"):
-                gradient = _linear.grad_hidden(student_logits, student_lm_head_weight, slice_rows)
-                _linear.put(grad_hidden, token_idx, begin, end, gradient)
-        if with_grad_weight:
-            with _linear.phase(student, _OP, "grad_weight"):
-                _linear.accumulate_grad_weight(grad_weight, student_logits, student, begin == 0)
+        _linear.backproject(
+            _OP,
+            (token_idx, begin, end),
+            student_logits,
+            student,
+            student_lm_head_weight,
+            slice_rows,
+            grad_hidden if with_grad_hidden else None,
+            grad_weight if with_grad_weight else None,
+        )
 
     for begin, end in plan.chunks():
         run_chunk(begin, end)

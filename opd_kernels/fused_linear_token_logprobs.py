@@ -161,13 +161,16 @@ def _bwd(
             rows.token_logprobs_bwd_(
                 *gradients, logits, ids, chunk_lse, chunk_entropy, temperature, vocab_size
             )
-        if with_grad_hidden:
-            with _linear.phase(chunk, _OP, "grad_hidden"):
-                gradient = _linear.grad_hidden(logits, lm_head_weight, plan.head_slice_rows)
-                _linear.put(grad_hidden, token_idx, begin, end, gradient)
-        if with_grad_weight:
-            with _linear.phase(chunk, _OP, "grad_weight"):
-                _linear.accumulate_grad_weight(grad_weight, logits, chunk, begin == 0)
+        _linear.backproject(
+            _OP,
+            (token_idx, begin, end),
+            logits,
+            chunk,
+            lm_head_weight,
+            plan.head_slice_rows,
+            grad_hidden if with_grad_hidden else None,
+            grad_weight if with_grad_weight else None,
+        )
 
     for begin, end in plan.chunks():
         run_chunk(begin, end)
