@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused LM-head divergence kernels for on-policy distillation."""
 
-from . import divergences, errors, reference
+from . import divergences, errors, reference, targets
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
 from .divergence import divergence
@@ -26,6 +26,7 @@ __all__ = [
     "fused_linear_token_logprobs",
     "kernel_table",
     "reference",
+    "targets",
     "token_logprobs",
     "use_backend",
 ]

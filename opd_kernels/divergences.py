@@ -1,90 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """The divergences by name: parameters with ranges, limits, citations.
 
-`D.jsd(beta=0.3)`, `D.reverse_kl()`; wherever an op takes a divergence, a bare name is its default.
-P is the teacher, Q the student; formulas, gradients and limits are in docs/divergences.md.
+`D.jsd(beta=0.3)`, `D.reverse_kl()`; wherever an op takes a divergence, a bare name is its default,
+and a sequence of (coefficient, divergence) is their weighted sum. P is the teacher, Q the student;
+formulas, gradients and limits are in docs/divergences.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from types import MappingProxyType
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ._catalogue import DIVERGENCES, LAWS, Value, validated
 
 __all__ = [
     "DIVERGENCES",
     "Divergence",
+    "adaptive_kl",
+    "alpha",
+    "alpha_beta",
+    "concrete_score",
+    "cross_entropy",
     "forward_kl",
+    "jeffreys",
     "jsd",
+    "neyman_chi2",
     "parse",
+    "parse_sum",
+    "pearson_chi2",
+    "renyi",
     "reverse_kl",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "squared_hellinger",
+    "todi",
     "total_variation",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """One parameter of a divergence: its default, its open range, and what to use at the ends."""
-
-    default: float | bool
-    low: float | None = None
-    high: float | None = None
-    at_ends: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A row of the catalogue; `id` is the one of csrc/include/opd/divergences.h."""
-
-    id: int
-    formula: str
-    parameters: Mapping[str, Parameter]
-    upper_bound: str
-    citation: str
-
-
-DIVERGENCES: Mapping[str, Spec] = MappingProxyType(
-    {
-        "forward_kl": Spec(0, "KL(P || Q)", {}, "inf", "Hinton et al. 2015, arXiv:1503.02531"),
-        "reverse_kl": Spec(1, "KL(Q || P)", {}, "inf", "MiniLLM, arXiv:2306.08543"),
-        "jsd": Spec(
-            2,
-            "beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q",
-            {
-                "beta": Parameter(
-                    0.5,
-                    0.0,
-                    1.0,
-                    "The value tends to 0 at both ends; use divergence='forward_kl' or "
-                    "'reverse_kl' for the KLs.",
-                )
-            },
-            "H(beta), the binary entropy",
-            "GKD, arXiv:2306.13649",
-        ),
-        "skew_forward_kl": Spec(
-            3,
-            "KL(P || alpha P + (1 - alpha) Q)",
-            {"alpha": Parameter(0.1, 0.0, 1.0, "Use divergence='forward_kl' for alpha = 0.")},
-            "-log alpha",
-            "DistiLLM, arXiv:2402.03898",
-        ),
-        "skew_reverse_kl": Spec(
-            4,
-            "KL(Q || (1 - alpha) P + alpha Q)",
-            {
-                "alpha": Parameter(0.1, 0.0, 1.0, "Use divergence='reverse_kl' for alpha = 0."),
-                "detach_mixture": Parameter(False),
-            },
-            "-log alpha",
-            "DistiLLM, arXiv:2402.03898; detached in DistiLLM-2, arXiv:2503.07067",
-        ),
-        "total_variation": Spec(5, "sum |P - Q| / 2", {}, "1", "f-distill, arXiv:2307.15190"),
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +47,16 @@ class Divergence:
     """A divergence with its parameters set. Compare, hash and print it; make one by name."""
 
     name: str
-    params: tuple[tuple[str, float | bool], ...] = ()
+    params: tuple[tuple[str, Value], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "params", _validated(self.name, dict(self.params)))
+        if self.name not in DIVERGENCES:
+            close = difflib.get_close_matches(self.name, DIVERGENCES, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"divergence: must be one of {', '.join(DIVERGENCES)}, got {self.name!r}.{hint}"
+            )
+        object.__setattr__(self, "params", validated(self.name, dict(self.params)))
 
     @property
     def id(self) -> int:
@@ -104,8 +65,13 @@ class Divergence:
 
     @property
     def kernel_params(self) -> tuple[float, float]:
-        """The parameters as the two floats that the kernels take."""
-        values = [float(value) for _, value in self.params]
+        """The parameters as the two floats that the kernels take; a law is its place in LAWS."""
+        values: list[float] = []
+        for _, value in self.params:
+            if isinstance(value, tuple):
+                values += [float(LAWS.index(law)) for law in value]
+            else:
+                values.append(float(value))
         return (values[0] if values else 0.0, values[1] if len(values) > 1 else 0.0)
 
     def __str__(self) -> str:
@@ -113,41 +79,7 @@ class Divergence:
         return f"{self.name}({inside})"
 
 
-def _validated(
-    name: str, given: Mapping[str, float | bool]
-) -> tuple[tuple[str, float | bool], ...]:
-    if name not in DIVERGENCES:
-        close = difflib.get_close_matches(name, DIVERGENCES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"divergence: must be one of {', '.join(DIVERGENCES)}, got {name!r}.{hint}"
-        )
-    parameters = DIVERGENCES[name].parameters
-    for key in given:
-        if key not in parameters:
-            known = ", ".join(parameters) or "none"
-            raise ValueError(f"{name}: unknown parameter {key!r}; its parameters: {known}.")
-    params = []
-    for key, parameter in parameters.items():
-        value = given.get(key, parameter.default)
-        if isinstance(parameter.default, bool):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: {key} must be True or False, got {value!r}.")
-        else:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: {key} must be a number, got {value!r}.")
-            value = float(value)
-            # at least this far inside, or float32 would put it on the end itself
-            if not parameter.low + 1e-30 < value < parameter.high - 1e-12:
-                raise ValueError(
-                    f"{name}: {key} must be in ({parameter.low:g}, {parameter.high:g}), "
-                    f"got {value}. {parameter.at_ends}"
-                )
-        params.append((key, value))
-    return tuple(params)
-
-
-def parse(divergence: str | Divergence, **params: float | bool) -> Divergence:
+def parse(divergence: str | Divergence, **params: Value) -> Divergence:
     """The divergence of this name, with defaults for what `params` leaves out.
 
     Raises:
@@ -165,6 +97,47 @@ def parse(divergence: str | Divergence, **params: float | bool) -> Divergence:
             f"divergence: must be a name or a Divergence, got {type(divergence).__name__}."
         )
     return Divergence(divergence, tuple(params.items()))
+
+
+def parse_sum(
+    divergence: str | Divergence | Sequence[tuple[float | Tensor, str | Divergence]],
+) -> tuple[tuple[float | Tensor, Divergence], ...]:
+    """sum_j c_j D_j as ((c_1, D_1), ...); one divergence is ((1.0, D),).
+
+    Tensor coefficients ([T], one per token) are passed on as they are: the op checks them.
+
+    Raises:
+        ValueError: an empty sum, a coefficient that is not finite, or what `parse` refuses.
+        TypeError: an element that is not a pair, a coefficient that is neither number nor tensor,
+            or what `parse` refuses.
+    """
+    if isinstance(divergence, (str, Divergence)) or not isinstance(divergence, (tuple, list)):
+        return ((1.0, parse(divergence)),)  # type: ignore[arg-type]
+    if not divergence:
+        raise ValueError("divergence: a sum must have at least one (coefficient, divergence).")
+    return tuple(_component(position, item) for position, item in enumerate(divergence))
+
+
+def _component(position: int, item: object) -> tuple[float | Tensor, Divergence]:
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise TypeError(
+            f"divergence: component {position} of a sum must be a pair (coefficient, divergence), "
+            f"got {item!r}. Write divergence=[(0.5, 'forward_kl'), (0.5, 'reverse_kl')]."
+        )
+    coefficient, divergence = item
+    if isinstance(coefficient, Tensor):
+        return coefficient, parse(divergence)
+    if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
+        raise TypeError(
+            f"divergence: the coefficient of component {position} must be a number or a tensor of "
+            f"one number per token, got {coefficient!r}."
+        )
+    if not math.isfinite(coefficient):
+        raise ValueError(
+            f"divergence: the coefficient of component {position} must be finite, "
+            f"got {coefficient}."
+        )
+    return float(coefficient), parse(divergence)
 
 
 def forward_kl() -> Divergence:
@@ -202,3 +175,90 @@ def skew_reverse_kl(alpha: float = 0.1, detach_mixture: bool = False) -> Diverge
 def total_variation() -> Divergence:
     """sum_v |p_v - q_v| / 2. Source: f-distill, arXiv:2307.15190."""
     return Divergence("total_variation")
+
+
+def jeffreys(weight: float = 0.5) -> Divergence:
+    """weight KL(P || Q) + (1 - weight) KL(Q || P), 0 < weight < 1.
+
+    Source: Jeffreys 1946, doi:10.1098/rspa.1946.0056.
+    """
+    return Divergence("jeffreys", (("weight", weight),))
+
+
+def squared_hellinger() -> Divergence:
+    """1 - sum_v sqrt(p_v q_v), in [0, 1].
+
+    Source: Csiszar and Shields 2004, doi:10.1561/0100000004.
+    """
+    return Divergence("squared_hellinger")
+
+
+def alpha(alpha: float = 0.5) -> Divergence:
+    """(sum_v p_v^alpha q_v^(1 - alpha) - 1) / (alpha (alpha - 1)), alpha neither 0 nor 1.
+
+    alpha -> 1 is forward KL, alpha -> 0 reverse KL. Source: Amari 2009,
+    doi:10.1109/TIT.2009.2030485.
+    """
+    return Divergence("alpha", (("alpha", alpha),))
+
+
+def renyi(alpha: float = 0.5) -> Divergence:
+    """log(sum_v p_v^alpha q_v^(1 - alpha)) / (alpha - 1), alpha > 0 and not 1.
+
+    alpha -> 1 is forward KL. Source: van Erven and Harremoes 2014, arXiv:1206.2459.
+    """
+    return Divergence("renyi", (("alpha", alpha),))
+
+
+def pearson_chi2() -> Divergence:
+    """sum_v (p_v - q_v)^2 / q_v: the student in the denominator. Source: Pearson 1900."""
+    return Divergence("pearson_chi2")
+
+
+def neyman_chi2() -> Divergence:
+    """sum_v (p_v - q_v)^2 / p_v: the teacher in the denominator. Source: Neyman 1949."""
+    return Divergence("neyman_chi2")
+
+
+def todi() -> Divergence:
+    """sum_v w_v p_v log(p_v / q_v) + (1 - w_v) q_v log(q_v / p_v), w = p / (p + q) detached.
+
+    Its value is KL(P || Q) + KL(Q || P), its gradient is not. Source: ToDi, arXiv:2505.16297.
+    """
+    return Divergence("todi")
+
+
+def adaptive_kl(head_mass: float = 0.5) -> Divergence:
+    """(g_head KL(P || Q) + g_tail KL(Q || P)) / (g_head + g_tail), 0 < head_mass < 1.
+
+    g is sum |p - q|, detached, over the head and over the rest; the head are the teacher's most
+    probable tokens of at most head_mass together, equal probabilities staying together, and the
+    most probable alone if it exceeds that. Source: AKL, arXiv:2404.02657.
+    """
+    return Divergence("adaptive_kl", (("head_mass", head_mass),))
+
+
+def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
+    """-sum_v (p^alpha q^beta - alpha/s p^s - beta/s q^s) / (alpha beta), s = alpha + beta.
+
+    Any alpha and beta; where alpha, beta or s is 0 it is the continuous limit: (1, 0) is forward
+    KL, (0, 1) reverse KL. Source: ABKD, arXiv:2505.04560; Cichocki et al. 2011,
+    doi:10.3390/e13010134.
+    """
+    return Divergence("alpha_beta", (("alpha", alpha), ("beta", beta)))
+
+
+def concrete_score(weights: tuple[str, str] = ("student", "student")) -> Divergence:
+    """sum_xv w1(v) w2(x) (d_x - d_v)^2 / 2, d = log q - log p; weights detached.
+
+    Each weight is the law "student", "teacher" or "uniform". Source: CSD, arXiv:2509.25837.
+    """
+    return Divergence("concrete_score", (("weights", weights),))
+
+
+def cross_entropy() -> Divergence:
+    """-sum_k label_weights[k] log q(labels[k]): needs the op's `labels`; no teacher in it.
+
+    Source: SeqKD, arXiv:1606.07947; sparse targets: RS-KD, arXiv:2503.16870.
+    """
+    return Divergence("cross_entropy")

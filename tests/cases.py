@@ -23,10 +23,11 @@ class Spec:
     """A divergence as the reference takes it: a name and its parameters by keyword."""
 
     name: str
-    params: tuple[tuple[str, float | bool], ...] = ()
+    params: tuple[tuple[str, float | bool | tuple[str, str]], ...] = ()
 
     def __str__(self) -> str:
-        return "-".join([self.name, *(f"{k}={v}" for k, v in self.params)])
+        parts = [f"{k}={'_'.join(v) if isinstance(v, tuple) else v}" for k, v in self.params]
+        return "-".join([self.name, *parts])
 
     def public(self):
         """The same divergence as an object of the public API."""
@@ -35,7 +36,7 @@ class Spec:
         return getattr(divergences, self.name)(**dict(self.params))
 
 
-def spec(name: str, **params: float | bool) -> Spec:
+def spec(name: str, **params: float | bool | tuple[str, str]) -> Spec:
     """`spec("jsd", beta=0.3)`."""
     return Spec(name, tuple(params.items()))
 
@@ -50,7 +51,40 @@ SPECS = (
     spec("skew_reverse_kl", alpha=0.1),
     spec("skew_reverse_kl", alpha=0.3, detach_mixture=True),
     spec("total_variation"),
+    spec("jeffreys", weight=0.5),
+    spec("jeffreys", weight=0.3),
+    spec("squared_hellinger"),
+    spec("alpha", alpha=0.5),
+    spec("alpha", alpha=1.5),
+    spec("renyi", alpha=0.5),
+    spec("renyi", alpha=0.7),
+    spec("pearson_chi2"),
+    spec("neyman_chi2"),
+    spec("todi"),
+    spec("adaptive_kl", head_mass=0.5),
+    spec("adaptive_kl", head_mass=0.8),
+    spec("alpha_beta", alpha=0.2, beta=0.7),
+    spec("alpha_beta", alpha=-0.3, beta=0.8),
+    spec("concrete_score", weights=("student", "student")),
+    spec("concrete_score", weights=("teacher", "student")),
 )
+
+# the continuous limits of alpha_beta, and what else is checked on a few rows only
+LIMIT_SPECS = (
+    spec("alpha_beta", alpha=1.0, beta=0.0),
+    spec("alpha_beta", alpha=0.0, beta=1.0),
+    spec("alpha_beta", alpha=0.0, beta=0.7),
+    spec("alpha_beta", alpha=0.4, beta=0.0),
+    spec("alpha_beta", alpha=0.5, beta=-0.5),
+    spec("alpha_beta", alpha=0.0, beta=0.0),
+    spec("alpha", alpha=-0.5),
+    spec("renyi", alpha=2.0),
+    spec("concrete_score", weights=("uniform", "student")),
+    spec("concrete_score", weights=("uniform", "uniform")),
+)
+
+# needs labels, so every check that draws from SPECS leaves it out
+LABEL_SPECS = (spec("cross_entropy"),)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import inspect
 import types
 
 import opd_kernels
-from opd_kernels import divergences, reference
+from opd_kernels import divergences, reference, targets
 
 
 def describe() -> list[str]:
     """`module.name(parameters)` for functions; fields or bases after a colon for classes."""
     lines = []
-    for module in (opd_kernels, divergences, reference):
+    for module in (opd_kernels, divergences, targets, reference):
         for name in sorted(module.__all__):
             value = getattr(module, name)
             if not isinstance(value, types.ModuleType):
