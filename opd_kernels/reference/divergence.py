@@ -81,13 +81,15 @@ def divergence(
     }
     total = torch.zeros_like(weights)
     for coefficient, component in _components(divergence):
-        factor = weights * _per_token(coefficient, weights)
-        rows = _laws(logits, softcaps, scales, temperature, target, factor == 0, vocab_size)
+        factor = _per_token(coefficient, weights)
+        skipped = (weights == 0) | (factor == 0)
+        rows = _laws(logits, softcaps, scales, temperature, target, skipped, vocab_size)
         if name_and_params(component)[0] == "cross_entropy":
-            value = cross_entropy(rows.student, *_labels(labels, label_weights, factor == 0))
+            value = cross_entropy(rows.student, *_labels(labels, label_weights, skipped))
         else:
             value = evaluate(component, rows.target, rows.student)
-        total = total + torch.where(factor == 0, torch.zeros_like(value), factor * value)
+        factor = (weights * factor).masked_fill(skipped, 0.0)
+        total = total + torch.where(skipped, torch.zeros_like(value), factor * value)
     return total
 
 
