@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import opd_kernels as opk
-from opd_kernels import reference
+from opd_kernels import _laws, reference
 from tests import eager
 from tests.cases import Case, FusedCase, Logits, Spec, fused_of, logits_of
 from tests.tolerance import assert_within_eager
@@ -30,6 +30,23 @@ def leaf(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     with torch.no_grad():
         copy.copy_(tensor)
     return copy.requires_grad_()
+
+
+def laws_of(student: Tensor, vocab_size: int, **keywords) -> _laws.Laws:
+    """The packed laws of a call on these logits or hidden states, for calls of the ops themselves."""
+    defaults = {
+        "divergence": "jsd",
+        "temperature": 1.0,
+        "token_weights": None,
+        "target": None,
+        "has_reference": False,
+        "softcaps": (None, None, None),
+        "logit_scales": (1.0, 1.0, 1.0),
+        "labels": None,
+        "label_weights": None,
+    }
+    rows = _laws.rows_of("test", student)
+    return _laws.pack(rows, vocab_size, **{**defaults, **keywords})
 
 
 def check_divergence(
