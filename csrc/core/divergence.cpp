@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Divergence of two rows of logits. A row is read twice (log-sum-exps, then terms) and, for the
-// gradient in place, written twice: first dterm over the student's logits and q over the
-// teacher's, then (dterm - q * sum dterm) * scale, which needs no transcendental.
-#include "opd/divergences.h"
-
+// Divergences of two rows of logits, in phases that share a row of state: log-sum-exps, sums that
+// terms need first, terms, gradient. A whole row goes through them in one call; slices of a
+// vocabulary go through them one call each. In place the gradient is dterm over the student's
+// logits and q over the teacher's first, then (dterm - q * sum dterm) * scale, which needs no
+// transcendental.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "check.h"
+#include "divergence_row.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -17,368 +18,650 @@ namespace {
 
 constexpr char kOp[] = "divergence";
 
-opd_const_matrix_t as_const(opd_matrix_t matrix) {
-  return {matrix.data, matrix.row_stride, matrix.dtype};
+int64_t state_size(const opd_divergence_args_t& args) {
+  return kStateSize + args.num_components * kComponentState;
 }
 
 template <class T>
-struct RowState {
-  double student_lse, teacher_lse;
-  T student_largest, teacher_largest;
-};
+class Row {
+ public:
+  Row(const opd_divergence_args_t& args, int64_t row, double* state)
+      : args_(args),
+        row_(row),
+        state_(state),
+        laws_(args, row),
+        weight_(args.token_weights ? static_cast<const T*>(args.token_weights)[row] : T(1)) {}
 
-// What turns two logits into an Entry.
-template <class T>
-struct Shifts {
-  explicit Shifts(const RowState<T>& state)
-      : student(state.student_lse),
-        teacher(state.teacher_lse),
-        gap(state.student_lse - state.teacher_lse) {}
-  Shift<T> student, teacher, gap;
-};
+  Row(const opd_divergence_args_t& args, int64_t row)
+      : Row(args, row, args.state ? args.state + row * state_size(args) : nullptr) {}
 
-template <class T>
-RowState<T> row_state(const LogitsRow<T>& student, const LogitsRow<T>& teacher) {
-  RowState<T> state;
-  state.student_lse = row_lse(student, &state.student_largest);
-  state.teacher_lse = row_lse(teacher, &state.teacher_largest);
-  return state;
-}
+  bool is_active() const { return weight_ != T(0); }
+  T weight() const { return weight_; }
+  double* state() const { return state_; }
+  const LogitsRow<T>& student() const { return laws_.student; }
 
-template <class T>
-OPD_HD Entry<T> make_entry(T student_logit, T teacher_logit, const Shifts<T>& shifts) {
-  Entry<T> entry;
-  entry.lq = (student_logit - shifts.student.high) - shifts.student.low;
-  entry.lp = (teacher_logit - shifts.teacher.high) - shifts.teacher.low;
-  T lost;
-  const T gap = difference(student_logit, teacher_logit, &lost);
-  entry.gap = (gap - shifts.gap.high) - (shifts.gap.low - lost);
-  entry.q = exp(entry.lq);
-  entry.p = exp(entry.lp);
-  return entry;
-}
-
-template <class T, class Divergence>
-OPD_ELEMENTWISE void entry_terms(const Divergence divergence, const T* __restrict__ student,
-                                 const T* __restrict__ teacher, const Shifts<T> shifts,
-                                 int padded, T* __restrict__ term, T* __restrict__ dterm,
-                                 T* __restrict__ q) {
-OPD_IVDEP
-  for (int i = 0; i < padded; ++i) {
-    const Entry<T> entry = make_entry(student[i], teacher[i], shifts);
-    term[i] = divergence.term(entry);
-    dterm[i] = divergence.dterm(entry);
-    q[i] = entry.q;
+  void init() const {
+    std::fill(state_, state_ + state_size(args_), 0.0);
+    state_[kStudentLargest] = state_[kTeacherLargest] = -std::numeric_limits<double>::infinity();
+    state_[kStudentArgmax] = state_[kTeacherArgmax] = -1.0;
   }
-}
 
-template <class T>
-OPD_ELEMENTWISE void entry_statistics(const T* __restrict__ student, const T* __restrict__ teacher,
-                                      const Shifts<T> shifts, int padded,
-                                      T* __restrict__ student_entropy,
-                                      T* __restrict__ teacher_entropy, T* __restrict__ forward_kl,
-                                      T* __restrict__ reverse_kl) {
-OPD_IVDEP
-  for (int i = 0; i < padded; ++i) {
-    const Entry<T> entry = make_entry(student[i], teacher[i], shifts);
-    student_entropy[i] = select(entry.q == T(0), T(0), -entry.q * entry.lq);
-    teacher_entropy[i] = select(entry.p == T(0), T(0), -entry.p * entry.lp);
-    forward_kl[i] = ForwardKl{}.term(entry);
-    reverse_kl[i] = ReverseKl{}.term(entry);
+  void add_lse() const {
+    RunningLse<T> student = running(kStudentLargest, kStudentLse);
+    RunningLse<T> teacher = running(kTeacherLargest, kTeacherLse);
+    typename Laws<T>::Scratch staged;
+    Block<T> scratch;
+    for_each_block(args_.vocab_size, [&](int64_t begin, int count) {
+      const T *s, *t;
+      laws_.blocks(begin, count, staged, &s, &t);
+      student.add(s, round_up_to_lanes(count), scratch.values);
+      teacher.add(t, round_up_to_lanes(count), scratch.values);
+    });
+    if (args_.with_statistics) find_argmax(student.largest(), teacher.largest());
+    state_[kStudentLargest] = student.largest(), state_[kStudentLse] = student.sum();
+    state_[kTeacherLargest] = teacher.largest(), state_[kTeacherLse] = teacher.sum();
   }
-}
 
-template <class T>
-OPD_ELEMENTWISE void entry_overlap(const SkewForwardKl divergence, const T* __restrict__ student,
-                                   const T* __restrict__ teacher, const Shifts<T> shifts,
-                                   int padded, T* __restrict__ out) {
-OPD_IVDEP
-  for (int i = 0; i < padded; ++i) {
-    out[i] = divergence.overlap(make_entry(student[i], teacher[i], shifts));
+  void close_lse() const {
+    state_[kStudentLse] = state_[kStudentLargest] + std::log(state_[kStudentLse]);
+    state_[kTeacherLse] = state_[kTeacherLargest] + std::log(state_[kTeacherLse]);
   }
-}
 
-template <class T>
-struct Sums {
-  double term = 0.0;
-  double dterm = 0.0;
-};
-
-// Calls sink(begin, count, dterm, q) per block (arrays of `count` values) and returns the row sums.
-// The padding of a last block has p = q = 0 and adds nothing.
-template <class T, class Divergence, class Sink>
-Sums<T> row_terms(const Divergence& divergence, const LogitsRow<T>& student,
-                  const LogitsRow<T>& teacher, const RowState<T>& state, Sink&& sink) {
-  Block<T> staged_student, staged_teacher, term, dterm, q;
-  const Shifts<T> shifts(state);
-  Sums<T> sums;
-  for_each_block(student.vocab_size(), [&](int64_t begin, int count) {
-    const T* s = student.block(begin, count, staged_student.values);
-    const T* t = teacher.block(begin, count, staged_teacher.values);
-    const int padded = round_up_to_lanes(count);
-    entry_terms(divergence, s, t, shifts, padded, term.values, dterm.values, q.values);
-    sums.term += lane_sum(term.values, padded);
-    sums.dterm += lane_sum(dterm.values, padded);
-    sink(begin, count, dterm.values, q.values);
-  });
-  return sums;
-}
-
-// The form of the divergence that suits this row; only the skewed forward KL has two. Backward
-// decides again, from the same numbers and so alike.
-template <class T, class Divergence>
-Divergence for_row(const Divergence& divergence, const LogitsRow<T>&, const LogitsRow<T>&,
-                   const RowState<T>&) {
-  return divergence;
-}
-
-template <class T>
-SkewForwardKl for_row(const SkewForwardKl& divergence, const LogitsRow<T>& student,
-                      const LogitsRow<T>& teacher, const RowState<T>& state) {
-  Block<T> staged_student, staged_teacher, terms;
-  const Shifts<T> shifts(state);
-  double overlap = 0.0;
-  for_each_block(student.vocab_size(), [&](int64_t begin, int count) {
-    const T* s = student.block(begin, count, staged_student.values);
-    const T* t = teacher.block(begin, count, staged_teacher.values);
-    const int padded = round_up_to_lanes(count);
-    entry_overlap(divergence, s, t, shifts, padded, terms.values);
-    overlap += lane_sum(terms.values, padded);
-  });
-  return {divergence.alpha, overlap < 0.5 ? 1.0 : 0.0};
-}
-
-// The statistics of a row, in the order of opd.h.
-template <class T>
-void row_statistics(const LogitsRow<T>& student, const LogitsRow<T>& teacher,
-                    const RowState<T>& state, int64_t stride, T* out) {
-  Block<T> staged_student, staged_teacher, parts[4];
-  const Shifts<T> shifts(state);
-  double sums[4] = {};
-  for_each_block(student.vocab_size(), [&](int64_t begin, int count) {
-    const T* s = student.block(begin, count, staged_student.values);
-    const T* t = teacher.block(begin, count, staged_teacher.values);
-    const int padded = round_up_to_lanes(count);
-    entry_statistics(s, t, shifts, padded, parts[0].values, parts[1].values, parts[2].values,
-                     parts[3].values);
-    for (int k = 0; k < 4; ++k) sums[k] += lane_sum(parts[k].values, padded);
-  });
-  for (int k = 0; k < 4; ++k) out[k * stride] = static_cast<T>(sums[k]);
-  const bool agree = first_argmax(student, state.student_largest) ==
-                     first_argmax(teacher, state.teacher_largest);
-  const bool defined = !std::isnan(state.student_lse) && !std::isnan(state.teacher_lse);
-  const T undefined = std::numeric_limits<T>::quiet_NaN();
-  out[OPD_STATISTIC_TOP1_AGREEMENT * stride] = !defined ? undefined : agree ? T(1) : T(0);
-}
-
-template <class T>
-void clear_statistics(int64_t stride, T* out) {
-  for (int k = 0; k < OPD_NUM_STATISTICS; ++k) out[k * stride] = T(0);
-}
-
-void check_spec(const opd_divergence_spec_t& spec, opd_const_matrix_t student,
-                opd_const_matrix_t teacher) {
-  check_sizes(kOp, spec.num_tokens, spec.vocab_size);
-  check_temperature(kOp, "student_temperature", spec.student_temperature);
-  check_temperature(kOp, "teacher_temperature", spec.teacher_temperature);
-  check_dtype(kOp, "student_logits", student.dtype);
-  check_dtype(kOp, "teacher_logits", teacher.dtype);
-  const bool bounded = spec.divergence == OPD_JSD || spec.divergence == OPD_SKEW_FORWARD_KL ||
-                       spec.divergence == OPD_SKEW_REVERSE_KL;
-  OPD_CHECK(!bounded || (spec.param0 > 0.0 && spec.param0 < 1.0), kOp,
-            ": param0 of this divergence must be in (0, 1), got ", spec.param0);
-  check_logits(kOp, "student_logits", student, spec.num_tokens);
-  check_logits(kOp, "teacher_logits", teacher, spec.num_tokens);
-  OPD_CHECK((student.dtype == OPD_FLOAT64) == (teacher.dtype == OPD_FLOAT64), kOp,
-            ": student_logits and teacher_logits must both be float64 or neither");
-}
-
-// fn(divergence, T{}) for the functor and the compute type of the call.
-template <class Fn>
-void visit(const opd_divergence_spec_t& spec, int32_t student_dtype, Fn&& fn) {
-  const bool known =
-      visit_divergence(spec.divergence, spec.param0, spec.param1, [&](auto divergence) {
-        student_dtype == OPD_FLOAT64 ? fn(divergence, double{}) : fn(divergence, float{});
+  // Only for whole rows: the head of the teacher's law is not a sum of what slices contribute.
+  void find_thresholds() const {
+    for (int j = 0; j < args_.num_components; ++j) {
+      if (!is_wanted(j) || !needs_threshold(args_.components[j])) continue;
+      component_state(j)[kThreshold] = head_threshold<T>(args_.components[j].param0, [&](auto&& fn) {
+        for_each_entries([&](int64_t, int count, Entries<T>& e) { fn(e, count); });
       });
-  OPD_CHECK(known, kOp, ": divergence must be an opd_divergence_t, got ", spec.divergence);
+    }
+  }
+
+  void add_row_sums() const {
+    bool wanted = false;
+    for (int j = 0; j < args_.num_components; ++j) {
+      wanted = wanted || (is_wanted(j) && num_row_sums(args_.components[j]) > 0);
+    }
+    if (!wanted) return;
+    for_each_entries([&](int64_t, int count, Entries<T>& e) {
+      for (int j = 0; j < args_.num_components; ++j) {
+        if (!is_wanted(j)) continue;
+        component_row_sums(args_.components[j], e, round_up_to_lanes(count), component_state(j));
+      }
+    });
+  }
+
+  // Sums over the row into state; sink(begin, count, dterm, q) per block.
+  template <class Sink>
+  void add_terms(Sink&& sink) const {
+    // before the sink, which may write over the logits
+    add_labels();
+    if (args_.with_statistics) add_ids();
+    Block<T> term, dterm, part;
+    for_each_entries<true>([&](int64_t begin, int count, Entries<T>& e) {
+      const int padded = round_up_to_lanes(count);
+      terms(e, padded, term, dterm, part, [&](int j) {
+        component_state(j)[kTermSum] += lane_sum(term.values, padded);
+      });
+      state_[kGradSum] += lane_sum(dterm.values, padded);
+      if (is_live_geometric()) {
+        state_[kTeacherGradSum] += lane_sum(part.values, padded);
+      }
+      sink(begin, count, dterm.values, e.q.values);
+    });
+  }
+
+  // d loss / d logits before the scale, from a finished state; sink(begin, count, gradient). `out`
+  // may be the row of student logits: a block is read before it is handed over.
+  template <class Sink>
+  void gradient(Sink&& sink) const {
+    Block<T> term, dterm, part, slope;
+    const T grad_sum = static_cast<T>(full_grad_sum());
+    const T teacher_grad_sum = static_cast<T>(state_[kTeacherGradSum]);
+    const T through_target = static_cast<T>(args_.target_student);
+    for_each_entries([&](int64_t begin, int count, Entries<T>& e) {
+      terms(e, round_up_to_lanes(count), term, dterm, part, [](int) {});
+OPD_IVDEP
+      for (int i = 0; i < count; ++i) dterm.values[i] -= e.q.values[i] * grad_sum;
+      if (is_live_geometric()) {
+OPD_IVDEP
+        for (int i = 0; i < count; ++i) {
+          dterm.values[i] += through_target * (part.values[i] - e.p.values[i] * teacher_grad_sum);
+        }
+      }
+      subtract_labels(begin, count, dterm.values);
+      if (laws_.student.has_softcap()) {
+        laws_.student.slope_block(begin, count, slope.values);
+OPD_IVDEP
+        for (int i = 0; i < count; ++i) dterm.values[i] *= slope.values[i];
+      }
+      sink(begin, count, dterm.values);
+    });
+  }
+
+  void finish() const {
+    double loss = 0.0;
+    for (int j = 0; j < args_.num_components; ++j) {
+      if (!is_wanted(j)) continue;
+      const double value = args_.components[j].divergence == kCrossEntropy
+                               ? state_[kCrossEntropy_]
+                               : component_value(args_.components[j], component_state(j));
+      loss += static_cast<double>(coefficient(j)) * value;
+    }
+    static_cast<T*>(args_.loss)[row_] = static_cast<T>(static_cast<double>(weight_) * loss);
+    if (args_.statistics) write_statistics();
+  }
+
+  // Zeros everywhere, whatever the row holds.
+  void skip() const {
+    if (state_) std::fill(state_, state_ + state_size(args_), 0.0);
+    if (args_.loss) static_cast<T*>(args_.loss)[row_] = T(0);
+    T* const out = static_cast<T*>(args_.statistics);
+    for (int k = 0; out && k < OPD_NUM_STATISTICS; ++k) out[k * args_.num_tokens + row_] = T(0);
+  }
+
+  bool is_live_geometric() const {
+    return args_.target == OPD_TARGET_GEOMETRIC && args_.live_target &&
+           args_.target_student != 0.0;
+  }
+
+  // sum of dterm, the labels' part included
+  double full_grad_sum() const {
+    double sum = state_[kGradSum];
+    for_each_label([&](int64_t, T weight) { sum -= static_cast<double>(weight); });
+    return sum;
+  }
+
+  void subtract_labels(int64_t begin, int count, T* dterm) const {
+    for_each_label([&](int64_t label, T weight) {
+      const int64_t i = label - args_.first_column - begin;
+      if (i >= 0 && i < count) dterm[i] -= weight;
+    });
+  }
+
+ private:
+  RunningLse<T> running(State largest, State sum) const {
+    return {static_cast<T>(state_[largest]), state_[sum]};
+  }
+
+  double* component_state(int j) const { return state_ + kStateSize + j * kComponentState; }
+
+  T coefficient(int j) const {
+    const T* coefficients = static_cast<const T*>(args_.components[j].coefficients);
+    return coefficients ? coefficients[row_] : T(1);
+  }
+  bool is_wanted(int j) const { return coefficient(j) != T(0); }
+
+  // First column of the largest logit of this slice, where it beats the slices before.
+  void find_argmax(T student_largest, T teacher_largest) const {
+    bool student_open = static_cast<double>(student_largest) > state_[kStudentLargest];
+    bool teacher_open = static_cast<double>(teacher_largest) > state_[kTeacherLargest];
+    typename Laws<T>::Scratch staged;
+    for (int64_t begin = 0; begin < args_.vocab_size && (student_open || teacher_open);
+         begin += kBlock) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, args_.vocab_size - begin));
+      const T *s, *t;
+      laws_.blocks(begin, count, staged, &s, &t);
+      const auto find = [&](const T* block, T largest, State where, bool* open) {
+        for (int i = 0; *open && i < count; ++i) {
+          if (block[i] == largest) {
+            state_[where] = static_cast<double>(args_.first_column + begin + i);
+            *open = false;
+          }
+        }
+      };
+      find(s, student_largest, kStudentArgmax, &student_open);
+      find(t, teacher_largest, kTeacherArgmax, &teacher_open);
+    }
+  }
+
+  // fn(begin, count, entries) per block. The padding of a last block has p = q = 0 and adds nothing.
+  template <bool kWithStatistics = false, class Fn>
+  void for_each_entries(Fn&& fn) const {
+    const Shifts<T> shifts(state_);
+    typename Laws<T>::Scratch staged;
+    Entries<T> e;
+    const T* mixture_weights = static_cast<const T*>(args_.mixture_weights);
+    for_each_block(args_.vocab_size, [&](int64_t begin, int count) {
+      const T *s, *t;
+      laws_.blocks(begin, count, staged, &s, &t);
+      const int padded = round_up_to_lanes(count);
+      entry_block(s, t, shifts, padded, e.lp.values, e.lq.values, e.p.values, e.q.values,
+                  e.gap.values);
+      if (kWithStatistics && args_.with_statistics) add_statistics(e, padded);
+      if (args_.target == OPD_TARGET_MIXTURE) mix_target(mixture_weights[row_], padded, e);
+      fn(begin, count, e);
+    });
+  }
+
+  // dterm of the sum of all components; `part` is that of dterm_teacher for a live geometric target
+  // and scratch otherwise. on_term(j) is called while `term` is that of component j.
+  template <class OnTerm>
+  void terms(const Entries<T>& e, int padded, Block<T>& term, Block<T>& dterm, Block<T>& part,
+             OnTerm&& on_term) const {
+    const bool live_mixture = args_.target == OPD_TARGET_MIXTURE && args_.live_target;
+    const bool live_geometric = is_live_geometric();
+    Block<T> own, teacher;
+    bool first = true;
+    if (live_geometric) std::fill(part.values, part.values + padded, T(0));
+    for (int j = 0; j < args_.num_components; ++j) {
+      const opd_divergence_component_t& component = args_.components[j];
+      if (!is_wanted(j) || component.divergence == kCrossEntropy) continue;
+      const T c = coefficient(j);
+      Block<T>& out = first && c == T(1) ? dterm : own;
+      component_terms(component, component_state(j), e, padded, term.values, out.values);
+      on_term(j);
+      if (live_mixture || live_geometric) {
+        component_dterm_teacher(component, component_state(j), e, padded, teacher.values);
+      }
+      if (live_mixture) {
+OPD_IVDEP
+        for (int i = 0; i < padded; ++i) out.values[i] += e.through.values[i] * teacher.values[i];
+      }
+      if (live_geometric) {
+OPD_IVDEP
+        for (int i = 0; i < padded; ++i) part.values[i] += c * teacher.values[i];
+      }
+      if (&out == &own && first) {
+OPD_IVDEP
+        for (int i = 0; i < padded; ++i) dterm.values[i] = c * own.values[i];
+      } else if (&out == &own) {
+OPD_IVDEP
+        for (int i = 0; i < padded; ++i) dterm.values[i] += c * own.values[i];
+      }
+      first = false;
+    }
+    if (first) std::fill(dterm.values, dterm.values + padded, T(0));
+  }
+
+  void add_statistics(const Entries<T>& e, int padded) const {
+    Block<T> parts[4];
+    statistics_block(e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values, padded,
+                     parts[0].values, parts[1].values, parts[2].values, parts[3].values);
+    for (int k = 0; k < 4; ++k) {
+      state_[kStudentEntropy + k] += lane_sum(parts[k].values, padded);
+    }
+  }
+
+  // log q and log p of one column of this slice.
+  void logprobs_at(int64_t column, double* lq, double* lp) const {
+    const Shifts<T> shifts(state_);
+    typename Laws<T>::Scratch staged;
+    const T *s, *t;
+    laws_.blocks(column, 1, staged, &s, &t);
+    *lq = static_cast<double>((*s - shifts.student.high) - shifts.student.low);
+    *lp = static_cast<double>((*t - shifts.teacher.high) - shifts.teacher.low);
+  }
+
+  bool is_here(int64_t id, int64_t* column) const {
+    *column = id - args_.first_column;
+    return id >= 0 && *column >= 0 && *column < args_.vocab_size;
+  }
+
+  void add_ids() const {
+    double lq, lp;
+    int64_t column;
+    if (args_.token_ids && is_here(args_.token_ids[row_], &column)) {
+      logprobs_at(column, &lq, &lp);
+      state_[kStudentLogprob] += lq;
+      state_[kTeacherLogprob] += lp;
+    }
+    for (int64_t k = 0; args_.topk_ids && k < args_.num_topk; ++k) {
+      if (!is_here(args_.topk_ids[row_ * args_.num_topk + k], &column)) continue;
+      logprobs_at(column, &lq, &lp);
+      state_[kStudentTopkMass] += std::exp(lq);
+      state_[kTeacherTopkMass] += std::exp(lp);
+    }
+  }
+
+  // fn(label, coefficient * weight) for the labels of this row.
+  template <class Fn>
+  void for_each_label(Fn&& fn) const {
+    for (int j = 0; j < args_.num_components; ++j) {
+      if (args_.components[j].divergence != kCrossEntropy || !is_wanted(j)) continue;
+      for (int64_t k = 0; k < args_.num_labels; ++k) {
+        const int64_t at = row_ * args_.num_labels + k;
+        const T* weights = static_cast<const T*>(args_.label_weights);
+        const T weight = weights ? weights[at] : T(1);
+        if (args_.labels[at] >= 0 && weight != T(0)) fn(args_.labels[at], coefficient(j) * weight);
+      }
+    }
+  }
+
+  void add_labels() const {
+    const T* weights = static_cast<const T*>(args_.label_weights);
+    for (int64_t k = 0; args_.labels && k < args_.num_labels; ++k) {
+      const int64_t at = row_ * args_.num_labels + k;
+      const double weight = weights ? static_cast<double>(weights[at]) : 1.0;
+      int64_t column;
+      if (weight == 0.0 || !is_here(args_.labels[at], &column)) continue;
+      double lq, lp;
+      logprobs_at(column, &lq, &lp);
+      state_[kCrossEntropy_] -= weight * lq;
+    }
+  }
+
+  void write_statistics() const {
+    T* const out = static_cast<T*>(args_.statistics) + row_;
+    const int64_t stride = args_.num_tokens;
+    const auto put = [&](int statistic, double value) {
+      out[statistic * stride] = static_cast<T>(value);
+    };
+    for (int k = 0; k < 4; ++k) put(k, state_[kStudentEntropy + k]);
+    put(OPD_STATISTIC_STUDENT_LSE, state_[kStudentLse]);
+    put(OPD_STATISTIC_TEACHER_LSE, state_[kTeacherLse]);
+    for (int k = 0; k < 4; ++k) put(OPD_STATISTIC_STUDENT_LOGPROBS + k, state_[kStudentLogprob + k]);
+    const bool defined = !std::isnan(state_[kStudentLse]) && !std::isnan(state_[kTeacherLse]);
+    const double agree = state_[kStudentArgmax] == state_[kTeacherArgmax] ? 1.0 : 0.0;
+    put(OPD_STATISTIC_TOP1_AGREEMENT, defined ? agree : std::numeric_limits<double>::quiet_NaN());
+  }
+
+  const opd_divergence_args_t& args_;
+  int64_t row_;
+  double* state_;
+  Laws<T> laws_;
+  T weight_;
+};
+
+// Every phase of a whole row but the last: sink gets dterm and q while the terms are formed.
+template <class T, class Sink>
+void whole_row(const Row<T>& row, Sink&& sink) {
+  row.init();
+  row.add_lse();
+  row.close_lse();
+  row.find_thresholds();
+  row.add_row_sums();
+  row.add_terms(sink);
 }
 
-template <class T, class Divergence>
-void forward(const Divergence& divergence, const opd_divergence_fwd_args_t& args) {
-  const opd_divergence_spec_t& spec = args.spec;
-  const T* weights = static_cast<const T*>(args.token_weights);
-  T* statistics = static_cast<T*>(args.statistics);
-  parallel_rows(spec.parallel_for, spec.num_tokens, [&](int64_t row) {
-    const T weight = weights ? weights[row] : T(1);
-    T* const loss = static_cast<T*>(args.loss) + row;
-    T* const grad_sum = static_cast<T*>(args.grad_sum) + row;
-    if (weight == T(0)) {
-      *loss = *grad_sum = T(0);
-      args.student_lse[row] = args.teacher_lse[row] = 0.0;
-      if (statistics) clear_statistics(spec.num_tokens, statistics + row);
-      return;
-    }
-    const LogitsRow<T> student(args.student_logits, row, spec.vocab_size, spec.student_temperature);
-    const LogitsRow<T> teacher(args.teacher_logits, row, spec.vocab_size, spec.teacher_temperature);
-    const RowState<T> state = row_state(student, teacher);
-    const auto suited = for_row(divergence, student, teacher, state);
-    const Sums<T> sums =
-        row_terms(suited, student, teacher, state, [](int64_t, int, const T*, const T*) {});
-    *loss = static_cast<T>(static_cast<double>(weight) * sums.term);
-    *grad_sum = static_cast<T>(sums.dterm);
-    args.student_lse[row] = state.student_lse;
-    args.teacher_lse[row] = state.teacher_lse;
-    if (statistics) {
-      row_statistics(student, teacher, state, spec.num_tokens, statistics + row);
-    }
+constexpr auto kNoSink = [](int64_t, int, const auto*, const auto*) {};
+
+template <class T>
+void forward(const opd_divergence_args_t& args) {
+  parallel_rows(args.parallel_for, args.num_tokens, [&](int64_t index) {
+    const Row<T> row(args, index);
+    if (!row.is_active()) return row.skip();
+    whole_row(row, kNoSink);
+    row.finish();
   });
 }
 
-template <class T, class Divergence>
-void backward(const Divergence& divergence, const opd_divergence_bwd_args_t& args) {
-  const opd_divergence_spec_t& spec = args.spec;
-  const T* weights = static_cast<const T*>(args.token_weights);
+template <class T>
+void write_gradient(const opd_divergence_args_t& args, int64_t index, const Row<T>& row,
+                    T grad_loss) {
+  const T scale = row.weight() * grad_loss * row.student().slope();
+  row.gradient([&](int64_t begin, int count, T* gradient) {
+OPD_IVDEP
+    for (int i = 0; i < count; ++i) gradient[i] *= scale;
+    store_block(args.grad, index, begin, count, gradient);
+  });
+  zero_columns(args.grad, index, args.vocab_size, args.grad_width);
+}
+
+template <class T>
+void backward(const opd_divergence_args_t& args) {
   const T* grad_loss = static_cast<const T*>(args.grad_loss);
-  const T* grad_sums = static_cast<const T*>(args.grad_sum);
-  parallel_rows(spec.parallel_for, spec.num_tokens, [&](int64_t row) {
-    const T weight = weights ? weights[row] : T(1);
-    if (weight == T(0) || grad_loss[row] == T(0)) {
-      zero_columns(args.grad_student_logits, row, 0, args.grad_width);
+  parallel_rows(args.parallel_for, args.num_tokens, [&](int64_t index) {
+    const Row<T> row(args, index);
+    if (!row.is_active() || grad_loss[index] == T(0)) {
+      zero_columns(args.grad, index, 0, args.grad_width);
       return;
     }
-    const T scale = weight * grad_loss[row] / static_cast<T>(spec.student_temperature);
-    const T grad_sum = grad_sums[row];
-    const LogitsRow<T> student(args.student_logits, row, spec.vocab_size, spec.student_temperature);
-    const LogitsRow<T> teacher(args.teacher_logits, row, spec.vocab_size, spec.teacher_temperature);
-    const RowState<T> state{args.student_lse[row], args.teacher_lse[row], T(0), T(0)};
-    Block<T> gradient;
-    row_terms(for_row(divergence, student, teacher, state), student, teacher, state,
-              [&](int64_t begin, int count, const T* dterm, const T* q) {
-OPD_IVDEP
-                for (int i = 0; i < count; ++i) {
-                  gradient.values[i] = scale * (dterm[i] - q[i] * grad_sum);
-                }
-                store_block(args.grad_student_logits, row, begin, count, gradient.values);
-              });
-    zero_columns(args.grad_student_logits, row, spec.vocab_size, args.grad_width);
+    write_gradient(args, index, row, grad_loss[index]);
   });
 }
 
-template <class T, class Divergence>
-void forward_grad(const Divergence& divergence, const opd_divergence_fwd_grad_args_t& args) {
-  const opd_divergence_spec_t& spec = args.spec;
-  const T* weights = static_cast<const T*>(args.token_weights);
-  T* statistics = static_cast<T*>(args.statistics);
-  parallel_rows(spec.parallel_for, spec.num_tokens, [&](int64_t row) {
-    const T weight = weights ? weights[row] : T(1);
-    T* const loss = static_cast<T*>(args.loss) + row;
-    if (weight == T(0)) {
-      *loss = T(0);
-      zero_columns(args.student_logits, row, 0, spec.vocab_size);
-      if (statistics) clear_statistics(spec.num_tokens, statistics + row);
-      return;
+template <class T>
+void forward_grad(const opd_divergence_args_t& args) {
+  parallel_rows(args.parallel_for, args.num_tokens, [&](int64_t index) {
+    double state[kStateSize + OPD_MAX_COMPONENTS * kComponentState];
+    const Row<T> row(args, index, state);
+    if (!row.is_active()) {
+      zero_columns(args.grad, index, 0, args.grad_width);
+      return row.skip();
     }
-    const LogitsRow<T> student(as_const(args.student_logits), row, spec.vocab_size,
-                               spec.student_temperature);
-    const LogitsRow<T> teacher(as_const(args.teacher_logits), row, spec.vocab_size,
-                               spec.teacher_temperature);
-    T* const student_row =
-        static_cast<T*>(args.student_logits.data) + row * args.student_logits.row_stride;
-    T* const teacher_row =
-        static_cast<T*>(args.teacher_logits.data) + row * args.teacher_logits.row_stride;
-    const RowState<T> state = row_state(student, teacher);
-    if (statistics) {
-      row_statistics(student, teacher, state, spec.num_tokens, statistics + row);
+    if (args.scratch.data == nullptr || row.is_live_geometric() || row.student().has_softcap()) {
+      whole_row(row, kNoSink);
+      row.finish();
+      return write_gradient(args, index, row, T(1));
     }
-    const auto suited = for_row(divergence, student, teacher, state);
-    const Sums<T> sums = row_terms(suited, student, teacher, state,
-                                   [&](int64_t begin, int count, const T* dterm, const T* q) {
-                                     std::copy(dterm, dterm + count, student_row + begin);
-                                     std::copy(q, q + count, teacher_row + begin);
-                                   });
-    *loss = static_cast<T>(static_cast<double>(weight) * sums.term);
-    const T scale = weight / static_cast<T>(spec.student_temperature);
-    const T grad_sum = static_cast<T>(sums.dterm);
+    T* const dterm_row = static_cast<T*>(args.grad.data) + index * args.grad.row_stride;
+    T* const q_row = static_cast<T*>(args.scratch.data) + index * args.scratch.row_stride;
+    whole_row(row, [&](int64_t begin, int count, const T* dterm, const T* q) {
+      std::copy(dterm, dterm + count, dterm_row + begin);
+      std::copy(q, q + count, q_row + begin);
+      row.subtract_labels(begin, count, dterm_row + begin);
+    });
+    row.finish();
+    const T scale = row.weight() * row.student().slope();
+    const T grad_sum = static_cast<T>(row.full_grad_sum());
 OPD_IVDEP
-    for (int64_t v = 0; v < spec.vocab_size; ++v) {
-      student_row[v] = scale * (student_row[v] - teacher_row[v] * grad_sum);
+    for (int64_t v = 0; v < args.vocab_size; ++v) {
+      dterm_row[v] = scale * (dterm_row[v] - q_row[v] * grad_sum);
     }
   });
+}
+
+void check_side(const char* name, const opd_logits_t& side, int64_t num_tokens) {
+  check_dtype(kOp, name, side.matrix.dtype);
+  check_logits(kOp, name, side.matrix, num_tokens);
+  if (!side.temperatures) check_temperature(kOp, name, side.temperature);
+  OPD_CHECK(std::isfinite(side.scale) && side.scale != 0.0, kOp, ": ", name,
+            " scale must be finite and not 0, got ", side.scale);
+  OPD_CHECK(std::isfinite(side.softcap) && side.softcap >= 0.0, kOp, ": ", name,
+            " softcap must be >= 0 (0: none), got ", side.softcap);
+}
+
+void check_component(const opd_divergence_component_t& component,
+                     const opd_divergence_args_t& args) {
+  const double p = component.param0, sum = component.param0 + component.param1;
+  const auto is_weight = [](double value) { return value == 0 || value == 1 || value == 2; };
+  const auto is_exponent = [](double value) { return value == 0 || std::fabs(value) >= 1e-3; };
+  switch (component.divergence) {
+    case OPD_JSD:
+    case OPD_SKEW_FORWARD_KL:
+    case OPD_SKEW_REVERSE_KL:
+    case OPD_JEFFREYS:
+    case OPD_ADAPTIVE_KL:
+      OPD_CHECK(p > 0.0 && p < 1.0, kOp, ": param0 of this divergence must be in (0, 1), got ", p);
+      return;
+    case OPD_ALPHA:
+      OPD_CHECK(std::isfinite(p) && p != 0.0 && p != 1.0, kOp,
+                ": alpha must be finite and neither 0 nor 1, got ", p);
+      return;
+    case OPD_RENYI:
+      OPD_CHECK(std::isfinite(p) && p > 0.0 && p != 1.0, kOp,
+                ": the order must be positive, finite and not 1, got ", p);
+      return;
+    case OPD_ALPHA_BETA:
+      OPD_CHECK(is_exponent(p) && is_exponent(component.param1) &&
+                    (is_exponent(sum) || std::fabs(sum) < 1e-12) && std::isfinite(sum),
+                kOp, ": alpha, beta and their sum must each be 0 or at least 1e-3 in size, got ", p,
+                " and ", component.param1);
+      return;
+    case OPD_CONCRETE_SCORE:
+      OPD_CHECK(is_weight(p) && is_weight(component.param1), kOp,
+                ": weights must be 0 (student), 1 (teacher) or 2 (uniform), got ", p, " and ",
+                component.param1);
+      return;
+    case OPD_CROSS_ENTROPY:
+      OPD_CHECK(args.num_tokens == 0 || args.num_labels == 0 || args.labels != nullptr, kOp,
+                ": cross_entropy needs labels");
+      return;
+    default: {
+      const bool known = visit_divergence(component.divergence, p, component.param1, [](auto) {});
+      OPD_CHECK(known, kOp, ": divergence must be an opd_divergence_t, got ",
+                component.divergence);
+    }
+  }
+}
+
+void check_args(const opd_divergence_args_t& args) {
+  check_struct_size(kOp, args.struct_size, sizeof(args));
+  check_sizes(kOp, args.num_tokens, args.vocab_size);
+  check_side("student_logits", args.student, args.num_tokens);
+  check_side("teacher_logits", args.teacher, args.num_tokens);
+  OPD_CHECK((args.student.matrix.dtype == OPD_FLOAT64) == (args.teacher.matrix.dtype == OPD_FLOAT64),
+            kOp, ": student_logits and teacher_logits must both be float64 or neither");
+  OPD_CHECK(args.num_components > 0 && args.num_components <= OPD_MAX_COMPONENTS, kOp,
+            ": num_components must be in [1, ", OPD_MAX_COMPONENTS, "], got ", args.num_components);
+  check_pointer(kOp, "components", args.components);
+  for (int j = 0; j < args.num_components; ++j) check_component(args.components[j], args);
+  OPD_CHECK(args.target >= OPD_TARGET_TEACHER && args.target <= OPD_TARGET_MIXTURE, kOp,
+            ": target must be an opd_target_t, got ", args.target);
+  if (args.target == OPD_TARGET_GEOMETRIC && args.target_reference != 0.0) {
+    check_side("reference_logits", args.reference, args.num_tokens);
+    OPD_CHECK((args.student.matrix.dtype == OPD_FLOAT64) ==
+                  (args.reference.matrix.dtype == OPD_FLOAT64),
+              kOp, ": student_logits and reference_logits must both be float64 or neither");
+  }
+  OPD_CHECK(args.target != OPD_TARGET_MIXTURE || args.num_tokens == 0 || args.mixture_weights, kOp,
+            ": mixture_weights must not be NULL");
+}
+
+// fn(T{}) for the compute type of the call, after the checks; no tokens, no call.
+template <class Fn>
+opd_status_t run(const opd_divergence_args_t* args, Fn&& fn) {
+  return guarded([&] {
+    check_pointer(kOp, "args", args);
+    check_args(*args);
+    if (args->num_tokens == 0) return;
+    args->student.matrix.dtype == OPD_FLOAT64 ? fn(double{}) : fn(float{});
+  });
+}
+
+// fn(row) for each row of weight other than 0, or all of them.
+template <class T, class Fn>
+void each_row(const opd_divergence_args_t& args, Fn&& fn) {
+  parallel_rows(args.parallel_for, args.num_tokens, [&](int64_t index) { fn(Row<T>(args, index)); });
 }
 
 }  // namespace
 }  // namespace opd
 
-using opd::guarded;
-
-opd_status_t opd_divergence_fwd_cpu(const opd_divergence_fwd_args_t* args) {
-  return guarded([&] {
-    opd::check_pointer(opd::kOp, "args", args);
-    opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
-    opd::check_spec(args->spec, args->student_logits, args->teacher_logits);
-    if (args->spec.num_tokens == 0) return;
-    opd::check_pointers(opd::kOp, "every output but statistics",
-                        {args->loss, args->grad_sum, args->student_lse, args->teacher_lse});
-    opd::visit(args->spec, args->student_logits.dtype, [&](auto divergence, auto real) {
-      opd::forward<decltype(real)>(divergence, *args);
-    });
+opd_status_t opd_divergence_fwd_cpu(const opd_divergence_args_t* args) {
+  return opd::run(args, [&](auto real) {
+    opd::check_pointers(opd::kOp, "loss and state", {args->loss, args->state});
+    opd::forward<decltype(real)>(*args);
   });
 }
 
-opd_status_t opd_divergence_bwd_cpu(const opd_divergence_bwd_args_t* args) {
-  return guarded([&] {
-    opd::check_pointer(opd::kOp, "args", args);
-    opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
-    opd::check_spec(args->spec, args->student_logits, args->teacher_logits);
-    if (args->spec.num_tokens == 0) return;
-    opd::check_pointers(opd::kOp, "every pointer but token_weights",
-                        {args->grad_loss, args->grad_sum, args->student_lse, args->teacher_lse, args->grad_student_logits.data});
-    opd::check_dtype(opd::kOp, "grad_student_logits", args->grad_student_logits.dtype);
-    opd::check_gradient(opd::kOp, args->grad_student_logits, args->spec.num_tokens,
-                        args->grad_width, args->spec.vocab_size);
-    opd::visit(args->spec, args->student_logits.dtype, [&](auto divergence, auto real) {
-      opd::backward<decltype(real)>(divergence, *args);
-    });
+opd_status_t opd_divergence_bwd_cpu(const opd_divergence_args_t* args) {
+  return opd::run(args, [&](auto real) {
+    opd::check_pointers(opd::kOp, "grad_loss, state and grad",
+                        {args->grad_loss, args->state, args->grad.data});
+    opd::check_dtype(opd::kOp, "grad", args->grad.dtype);
+    opd::check_gradient(opd::kOp, args->grad, args->num_tokens, args->grad_width,
+                        args->vocab_size);
+    opd::backward<decltype(real)>(*args);
   });
 }
 
-opd_status_t opd_divergence_fwd_grad_cpu(const opd_divergence_fwd_grad_args_t* args) {
-  return guarded([&] {
-    opd::check_pointer(opd::kOp, "args", args);
-    opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
-    const int32_t dtype = args->student_logits.dtype;
-    opd::check_spec(args->spec, opd::as_const(args->student_logits),
-                    opd::as_const(args->teacher_logits));
-    OPD_CHECK((dtype == OPD_FLOAT32 || dtype == OPD_FLOAT64) && args->teacher_logits.dtype == dtype,
-              opd::kOp, ": logits must be float32 or float64 to be overwritten by the gradient");
-    if (args->spec.num_tokens == 0) return;
-    opd::check_pointer(opd::kOp, "loss", args->loss);
-    for (const opd_matrix_t& matrix : {args->student_logits, args->teacher_logits}) {
-      opd::check_gradient(opd::kOp, matrix, args->spec.num_tokens, args->spec.vocab_size,
-                          args->spec.vocab_size);
+opd_status_t opd_divergence_fwd_grad_cpu(const opd_divergence_args_t* args) {
+  return opd::run(args, [&](auto real) {
+    const int32_t dtype = args->student.matrix.dtype;
+    OPD_CHECK(dtype == OPD_FLOAT32 || dtype == OPD_FLOAT64, opd::kOp,
+              ": logits must be float32 or float64 to be overwritten by the gradient");
+    OPD_CHECK(args->grad.dtype == dtype, opd::kOp, ": grad must have the dtype of the logits");
+    opd::check_pointers(opd::kOp, "loss and grad", {args->loss, args->grad.data});
+    opd::check_gradient(opd::kOp, args->grad, args->num_tokens, args->grad_width,
+                        args->vocab_size);
+    if (args->scratch.data) {
+      OPD_CHECK(args->scratch.dtype == dtype, opd::kOp, ": scratch must have the logits' dtype");
+      OPD_CHECK(args->scratch.data != args->grad.data, opd::kOp,
+                ": grad and scratch are both overwritten and must not be the same");
+      opd::check_gradient(opd::kOp, args->scratch, args->num_tokens, args->vocab_size,
+                          args->vocab_size);
     }
-    OPD_CHECK(args->student_logits.data != args->teacher_logits.data, opd::kOp,
-              ": student_logits and teacher_logits are both overwritten and must not be the same");
-    opd::visit(args->spec, dtype, [&](auto divergence, auto real) {
-      opd::forward_grad<decltype(real)>(divergence, *args);
+    opd::forward_grad<decltype(real)>(*args);
+  });
+}
+
+opd_status_t opd_divergence_init_cpu(const opd_divergence_args_t* args) {
+  return opd::run(args, [&](auto real) {
+    opd::check_pointer(opd::kOp, "state", args->state);
+    opd::each_row<decltype(real)>(*args, [](const auto& row) { row.init(); });
+  });
+}
+
+opd_status_t opd_divergence_phase_cpu(const opd_divergence_args_t* args, int32_t phase) {
+  return opd::run(args, [&](auto real) {
+    opd::check_pointer(opd::kOp, "state", args->state);
+    OPD_CHECK(phase >= OPD_PHASE_LSE && phase <= OPD_PHASE_TERMS, opd::kOp,
+              ": phase must be an opd_divergence_phase_t, got ", phase);
+    for (int j = 0; j < args->num_components; ++j) {
+      OPD_CHECK(!opd::needs_threshold(args->components[j]), opd::kOp,
+                ": adaptive_kl sorts the teacher's law and needs whole rows");
+    }
+    opd::each_row<decltype(real)>(*args, [&](const auto& row) {
+      if (!row.is_active()) return;
+      if (phase == OPD_PHASE_LSE) row.add_lse();
+      if (phase == OPD_PHASE_ROW_SUMS) row.add_row_sums();
+      if (phase == OPD_PHASE_TERMS) row.add_terms(opd::kNoSink);
+    });
+  });
+}
+
+opd_status_t opd_divergence_close_lse_cpu(const opd_divergence_args_t* args) {
+  return opd::run(args, [&](auto real) {
+    opd::check_pointer(opd::kOp, "state", args->state);
+    opd::each_row<decltype(real)>(*args, [](const auto& row) {
+      if (row.is_active()) row.close_lse();
+    });
+  });
+}
+
+opd_status_t opd_divergence_finish_cpu(const opd_divergence_args_t* args) {
+  return opd::run(args, [&](auto real) {
+    opd::check_pointers(opd::kOp, "loss and state", {args->loss, args->state});
+    opd::each_row<decltype(real)>(*args, [](const auto& row) {
+      row.is_active() ? row.finish() : row.skip();
     });
   });
 }
 
 opd_status_t opd_divergence_eval(int32_t divergence, double param0, double param1, int64_t n,
                                  const double* teacher_logprob, const double* student_logprob,
-                                 double* term, double* dterm) {
-  return guarded([&] {
+                                 double* term, double* dterm, double* dterm_teacher,
+                                 double* value) {
+  return opd::guarded([&] {
     if (n == 0) return;
-    opd::check_pointers(opd::kOp, "every pointer", {teacher_logprob, student_logprob, term, dterm});
+    opd::check_pointers(opd::kOp, "both log-probabilities", {teacher_logprob, student_logprob});
+    const auto entry = [&](int64_t i) {
+      return opd::Entry<double>{teacher_logprob[i], student_logprob[i],
+                                std::exp(teacher_logprob[i]), std::exp(student_logprob[i]),
+                                student_logprob[i] - teacher_logprob[i]};
+    };
     const bool known = opd::visit_divergence(divergence, param0, param1, [&](auto functor) {
-      for (int64_t i = 0; i < n; ++i) {
-        const opd::Entry<double> entry{teacher_logprob[i], student_logprob[i],
-                                       std::exp(teacher_logprob[i]), std::exp(student_logprob[i]),
-                                       student_logprob[i] - teacher_logprob[i]};
-        term[i] = functor.term(entry);
-        dterm[i] = functor.dterm(entry);
+      using F = decltype(functor);
+      double sums[3] = {};
+      if constexpr (F::kNeedsThreshold) {
+        opd::Entries<double> block;
+        functor = functor.with_threshold(opd::head_threshold<double>(param0, [&](auto&& fn) {
+          for (int64_t i = 0; i < n; ++i) {
+            block.lp.values[0] = entry(i).lp;
+            block.p.values[0] = entry(i).p;
+            fn(block, 1);
+          }
+        }));
       }
+      if constexpr (F::kRowSums > 0) {
+        for (int64_t i = 0; i < n; ++i) {
+          double parts[3] = {};
+          functor.row_sums(entry(i), parts);
+          for (int k = 0; k < F::kRowSums; ++k) sums[k] += parts[k];
+        }
+        functor = functor.with_row_sums(sums);
+      }
+      double total = 0.0;
+      for (int64_t i = 0; i < n; ++i) {
+        const double one = functor.term(entry(i));
+        total += one;
+        if (term) term[i] = one;
+        if (dterm) dterm[i] = functor.dterm(entry(i));
+        if (dterm_teacher) dterm_teacher[i] = functor.dterm_teacher(entry(i));
+      }
+      if (value) *value = functor.value(total);
     });
     OPD_CHECK(known, opd::kOp, ": divergence must be an opd_divergence_t, got ", divergence);
   });

@@ -66,21 +66,103 @@ OPD_IVDEP
   return *std::max_element(lanes, lanes + kLanes);
 }
 
-// One row of logits, read block by block as T = float or double.
+// The elementwise loops are functions of their own, never inlined: inside the row walkers the
+// compiler does not prove the buffers distinct and leaves the loops scalar.
+#define OPD_ELEMENTWISE __attribute__((noinline))
+
+// cap * tanh(value / cap) in place.
+template <class T>
+OPD_ELEMENTWISE void softcap_block(T cap, int count, T* __restrict__ values) {
+  const T twice_inverse = T(2) / cap;
+OPD_IVDEP
+  for (int i = 0; i < count; ++i) {
+    const T x = values[i] * twice_inverse;
+    const ExpPair<T> pair = exp_pair_nonpositive(x > T(0) ? -x : x);
+    const T size = cap * pair.expm1 / (T(1) + pair.exp);
+    values[i] = x > T(0) ? -size : size;
+  }
+}
+
+// 1 - tanh(value / cap)^2 in place.
+template <class T>
+OPD_ELEMENTWISE void softcap_slope_block(T cap, int count, T* __restrict__ values) {
+  const T twice_inverse = T(2) / cap;
+OPD_IVDEP
+  for (int i = 0; i < count; ++i) {
+    const T x = values[i] * twice_inverse;
+    const T decay = exp_pair_nonpositive(x > T(0) ? -x : x).exp;
+    values[i] = T(4) * decay / ((T(1) + decay) * (T(1) + decay));
+  }
+}
+
+template <class T>
+OPD_ELEMENTWISE void affine_block(const T* __restrict__ bias, T scale, int count,
+                                  T* __restrict__ values) {
+  if (bias) {
+OPD_IVDEP
+    for (int i = 0; i < count; ++i) values[i] = scale * (values[i] + bias[i]);
+  } else {
+OPD_IVDEP
+    for (int i = 0; i < count; ++i) values[i] = scale * values[i];
+  }
+}
+
+template <class T>
+OPD_ELEMENTWISE void divide_block(T divisor, int count, T* __restrict__ values) {
+OPD_IVDEP
+  for (int i = 0; i < count; ++i) values[i] = values[i] / divisor;
+}
+
+// One row of a side's logits, read block by block as T = float or double:
+// softcap(scale * (logits + bias)) / temperature.
 template <class T>
 class LogitsRow {
  public:
-  LogitsRow(opd_const_matrix_t matrix, int64_t row, int64_t vocab_size, double temperature)
-      : matrix_(matrix),
-        offset_(row * matrix.row_stride),
+  LogitsRow(const opd_logits_t& logits, int64_t row, int64_t vocab_size)
+      : matrix_(logits.matrix),
+        offset_(row * logits.matrix.row_stride),
         vocab_size_(vocab_size),
-        temperature_(static_cast<T>(temperature)) {}
+        bias_(static_cast<const T*>(logits.bias)),
+        scale_(static_cast<T>(logits.scale)),
+        softcap_(static_cast<T>(logits.softcap)),
+        temperature_(logits.temperatures ? static_cast<const T*>(logits.temperatures)[row]
+                                         : static_cast<T>(logits.temperature)) {}
+
+  LogitsRow(opd_const_matrix_t matrix, int64_t row, int64_t vocab_size, double temperature)
+      : LogitsRow(opd_logits_t{matrix, nullptr, 1.0, 0.0, temperature, nullptr}, row, vocab_size) {}
 
   int64_t vocab_size() const { return vocab_size_; }
+  T temperature() const { return temperature_; }
+  bool has_softcap() const { return softcap_ != T(0); }
 
-  // Pointer to `count` = min(kBlock, vocab_size - begin) values of logits / temperature, padded
-  // with -inf to a multiple of kLanes: the matrix itself where it will do, else `scratch`.
+  // Pointer to `count` = min(kBlock, vocab_size - begin) values, padded with -inf to a multiple of
+  // kLanes: the matrix itself where it will do, else `scratch`.
   const T* block(int64_t begin, int count, T* scratch) const {
+    const T* unchanged = widen(begin, count, scratch);
+    if (unchanged) return unchanged;
+    if (is_affine()) affine_block(bias_at(begin), scale_, count, scratch);
+    if (has_softcap()) softcap_block(softcap_, count, scratch);
+    if (temperature_ != T(1)) divide_block(temperature_, count, scratch);
+    std::fill(scratch + count, scratch + round_up_to_lanes(count),
+              -std::numeric_limits<T>::infinity());
+    return scratch;
+  }
+
+  // d block / d logits, where there is a softcap; else it is slope() everywhere.
+  void slope_block(int64_t begin, int count, T* out) const {
+    const T* unchanged = widen(begin, count, out);
+    if (unchanged) std::copy(unchanged, unchanged + count, out);
+    if (is_affine()) affine_block(bias_at(begin), scale_, count, out);
+    softcap_slope_block(softcap_, count, out);
+  }
+  T slope() const { return scale_ / temperature_; }
+
+ private:
+  bool is_affine() const { return bias_ != nullptr || scale_ != T(1); }
+  const T* bias_at(int64_t begin) const { return bias_ ? bias_ + begin : nullptr; }
+
+  // The matrix itself if nothing has to be done to this block, else nullptr and a copy in `scratch`.
+  const T* widen(int64_t begin, int count, T* scratch) const {
     switch (matrix_.dtype) {
       case OPD_FLOAT32:
         return stage<float>(begin, count, scratch);
@@ -93,30 +175,23 @@ class LogitsRow {
     }
   }
 
- private:
   template <class Stored>
   const T* stage(int64_t begin, int count, T* scratch) const {
     const Stored* source = static_cast<const Stored*>(matrix_.data) + offset_ + begin;
     if constexpr (std::is_same_v<Stored, T>) {
-      if (temperature_ == T(1) && count % kLanes == 0) return source;
+      const bool unchanged = temperature_ == T(1) && !is_affine() && !has_softcap();
+      if (unchanged && count % kLanes == 0) return source;
     }
-    const T temperature = temperature_;
-    if (temperature == T(1)) {
 OPD_IVDEP
-      for (int i = 0; i < count; ++i) scratch[i] = static_cast<T>(to_real(source[i]));
-    } else {
-OPD_IVDEP
-      for (int i = 0; i < count; ++i) scratch[i] = static_cast<T>(to_real(source[i])) / temperature;
-    }
-    std::fill(scratch + count, scratch + round_up_to_lanes(count),
-              -std::numeric_limits<T>::infinity());
-    return scratch;
+    for (int i = 0; i < count; ++i) scratch[i] = static_cast<T>(to_real(source[i]));
+    return nullptr;
   }
 
   opd_const_matrix_t matrix_;
   int64_t offset_;
   int64_t vocab_size_;
-  T temperature_;
+  const T* bias_;
+  T scale_, softcap_, temperature_;
 };
 
 // fn(begin, count) over the blocks of a row.
@@ -139,10 +214,6 @@ struct Shift {
   T high, low;
 };
 
-// The elementwise loops are functions of their own, never inlined: inside the row walkers the
-// compiler does not prove the buffers distinct and leaves the loops scalar.
-#define OPD_ELEMENTWISE __attribute__((noinline))
-
 template <class T>
 OPD_ELEMENTWISE void exp_block(const T* __restrict__ block, T shift, int padded,
                                T* __restrict__ out) {
@@ -154,6 +225,10 @@ OPD_IVDEP
 template <class T>
 class RunningLse {
  public:
+  RunningLse() = default;
+  // goes on from what largest() and sum() were
+  RunningLse(T largest, double sum) : largest_(largest), sum_(sum) {}
+
   // `padded` is a multiple of kLanes; `scratch` holds as many values.
   void add(const T* block, int padded, T* scratch) {
     const T largest = std::max(largest_, lane_max(block, padded));
@@ -168,6 +243,7 @@ class RunningLse {
   }
 
   T largest() const { return largest_; }
+  double sum() const { return sum_; }
   double lse() const { return static_cast<double>(largest_) + std::log(sum_); }
 
  private:
@@ -175,30 +251,16 @@ class RunningLse {
   double sum_ = 0.0;
 };
 
-template <class T>
-double row_lse(const LogitsRow<T>& logits, T* largest) {
+template <class Row, class T>
+double row_lse(const Row& row, T* largest) {
   Block<T> staged, scratch;
   RunningLse<T> running;
-  for_each_block(logits.vocab_size(), [&](int64_t begin, int count) {
-    const T* block = logits.block(begin, count, staged.values);
+  for_each_block(row.vocab_size(), [&](int64_t begin, int count) {
+    const T* block = row.block(begin, count, staged.values);
     running.add(block, round_up_to_lanes(count), scratch.values);
   });
   *largest = running.largest();
   return running.lse();
-}
-
-// First column that holds the largest value; -1 if none compares equal (a row of NaN).
-template <class T>
-int64_t first_argmax(const LogitsRow<T>& logits, T largest) {
-  Block<T> staged;
-  for (int64_t begin = 0; begin < logits.vocab_size(); begin += kBlock) {
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, logits.vocab_size() - begin));
-    const T* block = logits.block(begin, count, staged.values);
-    for (int i = 0; i < count; ++i) {
-      if (block[i] == largest) return begin + i;
-    }
-  }
-  return -1;
 }
 
 // Writes `count` values of T as the matrix's dtype.

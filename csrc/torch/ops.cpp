@@ -6,10 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <limits>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -17,22 +20,35 @@
 
 #include "opd/opd.h"
 
+// What a call says of its laws and of its loss; opd_kernels/_laws.py packs it. `numbers`: scale,
+// softcap and temperature of the student and of the teacher, scale and softcap of the reference, then
+// the coefficients of student, teacher and reference in a geometric target.
+#define OPD_LAWS                                                                               \
+  "Tensor? student_bias, Tensor? teacher_bias, Tensor? reference_bias, "                       \
+  "Tensor? student_temperatures, Tensor? teacher_temperatures, Tensor? token_weights, "        \
+  "Tensor? coefficients, Tensor? mixture_weights, Tensor? labels, Tensor? label_weights, "     \
+  "Tensor? token_ids, Tensor? topk_ids, int[] divergences, float[] params, float[] numbers, "  \
+  "int target, bool live_target, int vocab_size"
+#define OPD_LOGITS "Tensor student_logits, Tensor teacher_logits, Tensor? reference_logits, "
+#define OPD_HIDDEN                                                                             \
+  "Tensor student_hidden, Tensor student_lm_head_weight, Tensor teacher_hidden, "              \
+  "Tensor teacher_lm_head_weight, Tensor? reference_hidden, Tensor? reference_lm_head_weight, " \
+  "Tensor? student_lora_a, Tensor? student_lora_b, "
+
 STABLE_TORCH_LIBRARY(opd, m) {
-  m.def(
-      "divergence_fwd(Tensor student_logits, Tensor teacher_logits, Tensor? token_weights, "
-      "int divergence, float param0, float param1, float student_temperature, "
-      "float teacher_temperature, int vocab_size, bool with_statistics) -> "
-      "(Tensor loss, Tensor student_lse, Tensor teacher_lse, Tensor grad_sum, Tensor statistics)");
-  m.def(
-      "divergence_bwd(Tensor grad_loss, Tensor student_logits, Tensor teacher_logits, "
-      "Tensor? token_weights, Tensor student_lse, Tensor teacher_lse, Tensor grad_sum, "
-      "int divergence, float param0, float param1, float student_temperature, "
-      "float teacher_temperature, int vocab_size) -> Tensor");
+  m.def("divergence_fwd(" OPD_LOGITS OPD_LAWS
+        ", bool with_statistics) -> (Tensor loss, Tensor state, Tensor statistics)");
+  m.def("divergence_bwd(Tensor grad_loss, Tensor state, " OPD_LOGITS OPD_LAWS ") -> Tensor");
   m.def(
       "divergence_fwd_grad_(Tensor(a!) student_logits, Tensor(b!) teacher_logits, "
-      "Tensor? token_weights, int divergence, float param0, float param1, "
-      "float student_temperature, float teacher_temperature, int vocab_size, "
-      "bool with_statistics) -> (Tensor loss, Tensor statistics)");
+      "Tensor? reference_logits, " OPD_LAWS ", bool with_statistics) -> "
+      "(Tensor loss, Tensor statistics)");
+  // the forward and the backward in phases, for slices of a vocabulary; 3 opens the state, 4 closes
+  // the log-sum-exps, 5 finishes
+  m.def("divergence_phase_(Tensor(a!) state, " OPD_LOGITS OPD_LAWS
+        ", int phase, int first_column, bool with_statistics) -> (Tensor loss, Tensor statistics)");
+  m.def("divergence_bwd_(Tensor(a!) student_logits, Tensor grad_loss, Tensor state, "
+        "Tensor teacher_logits, Tensor? reference_logits, " OPD_LAWS ", int first_column) -> ()");
   m.def(
       "token_logprobs_fwd(Tensor logits, Tensor token_ids, float temperature, int vocab_size) -> "
       "(Tensor logprobs, Tensor lse, Tensor entropy)");
@@ -46,27 +62,16 @@ STABLE_TORCH_LIBRARY(opd, m) {
       "int vocab_size) -> ()");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
-  m.def(
-      "fused_linear_divergence_sum(Tensor student_hidden, Tensor student_lm_head_weight, "
-      "Tensor teacher_hidden, Tensor teacher_lm_head_weight, Tensor? token_weights, "
-      "int divergence, float param0, float param1, float student_temperature, "
-      "float teacher_temperature, int vocab_size, int workspace_bytes, bool with_grad_hidden, "
-      "bool with_grad_weight, bool with_statistics, str backend) -> "
-      "(Tensor loss, Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, "
-      "Tensor statistics)");
-  m.def(
-      "fused_linear_divergence_fwd(Tensor student_hidden, Tensor student_lm_head_weight, "
-      "Tensor teacher_hidden, Tensor teacher_lm_head_weight, Tensor? token_weights, "
-      "int divergence, float param0, float param1, float student_temperature, "
-      "float teacher_temperature, int vocab_size, int workspace_bytes, bool with_statistics, "
-      "str backend) -> (Tensor loss, Tensor statistics)");
-  m.def(
-      "fused_linear_divergence_bwd(Tensor grad_loss, Tensor student_hidden, "
-      "Tensor student_lm_head_weight, Tensor teacher_hidden, Tensor teacher_lm_head_weight, "
-      "Tensor? token_weights, int divergence, float param0, float param1, "
-      "float student_temperature, float teacher_temperature, int vocab_size, "
-      "int workspace_bytes, bool with_grad_hidden, bool with_grad_weight, str backend) -> "
-      "(Tensor grad_student_hidden, Tensor grad_student_lm_head_weight)");
+  m.def("fused_linear_divergence_sum(" OPD_HIDDEN OPD_LAWS
+        ", int workspace_bytes, bool[] with_grads, bool with_statistics, str process_group, "
+        "float gradient_tolerance, str backend) -> (Tensor loss, Tensor[] gradients, "
+        "Tensor statistics)");
+  m.def("fused_linear_divergence_fwd(" OPD_HIDDEN OPD_LAWS
+        ", int workspace_bytes, bool with_statistics, str process_group, "
+        "float gradient_tolerance, str backend) -> (Tensor loss, Tensor statistics)");
+  m.def("fused_linear_divergence_bwd(Tensor grad_loss, " OPD_HIDDEN OPD_LAWS
+        ", int workspace_bytes, bool[] with_grads, str process_group, "
+        "float gradient_tolerance, str backend) -> Tensor[]");
   m.def(
       "fused_linear_token_logprobs_fwd(Tensor hidden, Tensor lm_head_weight, Tensor token_ids, "
       "float temperature, int vocab_size, int workspace_bytes, str backend) -> "
@@ -144,21 +149,131 @@ const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->data_ptr() : nullptr;
 }
 
-opd_divergence_spec_t divergence_spec(const Tensor& student_logits, int64_t divergence,
-                                      double param0, double param1, double student_temperature,
-                                      double teacher_temperature, int64_t vocab_size) {
-  require(divergence >= 0 && divergence <= std::numeric_limits<int32_t>::max(),
-          "opd: divergence must be an id of opd_divergence_t");
-  opd_divergence_spec_t spec{};
-  spec.divergence = static_cast<int32_t>(divergence);
-  spec.param0 = param0;
-  spec.param1 = param1;
-  spec.student_temperature = student_temperature;
-  spec.teacher_temperature = teacher_temperature;
-  spec.num_tokens = student_logits.size(0);
-  spec.vocab_size = vocab_size;
-  spec.parallel_for = &parallel_for;
-  return spec;
+using Optional = std::optional<Tensor>;
+using Components = std::array<opd_divergence_component_t, OPD_MAX_COMPONENTS>;
+
+// The arguments behind OPD_LAWS, in its order; kept alive by the caller for the call.
+struct Laws {
+  Optional student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
+      token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids;
+  std::vector<int64_t> divergences;
+  std::vector<double> params, numbers;
+  int64_t target;
+  bool live_target;
+  int64_t vocab_size;
+  Components components;
+};
+#define OPD_LAW_PARAMETERS                                                                       \
+  Optional student_bias, Optional teacher_bias, Optional reference_bias,                         \
+      Optional student_temperatures, Optional teacher_temperatures, Optional token_weights,      \
+      Optional coefficients, Optional mixture_weights, Optional labels, Optional label_weights,  \
+      Optional token_ids, Optional topk_ids, std::vector<int64_t> divergences,                   \
+      std::vector<double> params, std::vector<double> numbers, int64_t target, bool live_target, \
+      int64_t vocab_size
+#define OPD_LAW_ARGUMENTS                                                                     \
+  {student_bias, teacher_bias,    reference_bias, student_temperatures, teacher_temperatures, \
+   token_weights, coefficients,   mixture_weights, labels, label_weights, token_ids,          \
+   topk_ids,     divergences,     params,         numbers, target, live_target, vocab_size, {}}
+
+opd_logits_t side(const Tensor& logits, int64_t num_tokens, int64_t vocab_size, ScalarType real,
+                  const Optional& bias, double scale, double softcap, double temperature,
+                  const Optional& temperatures) {
+  check_logits(logits, num_tokens, vocab_size);
+  if (bias) {
+    require(bias->dim() == 1 && bias->size(0) >= vocab_size && bias->scalar_type() == real &&
+                bias->is_contiguous(),
+            "opd: a bias must be contiguous, in the kernel's dtype, one value per column");
+  }
+  if (temperatures) check_rows(*temperatures, num_tokens, real);
+  return {const_matrix(logits), data_or_null(bias), scale, softcap, temperature,
+          data_or_null(temperatures)};
+}
+
+void check_table(const Optional& table, int64_t num_tokens, ScalarType dtype) {
+  if (!table) return;
+  require(table->dim() == 2 && table->size(0) == num_tokens && table->scalar_type() == dtype &&
+              table->is_contiguous(),
+          "opd: tables of ids and weights must be contiguous, one row per token, in their dtype");
+}
+
+// Everything but what is written to. `laws` must outlive the result.
+opd_divergence_args_t divergence_args(const Tensor& student_logits, const Tensor& teacher_logits,
+                                      const Optional& reference_logits, Laws& laws) {
+  const int64_t num_tokens = student_logits.dim() > 0 ? student_logits.size(0) : 0;
+  const ScalarType real = real_of(student_logits);
+  const std::vector<double>& numbers = laws.numbers;
+  const size_t num_components = laws.divergences.size();
+  require(numbers.size() == 11, "opd: numbers must hold 11 values");
+  require(num_components >= 1 && num_components <= OPD_MAX_COMPONENTS &&
+              laws.params.size() == 2 * num_components,
+          "opd: there must be 1 to 16 divergences, with two params each");
+  opd_divergence_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_tokens = num_tokens;
+  args.vocab_size = laws.vocab_size;
+  args.parallel_for = &parallel_for;
+  args.student = side(student_logits, num_tokens, laws.vocab_size, real, laws.student_bias,
+                      numbers[0], numbers[1], numbers[2], laws.student_temperatures);
+  args.teacher = side(teacher_logits, num_tokens, laws.vocab_size, real, laws.teacher_bias,
+                      numbers[3], numbers[4], numbers[5], laws.teacher_temperatures);
+  args.reference = {{nullptr, 0, OPD_FLOAT32}, nullptr, 1.0, 0.0, 1.0, nullptr};
+  if (reference_logits) {
+    args.reference = side(*reference_logits, num_tokens, laws.vocab_size, real,
+                          laws.reference_bias, numbers[6], numbers[7], numbers[5],
+                          laws.teacher_temperatures);
+  }
+  args.target = static_cast<int32_t>(laws.target);
+  args.live_target = laws.live_target;
+  args.target_student = numbers[8];
+  args.target_teacher = numbers[9];
+  args.target_reference = numbers[10];
+  if (laws.coefficients) {
+    const Tensor& table = *laws.coefficients;
+    require(table.dim() == 2 && table.size(0) == static_cast<int64_t>(num_components) &&
+                table.size(1) == num_tokens && table.scalar_type() == real && table.is_contiguous(),
+            "opd: coefficients must be contiguous [divergences, T] in the kernel's dtype");
+  }
+  for (size_t j = 0; j < num_components; ++j) {
+    const int64_t id = laws.divergences[j];
+    require(id >= 0 && id <= std::numeric_limits<int32_t>::max(),
+            "opd: divergence must be an id of opd_divergence_t");
+    const char* row = nullptr;
+    if (laws.coefficients) {
+      row = static_cast<const char*>(laws.coefficients->data_ptr()) +
+            j * num_tokens * laws.coefficients->element_size();
+    }
+    laws.components[j] = {static_cast<int32_t>(id), laws.params[2 * j], laws.params[2 * j + 1], row};
+  }
+  args.components = laws.components.data();
+  args.num_components = static_cast<int32_t>(num_components);
+  if (laws.token_weights) check_rows(*laws.token_weights, num_tokens, real);
+  if (laws.mixture_weights) check_rows(*laws.mixture_weights, num_tokens, real);
+  if (laws.token_ids) check_rows(*laws.token_ids, num_tokens, ScalarType::Long);
+  check_table(laws.labels, num_tokens, ScalarType::Long);
+  check_table(laws.label_weights, num_tokens, real);
+  check_table(laws.topk_ids, num_tokens, ScalarType::Long);
+  args.token_weights = data_or_null(laws.token_weights);
+  args.mixture_weights = data_or_null(laws.mixture_weights);
+  args.labels = static_cast<const int64_t*>(data_or_null(laws.labels));
+  args.label_weights = data_or_null(laws.label_weights);
+  args.num_labels = laws.labels ? laws.labels->size(1) : 0;
+  require(!laws.label_weights || (laws.labels && laws.label_weights->size(1) == args.num_labels),
+          "opd: label_weights must have the shape of labels");
+  args.token_ids = static_cast<const int64_t*>(data_or_null(laws.token_ids));
+  args.topk_ids = static_cast<const int64_t*>(data_or_null(laws.topk_ids));
+  args.num_topk = laws.topk_ids ? laws.topk_ids->size(1) : 0;
+  return args;
+}
+
+int64_t state_size(const opd_divergence_args_t& args) {
+  return OPD_DIVERGENCE_STATE + args.num_components * OPD_DIVERGENCE_STATE_PER_COMPONENT;
+}
+
+void check_state(const Tensor& state, const opd_divergence_args_t& args) {
+  require(state.dim() == 2 && state.size(0) == args.num_tokens &&
+              state.size(1) == state_size(args) && state.scalar_type() == ScalarType::Double &&
+              state.is_contiguous(),
+          "opd: state must be contiguous float64, as divergence_fwd returns it");
 }
 
 Tensor empty_statistics(const Tensor& like, bool with_statistics) {
@@ -166,88 +281,101 @@ Tensor empty_statistics(const Tensor& like, bool with_statistics) {
       like, {OPD_NUM_STATISTICS, with_statistics ? like.size(0) : 0}, real_of(like));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> divergence_fwd(
-    Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> token_weights,
-    int64_t divergence, double param0, double param1, double student_temperature,
-    double teacher_temperature, int64_t vocab_size, bool with_statistics) {
-  const int64_t num_tokens = student_logits.size(0);
-  const ScalarType real = real_of(student_logits);
-  check_logits(student_logits, num_tokens, vocab_size);
-  check_logits(teacher_logits, num_tokens, vocab_size);
-  if (token_weights) check_rows(*token_weights, num_tokens, real);
-  Tensor loss = torch::stable::new_empty(student_logits, {num_tokens}, real);
-  Tensor grad_sum = torch::stable::new_empty(student_logits, {num_tokens}, real);
-  Tensor student_lse = torch::stable::new_empty(student_logits, {num_tokens}, ScalarType::Double);
-  Tensor teacher_lse = torch::stable::new_empty(student_logits, {num_tokens}, ScalarType::Double);
+std::tuple<Tensor, Tensor, Tensor> divergence_fwd(Tensor student_logits, Tensor teacher_logits,
+                                                  Optional reference_logits, OPD_LAW_PARAMETERS,
+                                                  bool with_statistics) {
+  Laws laws = OPD_LAW_ARGUMENTS;
+  opd_divergence_args_t args =
+      divergence_args(student_logits, teacher_logits, reference_logits, laws);
+  Tensor loss =
+      torch::stable::new_empty(student_logits, {args.num_tokens}, real_of(student_logits));
+  Tensor state = torch::stable::new_empty(student_logits, {args.num_tokens, state_size(args)},
+                                          ScalarType::Double);
   Tensor statistics = empty_statistics(student_logits, with_statistics);
-  opd_divergence_fwd_args_t args{};
-  args.struct_size = sizeof(args);
-  args.spec = divergence_spec(student_logits, divergence, param0, param1, student_temperature,
-                              teacher_temperature, vocab_size);
-  args.student_logits = const_matrix(student_logits);
-  args.teacher_logits = const_matrix(teacher_logits);
-  args.token_weights = data_or_null(token_weights);
+  args.with_statistics = with_statistics;
   args.loss = loss.data_ptr();
-  args.student_lse = static_cast<double*>(student_lse.data_ptr());
-  args.teacher_lse = static_cast<double*>(teacher_lse.data_ptr());
-  args.grad_sum = grad_sum.data_ptr();
+  args.state = static_cast<double*>(state.data_ptr());
   args.statistics = with_statistics ? statistics.data_ptr() : nullptr;
   check(opd_divergence_fwd_cpu(&args));
-  return {loss, student_lse, teacher_lse, grad_sum, statistics};
+  return {loss, state, statistics};
 }
 
-Tensor divergence_bwd(Tensor grad_loss, Tensor student_logits, Tensor teacher_logits,
-                      std::optional<Tensor> token_weights, Tensor student_lse, Tensor teacher_lse,
-                      Tensor grad_sum, int64_t divergence, double param0, double param1,
-                      double student_temperature, double teacher_temperature, int64_t vocab_size) {
-  const int64_t num_tokens = student_logits.size(0);
-  const ScalarType real = real_of(student_logits);
-  check_logits(student_logits, num_tokens, vocab_size);
-  check_logits(teacher_logits, num_tokens, vocab_size);
-  if (token_weights) check_rows(*token_weights, num_tokens, real);
-  for (const Tensor& values : {grad_loss, grad_sum}) check_rows(values, num_tokens, real);
-  for (const Tensor& values : {student_lse, teacher_lse}) {
-    check_rows(values, num_tokens, ScalarType::Double);
-  }
-  Tensor grad_student_logits = torch::stable::new_empty(
-      student_logits, {student_logits.size(0), student_logits.size(1)});
-  opd_divergence_bwd_args_t args{};
-  args.struct_size = sizeof(args);
-  args.spec = divergence_spec(student_logits, divergence, param0, param1, student_temperature,
-                              teacher_temperature, vocab_size);
-  args.student_logits = const_matrix(student_logits);
-  args.teacher_logits = const_matrix(teacher_logits);
+void divergence_bwd_into(const Tensor& grad, const Tensor& grad_loss, const Tensor& state,
+                         opd_divergence_args_t args) {
+  check_rows(grad_loss, args.num_tokens, real_of(grad));
+  check_state(state, args);
   args.grad_loss = grad_loss.data_ptr();
-  args.token_weights = data_or_null(token_weights);
-  args.student_lse = static_cast<const double*>(student_lse.data_ptr());
-  args.teacher_lse = static_cast<const double*>(teacher_lse.data_ptr());
-  args.grad_sum = grad_sum.data_ptr();
-  args.grad_student_logits = matrix(grad_student_logits);
-  args.grad_width = student_logits.size(1);
+  args.state = static_cast<double*>(state.data_ptr());
+  args.grad = matrix(grad);
+  args.grad_width = grad.size(1);
   check(opd_divergence_bwd_cpu(&args));
-  return grad_student_logits;
 }
 
-std::tuple<Tensor, Tensor> divergence_fwd_grad_(
-    Tensor student_logits, Tensor teacher_logits, std::optional<Tensor> token_weights,
-    int64_t divergence, double param0, double param1, double student_temperature,
-    double teacher_temperature, int64_t vocab_size, bool with_statistics) {
-  const ScalarType real = real_of(student_logits);
-  check_logits(student_logits, student_logits.size(0), vocab_size);
-  check_logits(teacher_logits, student_logits.size(0), vocab_size);
-  if (token_weights) check_rows(*token_weights, student_logits.size(0), real);
-  Tensor loss = torch::stable::new_empty(student_logits, {student_logits.size(0)}, real);
+Tensor divergence_bwd(Tensor grad_loss, Tensor state, Tensor student_logits, Tensor teacher_logits,
+                      Optional reference_logits, OPD_LAW_PARAMETERS) {
+  Laws laws = OPD_LAW_ARGUMENTS;
+  const opd_divergence_args_t args =
+      divergence_args(student_logits, teacher_logits, reference_logits, laws);
+  Tensor grad = torch::stable::new_empty(student_logits,
+                                         {student_logits.size(0), student_logits.size(1)});
+  divergence_bwd_into(grad, grad_loss, state, args);
+  return grad;
+}
+
+void divergence_bwd_(Tensor student_logits, Tensor grad_loss, Tensor state, Tensor teacher_logits,
+                     Optional reference_logits, OPD_LAW_PARAMETERS, int64_t first_column) {
+  Laws laws = OPD_LAW_ARGUMENTS;
+  opd_divergence_args_t args =
+      divergence_args(student_logits, teacher_logits, reference_logits, laws);
+  args.first_column = first_column;
+  divergence_bwd_into(student_logits, grad_loss, state, args);
+}
+
+std::tuple<Tensor, Tensor> divergence_fwd_grad_(Tensor student_logits, Tensor teacher_logits,
+                                                Optional reference_logits, OPD_LAW_PARAMETERS,
+                                                bool with_statistics) {
+  Laws laws = OPD_LAW_ARGUMENTS;
+  opd_divergence_args_t args =
+      divergence_args(student_logits, teacher_logits, reference_logits, laws);
+  Tensor loss =
+      torch::stable::new_empty(student_logits, {args.num_tokens}, real_of(student_logits));
   Tensor statistics = empty_statistics(student_logits, with_statistics);
-  opd_divergence_fwd_grad_args_t args{};
-  args.struct_size = sizeof(args);
-  args.spec = divergence_spec(student_logits, divergence, param0, param1, student_temperature,
-                              teacher_temperature, vocab_size);
-  args.student_logits = matrix(student_logits);
-  args.teacher_logits = matrix(teacher_logits);
-  args.token_weights = data_or_null(token_weights);
+  args.with_statistics = with_statistics;
   args.loss = loss.data_ptr();
   args.statistics = with_statistics ? statistics.data_ptr() : nullptr;
+  args.grad = matrix(student_logits);
+  args.grad_width = laws.vocab_size;
+  args.scratch = matrix(teacher_logits);
   check(opd_divergence_fwd_grad_cpu(&args));
+  return {loss, statistics};
+}
+
+std::tuple<Tensor, Tensor> divergence_phase_(Tensor state, Tensor student_logits,
+                                             Tensor teacher_logits, Optional reference_logits,
+                                             OPD_LAW_PARAMETERS, int64_t phase,
+                                             int64_t first_column, bool with_statistics) {
+  Laws laws = OPD_LAW_ARGUMENTS;
+  opd_divergence_args_t args =
+      divergence_args(student_logits, teacher_logits, reference_logits, laws);
+  check_state(state, args);
+  const bool finishes = phase == 5;
+  Tensor loss = torch::stable::new_empty(student_logits, {finishes ? args.num_tokens : 0},
+                                         real_of(student_logits));
+  Tensor statistics = empty_statistics(student_logits, finishes && with_statistics);
+  args.first_column = first_column;
+  args.with_statistics = with_statistics;
+  args.state = static_cast<double*>(state.data_ptr());
+  if (phase == 3) {
+    check(opd_divergence_init_cpu(&args));
+  } else if (phase == 4) {
+    check(opd_divergence_close_lse_cpu(&args));
+  } else if (finishes) {
+    args.loss = loss.data_ptr();
+    args.statistics = with_statistics ? statistics.data_ptr() : nullptr;
+    check(opd_divergence_finish_cpu(&args));
+  } else {
+    check(opd_divergence_phase_cpu(&args, static_cast<int32_t>(phase)));
+  }
   return {loss, statistics};
 }
 
@@ -342,6 +470,8 @@ STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
   m.impl("divergence_fwd", TORCH_BOX(&divergence_fwd));
   m.impl("divergence_bwd", TORCH_BOX(&divergence_bwd));
   m.impl("divergence_fwd_grad_", TORCH_BOX(&divergence_fwd_grad_));
+  m.impl("divergence_phase_", TORCH_BOX(&divergence_phase_));
+  m.impl("divergence_bwd_", TORCH_BOX(&divergence_bwd_));
   m.impl("token_logprobs_fwd", TORCH_BOX(&token_logprobs_fwd));
   m.impl("token_logprobs_bwd", TORCH_BOX(&token_logprobs_bwd));
   m.impl("token_logprobs_bwd_", TORCH_BOX(&token_logprobs_bwd_));

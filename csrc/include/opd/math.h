@@ -160,10 +160,8 @@ OPD_HD T difference(T a, T b, T* lost) {
   return d;
 }
 
-// a * phi(x) with phi(x) = e^x - 1 - x >= 0 and b = a e^x: the Bregman form of a KL summand, which
-// keeps its relative accuracy as b -> a, where a * (-x) alone would cancel over the row.
-// a == 0 gives b, its limit.
-OPD_HD float bregman(float a, float b, float x) {
+// (e^x - 1 - x) / x^2 for |x| < 1, by its series; 1/2 at 0.
+OPD_HD float phi_over_square(float x) {
   float poly = 2.7722801405616337e-6f;
   poly = poly * x + 2.535482963139657e-5f;
   poly = poly * x + 1.9844024791382253e-4f;
@@ -171,8 +169,50 @@ OPD_HD float bregman(float a, float b, float x) {
   poly = poly * x + 8.33331048488617e-3f;
   poly = poly * x + 4.166673496365547e-2f;
   poly = poly * x + 0.1666666716337204f;
-  poly = poly * x + 0.5f;
-  const float near = a * ((x * x) * poly);
+  return poly * x + 0.5f;
+}
+
+OPD_HD double phi_over_square(double x) {
+  // 1 / (k + 2)!; the term after the last is below 1e-22 at |x| = 1
+  double factorial_inverse[21];
+  factorial_inverse[0] = 0.5;
+  for (int k = 1; k < 21; ++k) factorial_inverse[k] = factorial_inverse[k - 1] / (k + 2);
+  double poly = 0.0;
+  for (int k = 20; k >= 0; --k) poly = poly * x + factorial_inverse[k];
+  return poly;
+}
+
+// (phi_over_square(x) - phi_over_square(y)) / (x - y) for |x|, |y| < 1, without the cancellation.
+template <class T>
+OPD_HD T phi_over_square_difference(T x, T y) {
+  // Horner's rule on 1 / (k + 2)! and, beside it, on its divided difference
+  T value, slope;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    // written out: an inner loop would keep the caller's from being vectorised
+    value = T(1.0 / 39916800), slope = T(0);
+#define OPD_HORNER(COEFFICIENT) slope = slope * x + value, value = value * y + T(COEFFICIENT)
+    OPD_HORNER(1.0 / 3628800), OPD_HORNER(1.0 / 362880), OPD_HORNER(1.0 / 40320);
+    OPD_HORNER(1.0 / 5040), OPD_HORNER(1.0 / 720), OPD_HORNER(1.0 / 120);
+    OPD_HORNER(1.0 / 24), OPD_HORNER(1.0 / 6), OPD_HORNER(1.0 / 2);
+#undef OPD_HORNER
+  } else {
+    T factorial_inverse[21];
+    factorial_inverse[0] = T(0.5);
+    for (int k = 1; k < 21; ++k) factorial_inverse[k] = factorial_inverse[k - 1] / T(k + 2);
+    value = factorial_inverse[20], slope = T(0);
+    for (int k = 19; k >= 0; --k) {
+      slope = slope * x + value;
+      value = value * y + factorial_inverse[k];
+    }
+  }
+  return slope;
+}
+
+// a * phi(x) with phi(x) = e^x - 1 - x >= 0 and b = a e^x: the Bregman form of a KL summand, which
+// keeps its relative accuracy as b -> a, where a * (-x) alone would cancel over the row.
+// a == 0 gives b, its limit.
+OPD_HD float bregman(float a, float b, float x) {
+  const float near = a * ((x * x) * phi_over_square(x));
   const float far = (b - a) - a * x;
   const float value = (x < 1.0f && x > -1.0f) ? near : far;
   return a == 0.0f ? b : value;
@@ -180,14 +220,7 @@ OPD_HD float bregman(float a, float b, float x) {
 
 OPD_HD double bregman(double a, double b, double x) {
   if (a == 0.0) return b;
-  if (!(x < 0.5 && x > -0.5)) return (b - a) - a * x;
-  // Taylor series of phi(x) / x^2; the 17th term is below 1e-21 at |x| = 1/2
-  double poly = 0.0;
-  double factorial_inverse[17];
-  factorial_inverse[0] = 0.5;
-  for (int k = 1; k < 17; ++k) factorial_inverse[k] = factorial_inverse[k - 1] / (k + 2);
-  for (int k = 16; k >= 0; --k) poly = poly * x + factorial_inverse[k];
-  return a * (x * x * poly);
+  return (x < 1.0 && x > -1.0) ? a * (x * x * phi_over_square(x)) : (b - a) - a * x;
 }
 
 }  // namespace opd

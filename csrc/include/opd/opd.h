@@ -34,15 +34,25 @@ typedef enum opd_dtype_t {
   OPD_FLOAT16 = 3
 } opd_dtype_t;
 
-/* Ids of divergences.h's list. param0: beta of jsd, alpha of the skewed KLs. param1: 1 detaches the
- * mixture of skew_reverse_kl. */
+/* Ids of divergences.h's list, with what param0 and param1 are to them. */
 typedef enum opd_divergence_t {
   OPD_FORWARD_KL = 0,
   OPD_REVERSE_KL = 1,
-  OPD_JSD = 2,
-  OPD_SKEW_FORWARD_KL = 3,
-  OPD_SKEW_REVERSE_KL = 4,
-  OPD_TOTAL_VARIATION = 5
+  OPD_JSD = 2,               /* beta, the weight of the teacher, in (0, 1) */
+  OPD_SKEW_FORWARD_KL = 3,   /* alpha in (0, 1) */
+  OPD_SKEW_REVERSE_KL = 4,   /* alpha in (0, 1); 1 detaches the mixture */
+  OPD_TOTAL_VARIATION = 5,
+  OPD_JEFFREYS = 6,          /* weight of the forward KL, in (0, 1) */
+  OPD_SQUARED_HELLINGER = 7,
+  OPD_ALPHA = 8,             /* alpha, neither 0 nor 1 */
+  OPD_RENYI = 9,             /* alpha > 0, not 1 */
+  OPD_PEARSON_CHI2 = 10,
+  OPD_NEYMAN_CHI2 = 11,
+  OPD_TODI = 12,
+  OPD_ADAPTIVE_KL = 13,      /* mass of the head, in (0, 1) */
+  OPD_ALPHA_BETA = 14,       /* alpha, beta; each and their sum 0 or at least 1e-3 in size */
+  OPD_CONCRETE_SCORE = 15,   /* the two weights: 0 student's law, 1 teacher's, 2 uniform */
+  OPD_CROSS_ENTROPY = 16     /* of the labels; reads no teacher */
 } opd_divergence_t;
 
 /* Rows of the statistics output, [OPD_NUM_STATISTICS, T]. */
@@ -52,7 +62,13 @@ enum {
   OPD_STATISTIC_FORWARD_KL = 2,
   OPD_STATISTIC_REVERSE_KL = 3,
   OPD_STATISTIC_TOP1_AGREEMENT = 4,
-  OPD_NUM_STATISTICS = 5
+  OPD_STATISTIC_STUDENT_LSE = 5,
+  OPD_STATISTIC_TEACHER_LSE = 6,
+  OPD_STATISTIC_STUDENT_LOGPROBS = 7, /* of token_ids */
+  OPD_STATISTIC_TEACHER_LOGPROBS = 8,
+  OPD_STATISTIC_STUDENT_TOPK_MASS = 9, /* of topk_ids */
+  OPD_STATISTIC_TEACHER_TOPK_MASS = 10,
+  OPD_NUM_STATISTICS = 11
 };
 
 /* A row-major matrix whose last dimension is contiguous; row_stride counts elements. */
@@ -72,61 +88,99 @@ typedef struct opd_const_matrix_t {
 typedef void (*opd_rows_fn)(void* context, int64_t begin, int64_t end);
 typedef void (*opd_parallel_for_fn)(int64_t num_rows, opd_rows_fn body, void* context);
 
-/* What a divergence of two rows is made of; shared by the three entry points below. */
-typedef struct opd_divergence_spec_t {
+/* One side's logits and how they become a law:
+ * softmax(softcap(scale * (logits + bias)) / temperature), softcap(z) = c tanh(z / c). */
+typedef struct opd_logits_t {
+  opd_const_matrix_t matrix; /* data NULL: there is no such side */
+  const void* bias;          /* [V] real, or NULL */
+  double scale;              /* finite, not 0 */
+  double softcap;            /* c > 0, or 0 for none */
+  double temperature;        /* > 0 */
+  const void* temperatures;  /* [T] real, > 0, in the place of temperature; or NULL */
+} opd_logits_t;
+
+/* One summand of the loss: coefficient[t] * D(P_t, Q_t). */
+typedef struct opd_divergence_component_t {
   int32_t divergence; /* opd_divergence_t */
   double param0, param1;
-  double student_temperature, teacher_temperature; /* > 0; divide the logits */
-  int64_t num_tokens;
-  int64_t vocab_size;              /* the columns that count; the rest of a row is never read */
-  opd_parallel_for_fn parallel_for; /* NULL: OpenMP if built with it, else one thread */
-} opd_divergence_spec_t;
+  const void* coefficients; /* [T] real, or NULL for ones; 0 leaves the summand out */
+} opd_divergence_component_t;
 
-/* loss[t] = token_weights[t] * D(P_t, Q_t). Rows of weight 0 give exactly 0 and are not read. */
-typedef struct opd_divergence_fwd_args_t {
+/* What stands in for the teacher's law in every summand. */
+typedef enum opd_target_t {
+  OPD_TARGET_TEACHER = 0,
+  /* softmax(target_student * student + target_teacher * teacher + target_reference * reference) of
+   * logits as the laws take them */
+  OPD_TARGET_GEOMETRIC = 1,
+  /* mixture_weights[t] P + (1 - mixture_weights[t]) Q */
+  OPD_TARGET_MIXTURE = 2
+} opd_target_t;
+
+/* Doubles that a row of state holds; num_components of the call. Layout: csrc/core/divergence.cpp. */
+enum { OPD_DIVERGENCE_STATE = 20, OPD_DIVERGENCE_STATE_PER_COMPONENT = 4 };
+
+/* loss[t] = token_weights[t] * sum_j coefficients_j[t] * D_j(P_t, Q_t). Rows of weight 0 give exactly
+ * 0 and are not read. One struct serves every call; which members each reads is said there. */
+typedef struct opd_divergence_args_t {
   uint32_t struct_size; /* sizeof(this struct): a caller of another version is refused */
-  opd_divergence_spec_t spec;
-  opd_const_matrix_t student_logits, teacher_logits;
-  const void* token_weights; /* [T] real, or NULL for ones */
-  void* loss;                /* [T] real, out */
-  double* student_lse;       /* [T] out: log-sum-exp of logits / temperature */
-  double* teacher_lse;       /* [T] out */
-  void* grad_sum;            /* [T] real, out: sum_v dterm_v */
-  void* statistics;          /* [OPD_NUM_STATISTICS, T] real, out, unweighted; or NULL */
-} opd_divergence_fwd_args_t;
+  int64_t num_tokens;
+  int64_t vocab_size;   /* the columns that count; the rest of a row is never read */
+  int64_t first_column; /* id of column 0, where the call sees a slice of the vocabulary; else 0 */
+  opd_parallel_for_fn parallel_for; /* NULL: OpenMP if built with it, else one thread */
+  opd_logits_t student, teacher, reference; /* the reference only for a geometric target */
+  const opd_divergence_component_t* components;
+  int32_t num_components; /* 1 .. OPD_MAX_COMPONENTS */
+  int32_t target;         /* opd_target_t */
+  int32_t live_target;    /* 1: the gradient also flows through the student inside the target */
+  double target_student, target_teacher, target_reference;
+  const void* mixture_weights; /* [T] real, in [0, 1] */
+  const void* token_weights;   /* [T] real, or NULL for ones */
+  const int64_t* labels;       /* [T, num_labels] for cross_entropy, or NULL; < 0 is no label */
+  const void* label_weights;   /* [T, num_labels] real, or NULL for ones */
+  int64_t num_labels;
+  const int64_t* token_ids; /* [T] for the statistics, or NULL */
+  const int64_t* topk_ids;  /* [T, num_topk] for the statistics, or NULL; < 0 is no id */
+  int64_t num_topk;
+  int32_t with_statistics;
+  double* state;            /* [T, OPD_DIVERGENCE_STATE + num_components * .._PER_COMPONENT] */
+  void* loss;               /* [T] real, out */
+  void* statistics;         /* [OPD_NUM_STATISTICS, T] real, out, unweighted; or NULL */
+  const void* grad_loss;    /* [T] real */
+  opd_matrix_t grad;        /* out */
+  int64_t grad_width;       /* columns vocab_size .. grad_width of grad are set to zero */
+  opd_matrix_t scratch;     /* like grad; or data NULL */
+} opd_divergence_args_t;
 
-OPD_API opd_status_t opd_divergence_fwd_cpu(const opd_divergence_fwd_args_t* args);
+enum { OPD_MAX_COMPONENTS = 16 };
 
-/* grad_student_logits[t, v] = grad_loss[t] token_weights[t] dD_t/dz_v, rounded to its dtype; zero in
- * columns vocab_size .. grad_width. */
-typedef struct opd_divergence_bwd_args_t {
-  uint32_t struct_size;
-  opd_divergence_spec_t spec;
-  opd_const_matrix_t student_logits, teacher_logits;
-  const void* grad_loss;     /* [T] real */
-  const void* token_weights; /* [T] real, or NULL */
-  const double* student_lse; /* [T] from the forward call */
-  const double* teacher_lse;
-  const void* grad_sum;             /* [T] real, from the forward call */
-  opd_matrix_t grad_student_logits; /* out */
-  int64_t grad_width;
-} opd_divergence_bwd_args_t;
+/* Out: loss, state, statistics. */
+OPD_API opd_status_t opd_divergence_fwd_cpu(const opd_divergence_args_t* args);
 
-OPD_API opd_status_t opd_divergence_bwd_cpu(const opd_divergence_bwd_args_t* args);
+/* Out: grad[t, v] = grad_loss[t] token_weights[t] d(sum)/dz_v, z the student's logits, rounded to its
+ * dtype; from state as the forward call left it. */
+OPD_API opd_status_t opd_divergence_bwd_cpu(const opd_divergence_args_t* args);
 
-/* Loss and gradient in one call, in place: student_logits becomes token_weights[t] dD_t/dz_v, and
- * teacher_logits is scratch. Float32 or float64 logits. */
-typedef struct opd_divergence_fwd_grad_args_t {
-  uint32_t struct_size;
-  opd_divergence_spec_t spec;
-  opd_matrix_t student_logits; /* in: logits, out: gradient */
-  opd_matrix_t teacher_logits; /* in: logits, out: undefined */
-  const void* token_weights;   /* [T] real, or NULL */
-  void* loss;                  /* [T] real, out */
-  void* statistics;            /* as above, or NULL */
-} opd_divergence_fwd_grad_args_t;
+/* Out: loss, statistics, and in grad the gradient for grad_loss = 1. grad may be the student's logits
+ * themselves. scratch, where given, is the teacher's logits, which are then overwritten: faster.
+ * Real (float32, float64) logits. */
+OPD_API opd_status_t opd_divergence_fwd_grad_cpu(const opd_divergence_args_t* args);
 
-OPD_API opd_status_t opd_divergence_fwd_grad_cpu(const opd_divergence_fwd_grad_args_t* args);
+/* The forward call in pieces, for logits of which only a slice of the columns exists at a time. state
+ * starts as opd_divergence_init_cpu leaves it. For each slice one call of a phase adds what the slice
+ * contributes; every slice must have passed a phase before the next begins. Between phases, state of
+ * several processes may be combined; docs/numerics.md says how. */
+typedef enum opd_divergence_phase_t {
+  OPD_PHASE_LSE = 0,      /* largest logits and sums relative to them */
+  OPD_PHASE_ROW_SUMS = 1, /* what terms need first; only some divergences do */
+  OPD_PHASE_TERMS = 2     /* loss, sums for the gradient, statistics */
+} opd_divergence_phase_t;
+
+OPD_API opd_status_t opd_divergence_init_cpu(const opd_divergence_args_t* args);
+OPD_API opd_status_t opd_divergence_phase_cpu(const opd_divergence_args_t* args, int32_t phase);
+/* After the last slice of OPD_PHASE_LSE: turns maxima and sums into log-sum-exps. */
+OPD_API opd_status_t opd_divergence_close_lse_cpu(const opd_divergence_args_t* args);
+/* After the last phase. Out: loss, statistics. */
+OPD_API opd_status_t opd_divergence_finish_cpu(const opd_divergence_args_t* args);
 
 /* logprobs[t] = log Q_t(token_ids[t]); lse[t] of logits / temperature; entropy[t] of Q_t. */
 typedef struct opd_token_logprobs_spec_t {
@@ -166,12 +220,13 @@ typedef struct opd_token_logprobs_bwd_args_t {
 
 OPD_API opd_status_t opd_token_logprobs_bwd_cpu(const opd_token_logprobs_bwd_args_t* args);
 
-/* term and dterm of n entries, float64: what any port of a divergence can be checked against.
- * Entry i has log-probabilities teacher_logprob[i], student_logprob[i]. */
+/* term, dterm and dterm_teacher of the n entries of one row, float64: what any port of a divergence
+ * can be checked against. Entry i has log-probabilities teacher_logprob[i], student_logprob[i].
+ * value: of the divergence; each output may be NULL. */
 OPD_API opd_status_t opd_divergence_eval(int32_t divergence, double param0, double param1, int64_t n,
                                          const double* teacher_logprob,
                                          const double* student_logprob, double* term,
-                                         double* dterm);
+                                         double* dterm, double* dterm_teacher, double* value);
 
 /* Text of the last failure on this thread; "" if there was none. Owned by the library. */
 OPD_API const char* opd_last_error(void);

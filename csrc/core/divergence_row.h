@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: Apache-2.0
+// One row of a divergence, block by block: logits -> laws -> entries -> terms. Every step is an
+// elementwise loop over arrays that stay in L1, so that targets, sums of divergences and statistics
+// are made of the same few loops.
+#pragma once
+
+#include "opd/divergences.h"
+#include "rows.h"
+
+namespace opd {
+
+// -- what a row of state holds ---------------------------------------------------------------------
+
+enum State {
+  kStudentLse,  // until the phase is closed: the sum relative to the largest logit
+  kTeacherLse,
+  kStudentLargest,
+  kTeacherLargest,
+  kStudentArgmax,
+  kTeacherArgmax,
+  kGradSum,         // sum of dterm
+  kTeacherGradSum,  // sum of dterm_teacher, for a live geometric target
+  kStudentEntropy,
+  kTeacherEntropy,
+  kForwardKl,
+  kReverseKl,
+  kStudentLogprob,
+  kTeacherLogprob,
+  kStudentTopkMass,
+  kTeacherTopkMass,
+  kCrossEntropy_,
+  kStateSize = OPD_DIVERGENCE_STATE
+};
+static_assert(kCrossEntropy_ < kStateSize, "opd.h must leave room for the state");
+
+// ... and after that, for each component:
+enum ComponentState { kTermSum, kRowSum, kThreshold = 3, kComponentState = 4 };
+static_assert(int(kComponentState) == int(OPD_DIVERGENCE_STATE_PER_COMPONENT), "opd.h and core differ");
+
+// -- laws --------------------------------------------------------------------------------------------
+
+template <class T>
+OPD_ELEMENTWISE void add_scaled(T factor, const T* __restrict__ values, int count,
+                                T* __restrict__ out) {
+  constexpr T lowest = -std::numeric_limits<T>::infinity();
+OPD_IVDEP
+  for (int i = 0; i < count; ++i) {
+    const T sum = out[i] + factor * values[i];
+    // a token that one of the laws rules out stays out, whatever the sign of the others
+    out[i] = select((out[i] == lowest) | (values[i] == lowest), lowest, sum);
+  }
+}
+
+// Student and target rows of one token; the target is the teacher or a geometric mean.
+template <class T>
+class Laws {
+ public:
+  struct Scratch {
+    Block<T> student, teacher, reference;
+  };
+
+  Laws(const opd_divergence_args_t& args, int64_t row)
+      : student(args.student, row, args.vocab_size),
+        teacher_(args.teacher, row, args.vocab_size),
+        reference_(args.reference, row, args.vocab_size),
+        geometric_(args.target == OPD_TARGET_GEOMETRIC),
+        from_student_(static_cast<T>(args.target_student)),
+        from_teacher_(static_cast<T>(args.target_teacher)),
+        from_reference_(static_cast<T>(args.target_reference)) {}
+
+  // Blocks of both, padded with -inf to a multiple of kLanes.
+  void blocks(int64_t begin, int count, Scratch& scratch, const T** student_block,
+              const T** target_block) const {
+    *student_block = student.block(begin, count, scratch.student.values);
+    *target_block = target(begin, count, *student_block, scratch);
+  }
+
+  const T* target(int64_t begin, int count, const T* student_block, Scratch& scratch) const {
+    const T* teacher = teacher_.block(begin, count, scratch.teacher.values);
+    if (!geometric_) return teacher;
+    T* const out = scratch.teacher.values;
+    const int padded = round_up_to_lanes(count);
+    for (int i = 0; i < padded; ++i) out[i] = from_teacher_ == T(0) ? T(0) : from_teacher_ * teacher[i];
+    if (from_student_ != T(0)) add_scaled(from_student_, student_block, padded, out);
+    if (from_reference_ != T(0)) {
+      const T* reference = reference_.block(begin, count, scratch.reference.values);
+      add_scaled(from_reference_, reference, padded, out);
+    }
+    std::fill(out + count, out + padded, -std::numeric_limits<T>::infinity());
+    return out;
+  }
+
+  LogitsRow<T> student;
+
+ private:
+  LogitsRow<T> teacher_, reference_;
+  bool geometric_;
+  T from_student_, from_teacher_, from_reference_;
+};
+
+// -- entries -----------------------------------------------------------------------------------------
+
+// What turns two logits into an Entry.
+template <class T>
+struct Shifts {
+  explicit Shifts(const double* state)
+      : student(state[kStudentLse]),
+        teacher(state[kTeacherLse]),
+        gap(state[kStudentLse] - state[kTeacherLse]) {}
+  Shift<T> student, teacher, gap;
+};
+
+template <class T>
+struct Entries {
+  Block<T> lp, lq, p, q, gap;
+  Block<T> through;  // d log(target) / d log q, where the target is a live mixture
+};
+
+template <class T>
+OPD_ELEMENTWISE void entry_block(const T* __restrict__ student, const T* __restrict__ teacher,
+                                 const Shifts<T> shifts, int padded, T* __restrict__ lp,
+                                 T* __restrict__ lq, T* __restrict__ p, T* __restrict__ q,
+                                 T* __restrict__ gap) {
+OPD_IVDEP
+  for (int i = 0; i < padded; ++i) {
+    const T log_q = (student[i] - shifts.student.high) - shifts.student.low;
+    const T log_p = (teacher[i] - shifts.teacher.high) - shifts.teacher.low;
+    T lost;
+    const T apart = difference(student[i], teacher[i], &lost);
+    gap[i] = (apart - shifts.gap.high) - (shifts.gap.low - lost);
+    lp[i] = log_p;
+    lq[i] = log_q;
+    p[i] = exp(log_p);
+    q[i] = exp(log_q);
+  }
+}
+
+// The teacher's side of the entries becomes weight * teacher + (1 - weight) * student.
+template <class T>
+OPD_ELEMENTWISE void mixture_block(T weight, T rest, const T* __restrict__ lq,
+                                   const T* __restrict__ q, int padded, T* __restrict__ lp,
+                                   T* __restrict__ p, T* __restrict__ gap,
+                                   T* __restrict__ through) {
+OPD_IVDEP
+  for (int i = 0; i < padded; ++i) {
+    const Entry<T> e{lp[i], lq[i], p[i], q[i], gap[i]};
+    const Mixture<T> mix = mixture(e, weight, rest);
+    const T log_m = e.teacher_larger() ? e.lp + mix.lm_lp : e.lq + mix.lm_lq;
+    const bool absent = e.absent();
+    lp[i] = absent ? e.lp : log_m;
+    p[i] = absent ? e.p : mix.m;
+    gap[i] = absent ? e.gap : -mix.lm_lq;
+    through[i] = absent ? T(0) : rest * mix.q_over_m;
+  }
+}
+
+template <class T>
+void mix_target(T weight, int padded, Entries<T>& e) {
+  if (weight == T(1)) {
+    std::fill(e.through.values, e.through.values + padded, T(0));
+    return;
+  }
+  if (weight == T(0)) {
+    std::copy(e.lq.values, e.lq.values + padded, e.lp.values);
+    std::copy(e.q.values, e.q.values + padded, e.p.values);
+    std::fill(e.gap.values, e.gap.values + padded, T(0));
+    std::fill(e.through.values, e.through.values + padded, T(1));
+    return;
+  }
+  mixture_block(weight, T(1) - weight, e.lq.values, e.q.values, padded, e.lp.values, e.p.values,
+                e.gap.values, e.through.values);
+}
+
+// -- divergences ---------------------------------------------------------------------------------------
+
+template <class F>
+struct TextbookForm : F {
+  explicit TextbookForm(const F& base) : F(base) {}
+  template <class T>
+  OPD_HD T dterm(const Entry<T>& e) const {
+    return this->dterm_textbook(e);
+  }
+};
+
+template <class T, class F>
+OPD_ELEMENTWISE void term_block(const F f, const T* __restrict__ lp, const T* __restrict__ lq,
+                                const T* __restrict__ p, const T* __restrict__ q,
+                                const T* __restrict__ gap, int padded, T* __restrict__ term,
+                                T* __restrict__ dterm) {
+OPD_IVDEP
+  for (int i = 0; i < padded; ++i) {
+    const Entry<T> e{lp[i], lq[i], p[i], q[i], gap[i]};
+    term[i] = f.term(e);
+    dterm[i] = f.dterm(e);
+  }
+}
+
+template <class T, class F>
+OPD_ELEMENTWISE void dterm_teacher_block(const F f, const T* __restrict__ lp,
+                                         const T* __restrict__ lq, const T* __restrict__ p,
+                                         const T* __restrict__ q, const T* __restrict__ gap,
+                                         int padded, T* __restrict__ out) {
+OPD_IVDEP
+  for (int i = 0; i < padded; ++i) {
+    out[i] = f.dterm_teacher(Entry<T>{lp[i], lq[i], p[i], q[i], gap[i]});
+  }
+}
+
+template <class T, class F>
+OPD_ELEMENTWISE void row_sum_block(const F f, const T* __restrict__ lp, const T* __restrict__ lq,
+                                   const T* __restrict__ p, const T* __restrict__ q,
+                                   const T* __restrict__ gap, int padded, T* __restrict__ first,
+                                   T* __restrict__ second, T* __restrict__ third) {
+OPD_IVDEP
+  for (int i = 0; i < padded; ++i) {
+    T sums[3] = {};
+    f.row_sums(Entry<T>{lp[i], lq[i], p[i], q[i], gap[i]}, sums);
+    first[i] = sums[0];
+    second[i] = sums[1];
+    third[i] = sums[2];
+  }
+}
+
+// Calls fn with the functor of a component as the sums in its state make it.
+template <class Fn>
+void visit_component(const opd_divergence_component_t& component, const double* state, Fn&& fn) {
+  visit_divergence(
+      component.divergence, component.param0, component.param1, [&](auto functor) {
+        using F = decltype(functor);
+        if constexpr (F::kNeedsThreshold) functor = functor.with_threshold(state[kThreshold]);
+        if constexpr (F::kRowSums > 0) functor = functor.with_row_sums(state + kRowSum);
+        fn(functor);
+      });
+}
+
+template <class T>
+void component_terms(const opd_divergence_component_t& component, const double* state,
+                     const Entries<T>& e, int padded, T* term, T* dterm) {
+  visit_component(component, state, [&](auto functor) {
+    using F = decltype(functor);
+    if constexpr (F::kHasTextbook) {
+      if (functor.barely_overlaps()) {
+        term_block(TextbookForm<F>(functor), e.lp.values, e.lq.values, e.p.values, e.q.values,
+                   e.gap.values, padded, term, dterm);
+        return;
+      }
+    }
+    term_block(functor, e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values, padded,
+               term, dterm);
+  });
+}
+
+template <class T>
+void component_dterm_teacher(const opd_divergence_component_t& component, const double* state,
+                             const Entries<T>& e, int padded, T* out) {
+  visit_component(component, state, [&](auto functor) {
+    dterm_teacher_block(functor, e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values,
+                        padded, out);
+  });
+}
+
+inline int num_row_sums(const opd_divergence_component_t& component) {
+  int count = 0;
+  visit_divergence(component.divergence, component.param0, component.param1,
+                   [&](auto functor) { count = decltype(functor)::kRowSums; });
+  return count;
+}
+
+inline bool needs_threshold(const opd_divergence_component_t& component) {
+  return component.divergence == OPD_ADAPTIVE_KL;
+}
+
+// Adds the sums of a block to state.
+template <class T>
+void component_row_sums(const opd_divergence_component_t& component, const Entries<T>& e,
+                        int padded, double* state) {
+  visit_divergence(
+      component.divergence, component.param0, component.param1, [&](auto functor) {
+        using F = decltype(functor);
+        if constexpr (F::kRowSums > 0) {
+          if constexpr (F::kNeedsThreshold) functor = functor.with_threshold(state[kThreshold]);
+          Block<T> sums[3];
+          row_sum_block(functor, e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values,
+                        padded, sums[0].values, sums[1].values, sums[2].values);
+          for (int k = 0; k < F::kRowSums; ++k) {
+            state[kRowSum + k] += lane_sum(sums[k].values, padded);
+          }
+        }
+      });
+}
+
+inline double component_value(const opd_divergence_component_t& component, const double* state) {
+  double value = 0.0;
+  visit_component(component, state, [&](auto functor) { value = functor.value(state[kTermSum]); });
+  return value;
+}
+
+template <class T>
+OPD_ELEMENTWISE void statistics_block(const T* __restrict__ lp, const T* __restrict__ lq,
+                                      const T* __restrict__ p, const T* __restrict__ q,
+                                      const T* __restrict__ gap, int padded,
+                                      T* __restrict__ student_entropy,
+                                      T* __restrict__ teacher_entropy, T* __restrict__ forward_kl,
+                                      T* __restrict__ reverse_kl) {
+OPD_IVDEP
+  for (int i = 0; i < padded; ++i) {
+    const Entry<T> e{lp[i], lq[i], p[i], q[i], gap[i]};
+    student_entropy[i] = select(e.q == T(0), T(0), -e.q * e.lq);
+    teacher_entropy[i] = select(e.p == T(0), T(0), -e.p * e.lp);
+    forward_kl[i] = ForwardKl{}.term(e);
+    reverse_kl[i] = ReverseKl{}.term(e);
+  }
+}
+
+// -- the head of the teacher's law -----------------------------------------------------------------------
+
+// Order of the bits is order of the values, from -inf to inf.
+inline uint64_t ordered_bits(float value) {
+  const uint32_t bits = static_cast<uint32_t>(detail::float_to_bits(value));
+  return (bits >> 31) ? ~bits & 0xffffffffu : bits | 0x80000000u;
+}
+inline uint64_t ordered_bits(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return (bits >> 63) ? ~bits : bits | (uint64_t{1} << 63);
+}
+inline float value_of(uint64_t bits, float) {
+  const uint32_t word = static_cast<uint32_t>(bits);
+  return detail::bits_to_float(static_cast<int32_t>((word >> 31) ? word & 0x7fffffffu : ~word));
+}
+inline double value_of(uint64_t bits, double) {
+  const uint64_t word = (bits >> 63) ? bits & ~(uint64_t{1} << 63) : ~bits;
+  double value;
+  std::memcpy(&value, &word, sizeof(value));
+  return value;
+}
+
+// The least log p whose {log p >= it} has mass of at most `head_mass`; the largest log p if that
+// alone has more. A radix select by mass: exact, and tied tokens stay together.
+// for_entries(fn) calls fn(entries, count) for each block of the row.
+template <class T, class ForEntries>
+T head_threshold(double head_mass, ForEntries&& for_entries) {
+  constexpr int kBits = 8, kBins = 1 << kBits;
+  uint64_t prefix = 0;
+  double above = 0.0;
+  for (int shift = static_cast<int>(sizeof(T)) * 8 - kBits; shift >= 0; shift -= kBits) {
+    double mass[kBins] = {};
+    bool seen[kBins] = {};
+    const bool is_first = shift == static_cast<int>(sizeof(T)) * 8 - kBits;
+    for_entries([&](const Entries<T>& e, int count) {
+      for (int i = 0; i < count; ++i) {
+        const uint64_t bits = ordered_bits(e.lp.values[i]);
+        if (!is_first && (bits >> (shift + kBits)) != prefix) continue;
+        mass[(bits >> shift) & (kBins - 1)] += static_cast<double>(e.p.values[i]);
+        seen[(bits >> shift) & (kBins - 1)] = true;
+      }
+    });
+    int bin = -1;
+    for (int k = kBins - 1; k >= 0; --k) {
+      if (!seen[k]) continue;
+      bin = k;
+      if (above + mass[k] > head_mass) break;
+      above += mass[k];
+    }
+    // every token fits, or the row is NaN
+    if (bin < 0) return -std::numeric_limits<T>::infinity();
+    prefix = (prefix << kBits) | static_cast<uint64_t>(bin);
+  }
+  const T boundary = value_of(prefix, T{});
+  // the boundary's own tokens do not fit, unless there is nothing above them
+  return above > 0.0 ? std::nextafter(boundary, std::numeric_limits<T>::infinity()) : boundary;
+}
+
+}  // namespace opd
