@@ -161,7 +161,7 @@ def logit_scale(op: str, name: str, value: float) -> float:
     """A finite number that is not 0."""
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
-    if value == 0 or not math.isfinite(value):
+    if value == 0 or not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite and not 0, got {value}.")
     return float(value)
 

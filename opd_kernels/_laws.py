@@ -37,7 +37,7 @@ STATISTICS = (
 _TARGET_TEACHER, _TARGET_GEOMETRIC, _TARGET_MIXTURE = range(3)
 _CROSS_ENTROPY = "cross_entropy"
 # ids of the divergences whose terms need no sum over the row first (kRowSums of divergences.h)
-_WITHOUT_ROW_SUMS = frozenset((0, 1, 2, 4, 5, 6, 12, 14, 16))
+_WITHOUT_ROW_SUMS = frozenset((0, 1, 2, 4, 5, 6, 12, 16))
 Temperature = float | Tensor | Sequence[float | Tensor]
 Loss = str | Divergence | Sequence[tuple[float | Tensor, str | Divergence]]
 Target = targets.Geometric | targets.Mixture

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import opd_kernels as opk
-from opd_kernels import reference
+from opd_kernels import _laws, reference
 from tests import eager
 from tests.cases import Case, FusedCase, Logits, Spec, fused_of, logits_of, spec
 from tests.options import Option, options_of, reference_model_of
@@ -46,6 +46,23 @@ def public(divergence: Divergences):
 
 def components(divergence: Divergences) -> list[tuple[float | Tensor, Spec]]:
     return [(1.0, divergence)] if isinstance(divergence, Spec) else list(divergence)
+
+
+def laws_of(student: Tensor, vocab_size: int, **keywords) -> _laws.Laws:
+    """The packed laws of a call on these logits or hidden states, for calls of the ops themselves."""
+    defaults = {
+        "divergence": "jsd",
+        "temperature": 1.0,
+        "token_weights": None,
+        "target": None,
+        "has_reference": False,
+        "softcaps": (None, None, None),
+        "logit_scales": (1.0, 1.0, 1.0),
+        "labels": None,
+        "label_weights": None,
+    }
+    rows = _laws.rows_of("test", student)
+    return _laws.pack(rows, vocab_size, **{**defaults, **keywords})
 
 
 def check_divergence(
