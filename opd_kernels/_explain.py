@@ -11,7 +11,15 @@ from . import _checks, _dispatch, _linear
 _HEADS = {"fused_linear_divergence": (1, 3), "fused_linear_token_logprobs": (1,)}
 # arguments of the calls that change neither the choice nor the plan
 _OTHER_OPTIONS = ("divergence", "temperature", "token_weights", "reduction", "statistics")
-_SEGMENT_OPTIONS = ("discount", "first_step", "num_steps", "stride", "direction")
+_SEGMENT_OPTIONS = (
+    "discount",
+    "first_step",
+    "num_steps",
+    "stride",
+    "direction",
+    "num_tokens",
+    "mask",
+)
 
 
 def explain(op: str, *tensors: Tensor, **options: object) -> str:

@@ -40,43 +40,29 @@ def variants():
         yield kernels._reduce_segments_kernel, {"IS_MEAN": True, "SIGN": sign, **totals}
 
 
-def compile_for(kernel, constants: dict, ones: tuple[str, ...], capability: int) -> dict:
-    """Registers and spilled bytes of one variant; `ones` are arguments that launch as 1."""
-    signature, attributes, constexprs = {}, {}, dict(constants)
+def compile_for(kernel, constants: dict, capability: int) -> dict:
+    """Registers and spilled bytes of one variant."""
+    signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ones:
-            # what Triton makes of an integer argument that is 1
-            signature[name], constexprs[name] = "constexpr", 1
         elif name.endswith("_ptr"):
             signature[name] = f"*{_POINTERS.get(name, 'fp32')}"
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
+            assert name in _REAL or name in segment_scan._SIZES, name
             signature[name] = "fp32" if name in _REAL else "i32"
     num_warps = 1 if kernel is segment_scan._reduce_segments_kernel else segment_scan._NUM_WARPS
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
     )
     return {
         "kernel": kernel.__name__,
         "num_warps": num_warps,
-        "at_one": bool(ones),
         **resource_usage(compiled.asm["ptx"], capability),
     }
 
 
-def main() -> list[dict]:
-    """Every variant, and again with each integer at 1: a pack of one token in one segment."""
-    integers = ("num_segments", "num_tokens", "num_slots", "stride", "half", "num_bits",
-                "first_step", "num_steps", "shift", "correction")  # fmt: skip
-    return [
-        compile_for(kernel, constants, ones, SM_90)
-        for kernel, constants in variants()
-        for ones in ((), integers)
-    ]
-
-
 if __name__ == "__main__":
-    print(json.dumps(main(), indent=1))
+    print(json.dumps([compile_for(*variant, SM_90) for variant in variants()], indent=1))

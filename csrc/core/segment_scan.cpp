@@ -97,7 +97,8 @@ void scan_window(Line<T> line, double discount, int64_t window, double* tails, E
   }
 }
 
-// Multiples of stride in [0, length); a division per segment is what many short ones would wait for.
+// Multiples of stride in [0, length). Without the shortcut, many short segments would spend their
+// time in this division.
 int64_t count_of(int64_t length, int64_t stride) {
   return stride == 1 ? length : (length + stride - 1) / stride;
 }
@@ -117,7 +118,8 @@ void scan(const opd_segment_scan_args_t& args) {
     // beyond the segment there is nothing, however far a step leads
     const int64_t stride = std::min(args.stride, std::max<int64_t>(length, 1));
     const int64_t steps_inside = count_of(length, stride);
-    const bool none = args.first_step >= steps_inside || (args.discount == 0.0 && args.first_step > 0);
+    const bool none =
+        args.first_step >= steps_inside || (args.discount == 0.0 && args.first_step > 0);
     const int64_t shift = none ? length : args.first_step * stride;
     for (int64_t m = 0; m < std::min(shift, length); ++m) out[start + direction * m] = T(0);
     if (none) return;
@@ -126,7 +128,8 @@ void scan(const opd_segment_scan_args_t& args) {
       const int64_t first = start + direction * residue;
       const auto emit = [&](int64_t m, double sum) {
         const int64_t position = residue + m * stride + shift;
-        if (position < length) out[start + direction * position] = static_cast<T>(scaled(factor, sum));
+        if (position >= length) return;
+        out[start + direction * position] = static_cast<T>(scaled(factor, sum));
       };
       const Line<T> line{values + first, direction * stride, count};
       if (window == 1) {

@@ -27,7 +27,12 @@ _TOTALS = 128
 _MAX_SCAN_STRIDE = 16
 # bits of the number of a chunk in its segment
 _CHUNK_BITS = 24
-_SUM, _MEAN, _MAX, _MIN = 0, 1, 2, 3
+_MEAN, _MAX, _MIN = 1, 2, 3
+# numbers that change with every pack: a kernel is not compiled again for one that is 1 or 16 n
+_SIZES = (
+    "num_segments", "num_tokens", "num_slots", "stride", "shift", "half", "num_bits", "first_step",
+    "num_steps", "correction",
+)  # fmt: skip
 
 
 @triton.jit
@@ -114,7 +119,7 @@ def _chunk_values(
     return tl.load(values_ptr + token, mask=position < length, other=0.0).to(tl.float64), position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _scan_totals_kernel(
     values_ptr, offsets_ptr, totals_ptr, num_segments, num_tokens, stride, half, num_bits,
     discount_high, discount_low, PREFIX: tl.constexpr, HAS_DISCOUNT: tl.constexpr,
@@ -136,7 +141,7 @@ def _combine(factor, sum_, next_factor, next_sum):
     return factor * next_factor, next_sum + _scaled(next_factor, sum_)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _scan_kernel(
     values_ptr, offsets_ptr, totals_ptr, out_ptr, num_segments, num_tokens, stride, shift, half,
     num_bits, discount_high, discount_low, scale_high, scale_low, PREFIX: tl.constexpr,
@@ -176,7 +181,7 @@ def _scan_kernel(
     tl.store(out_ptr + token, 0.0, mask=position < tl.minimum(shift, length))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _window_kernel(
     values_ptr, offsets_ptr, out_ptr, num_segments, num_tokens, first_step, num_steps, stride, half,
     num_bits, discount_high, discount_low, scale_high, scale_low, PREFIX: tl.constexpr,
@@ -215,7 +220,7 @@ def _extreme(x, token, counts, none, SIGN: tl.constexpr):
     return tl.where(has_nan, float("nan"), SIGN * best), tl.where(has_nan, first_nan, first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _reduce_chunks_kernel(
     values_ptr, weights_ptr, offsets_ptr, partial_ptr, weight_ptr, index_ptr, num_segments,
     num_tokens, half, num_bits, HAS_WEIGHTS: tl.constexpr, SIGN: tl.constexpr,
@@ -241,7 +246,7 @@ def _reduce_chunks_kernel(
         tl.store(index_ptr + slot, token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _reduce_segments_kernel(
     offsets_ptr, partial_ptr, weight_ptr, index_ptr, out_ptr, out_index_ptr, num_tokens, num_slots,
     IS_MEAN: tl.constexpr, SIGN: tl.constexpr, TOTALS: tl.constexpr, CHUNK: tl.constexpr,
@@ -283,7 +288,7 @@ def _reduce_segments_kernel(
         tl.store(out_index_ptr + segment, tl.where(token == num_tokens, -1, token))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _broadcast_kernel(
     segment_values_ptr, weights_ptr, offsets_ptr, out_ptr, num_segments, num_tokens, half, num_bits,
     HAS_WEIGHTS: tl.constexpr, CHUNK: tl.constexpr,
@@ -306,7 +311,7 @@ def _members(values_ptr, mask_ptr, token, end, HAS_MASK: tl.constexpr):
     return tl.load(values_ptr + token, mask=counts, other=0.0).to(tl.float64), counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _group_statistics_kernel(
     values_ptr, mask_ptr, offsets_ptr, count_ptr, mean_ptr, std_ptr, others_ptr, num_tokens,
     correction, HAS_MASK: tl.constexpr, CHUNK: tl.constexpr,

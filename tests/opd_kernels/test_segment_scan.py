@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tests.segments import (
     F64,
     PACKS,
     SCANS,
+    SHORT,
     check,
     check_group_statistics,
     eager_reduce,
@@ -57,12 +60,17 @@ SCAN_OPTIONS = st.fixed_dictionaries(
 # -- truth -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+@pytest.mark.parametrize(
+    ("dtype", "lengths"),
+    [
+        pytest.param(dtype, lengths, id=f"{dtype_id(dtype)}-{name}")
+        for dtype in (F32, F64, BF16)
+        # one dtype is enough for the long packs
+        for name, lengths in (PACKS if dtype == F32 else SHORT).items()
+    ],
+)
 @pytest.mark.parametrize("options", SCANS.values(), ids=SCANS)
-@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=dtype_id)
-def test_segment_scan_matches_reference(dtype, options, lengths):
-    if dtype != F32 and sum(lengths) > 100:
-        pytest.skip("one dtype is enough for the long packs")
+def test_segment_scan_matches_reference(options, dtype, lengths):
     values, offsets = pack(lengths, dtype)
     check("segment_scan", eager_scan, values, offsets, "cpu", f"cpu {dtype}", **options)
 
@@ -210,6 +218,19 @@ def test_group_statistics_of_members_that_do_not_count():
     assert stats.mean.tolist() == [2.0, 0.0, 7.0]
     assert stats.std.tolist() == pytest.approx([2**0.5, 0.0, 0.0])
     assert stats.leave_one_out_mean.tolist() == [3.0, 2.0, 1.0, 0.0, 0.0]
+
+
+def test_the_compositions_of_the_documentation_run():
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "minillm" in b)
+    offsets, groups = torch.tensor([0, 3, 8]), torch.tensor([0, 5, 8])
+    names = ("rewards", "state_values", "taken", "best", "kl")
+    scope = {name: torch.rand(8) for name in names}
+    scope |= {"opk": opk, "torch": torch, "N": 8, "K": 3, "g": 0.9, "loss_mask": torch.ones(8)}
+    scope |= {"offsets": offsets, "turn_offsets": offsets, "groups": groups}
+    exec(block, scope)
+    for name in ("minillm", "k_step", "ketchup", "weights", "grpo", "rloo"):
+        assert scope[name].shape == (8,) and bool(scope[name].isfinite().all())
 
 
 # -- laws ------------------------------------------------------------------------------------------

@@ -151,19 +151,36 @@ def test_triton_group_statistics_at_the_edges():
     assert got.std[-1] == 0
 
 
-@pytest.mark.parametrize("offsets", [[-5, 99, 3], [4, 2, 0], [0, 3, 2], [9, 9, 9], [0, 0, 0]])
+@pytest.mark.parametrize("offsets", [[-5, 99, 3], [4, 2, 0], [0, 3, 2], [9, 9, 9], [19, 0, 20]])
 @pytest.mark.usefixtures("small_chunks")
-def test_triton_touches_no_memory_outside_whatever_the_offsets(offsets):
-    # on a GPU wrong offsets are the caller's error; numpy would report an index out of bounds
-    offsets, room = torch.tensor(offsets), torch.full((300,), 7.0)
-    values = room[100:120]
+def test_triton_writes_nothing_outside_whatever_the_offsets(offsets, monkeypatch):
+    # on a GPU wrong offsets are the caller's error, but not a way to write over other tensors
+    from opd_kernels.triton import segment_scan
+
+    launch, room, launches = segment_scan.launch, 256, []
+
+    def launch_between_guards(kernel, num_programs, num_warps, *args, **constants):
+        buffers = {}
+        for i, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor):
+                buffers[i] = torch.full((arg.numel() + 2 * room,), 77, dtype=arg.dtype)
+                buffers[i][room : room + arg.numel()] = arg
+        inner = [buffers[i][room:-room] if i in buffers else arg for i, arg in enumerate(args)]
+        launch(kernel, num_programs, num_warps, *inner, **constants)
+        for i, buffer in buffers.items():
+            assert bool((buffer[:room] == 77).all() and (buffer[-room:] == 77).all())
+            args[i].copy_(inner[i])
+        launches.append(kernel)
+
+    monkeypatch.setattr(segment_scan, "launch", launch_between_guards)
+    offsets, values = torch.tensor(offsets), torch.randn(20)
     for options in ({}, {"num_steps": 3}, {"discount": 0.5, "direction": "prefix", "stride": 2}):
         opk.segment_scan(values, offsets, backend="triton", **options)
     for reduction in ("sum", "max"):
         opk.segment_reduce(values, offsets, reduction=reduction, backend="triton")
     opk.segment_broadcast(values[:2], offsets, num_tokens=20, backend="triton")
     opk.group_statistics(values, offsets, backend="triton")
-    assert bool((room == 7).all())
+    assert len(launches) == 11
 
 
 @pytest.mark.usefixtures("small_chunks")
