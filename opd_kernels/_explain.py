@@ -11,15 +11,6 @@ from . import _checks, _dispatch, _linear
 _HEADS = {"fused_linear_divergence": (1, 3), "fused_linear_token_logprobs": (1,)}
 # arguments of the calls that change neither the choice nor the plan
 _OTHER_OPTIONS = ("divergence", "temperature", "token_weights", "reduction", "statistics")
-_SEGMENT_OPTIONS = (
-    "discount",
-    "first_step",
-    "num_steps",
-    "stride",
-    "direction",
-    "num_tokens",
-    "mask",
-)
 
 
 def explain(op: str, *tensors: Tensor, **options: object) -> str:
@@ -41,7 +32,7 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
         raise ValueError(f"explain: {op} must be given the tensors of the call, got none.")
     known = ("backend", "vocab_size", "workspace_bytes")
     for name in options:
-        _checks.one_of("explain", "option", name, (*known, *_OTHER_OPTIONS, *_SEGMENT_OPTIONS))
+        _checks.one_of("explain", "option", name, (*known, *_OTHER_OPTIONS))
     heads = _HEADS.get(op, ())
     if heads and len(tensors) <= heads[-1]:
         raise ValueError(

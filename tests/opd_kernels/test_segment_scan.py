@@ -628,5 +628,5 @@ def test_rejects_its_own_options_in_words(function, changes, error, message):
 
 def test_explain_says_which_backend():
     values, offsets = pack([3, 2])
-    text = opk.explain("segment_scan", values, offsets, discount=0.5, num_steps=2)
+    text = opk.explain("segment_scan", values, offsets)
     assert text.startswith("segment_scan: backend 'cpu' for torch.float32 on cpu")
