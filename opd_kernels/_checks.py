@@ -120,8 +120,8 @@ def temperature(op: str, name: str, value: float) -> float:
     return float(value)
 
 
-def temperatures(op: str, value: float | Sequence[float]) -> tuple[float, float]:
-    """(student, teacher) from one number or a pair."""
+def temperatures(op: str, value: object) -> tuple[float | Tensor, float | Tensor]:
+    """(student, teacher) from one number or [T] tensor, or a pair of them."""
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(
@@ -131,9 +131,124 @@ def temperatures(op: str, value: float | Sequence[float]) -> tuple[float, float]
     else:
         student = teacher = value
     return (
-        temperature(op, "student temperature", student),
-        temperature(op, "teacher temperature", teacher),
+        student if isinstance(student, Tensor) else temperature(op, "student temperature", student),
+        teacher if isinstance(teacher, Tensor) else temperature(op, "teacher temperature", teacher),
     )
+
+
+def per_token(rows, name: str, value: Tensor) -> Tensor:
+    """[T] in the kernel's dtype, contiguous and without gradient; rows is a `_laws.Rows`."""
+    tensor(rows.op, name, value, 1)
+    length(rows.op, name, value, rows.num_tokens, "the hidden states or logits")
+    if value.device != rows.device:
+        raise ValueError(f"{rows.op}: {name} must be on {rows.device}, got {value.device}.")
+    if value.requires_grad:
+        raise ValueError(
+            f"{rows.op}: {name} must not require grad, got a tensor that does. It is a constant "
+            "of the loss; detach() it."
+        )
+    return value.to(rows.real).contiguous()
+
+
+def softcap(op: str, name: str, value: float | None) -> float:
+    """A positive number; None is 0, which the kernels take for none."""
+    if value is None:
+        return 0.0
+    return temperature(op, name, value)
+
+
+def logit_scale(op: str, name: str, value: float) -> float:
+    """A finite number that is not 0."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
+    if value == 0 or not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite and not 0, got {value}.")
+    return float(value)
+
+
+def autocast_pair(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast, hidden states in the head's dtype; the op forms float32 logits of its own."""
+    both = isinstance(hidden, Tensor) and isinstance(weight, Tensor)
+    if both and hidden.dtype != weight.dtype and torch.is_autocast_enabled(hidden.device.type):
+        return hidden.to(weight.dtype), weight
+    return hidden, weight
+
+
+def lora(rows, value: object, head: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(scaling * A, B) of the pair that adds scaling * B @ A to the head [V, D]."""
+    if value is None:
+        return None, None
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        raise TypeError(f"{rows.op}: student_lora must be (A, B, scaling), got {value!r}.")
+    down, up, scaling = value
+    tensor(rows.op, "A of student_lora", down, 2)
+    tensor(rows.op, "B of student_lora", up, 2)
+    scaling = logit_scale(rows.op, "scaling of student_lora", scaling)
+    rank = down.shape[0]
+    if down.shape[1] != head.shape[1] or up.shape[0] != head.shape[0] or up.shape[1] != rank:
+        raise ValueError(
+            f"{rows.op}: student_lora must be A (r, {head.shape[1]}) and B ({head.shape[0]}, r) "
+            f"for a head {tuple(head.shape)}, got {tuple(down.shape)} and {tuple(up.shape)}."
+        )
+    for name, value in (("A of student_lora", down), ("B of student_lora", up)):
+        if value.device != rows.device:
+            raise ValueError(f"{rows.op}: {name} must be on {rows.device}, got {value.device}.")
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{rows.op}: {name} must be a floating tensor, got {value.dtype}.")
+    return down * scaling, up
+
+
+def gradient_tolerance(op: str, value: float | None) -> float:
+    """A positive number; None is 0, exact."""
+    return 0.0 if value is None else temperature(op, "gradient_tolerance", value)
+
+
+def bias(rows, name: str, value: Tensor, vocab_size: int) -> Tensor:
+    """[V] or longer, in the kernel's dtype and contiguous."""
+    tensor(rows.op, name, value, 1)
+    if value.shape[0] < vocab_size:
+        raise ValueError(
+            f"{rows.op}: {name} must have one value per token of the vocabulary "
+            f"({vocab_size}), got shape {tuple(value.shape)}."
+        )
+    if value.device != rows.device:
+        raise ValueError(f"{rows.op}: {name} must be on {rows.device}, got {value.device}.")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{rows.op}: {name} must be a floating tensor, got {value.dtype}.")
+    return value.to(rows.real).contiguous()
+
+
+def id_table(rows, name: str, value: Tensor) -> Tensor:
+    """[T, K] ids as contiguous int64, from [T, K] or [T]; negative ones are ignored."""
+    if isinstance(value, Tensor) and value.dim() == 1:
+        value = value.unsqueeze(1)
+    tensor(rows.op, name, value, 2)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{rows.op}: {name} must be int64 or int32, got {value.dtype}.")
+    length(rows.op, name, value, rows.num_tokens, "the hidden states or logits")
+    if value.device != rows.device:
+        raise ValueError(f"{rows.op}: {name} must be on {rows.device}, got {value.device}.")
+    return value.to(torch.int64).contiguous()
+
+
+def label_weights(rows, value: Tensor, labels: Tensor) -> Tensor:
+    """The shape of labels, in the kernel's dtype, contiguous and without gradient."""
+    if isinstance(value, Tensor) and value.dim() == 1:
+        value = value.unsqueeze(1)
+    tensor(rows.op, "label_weights", value, 2)
+    if value.shape != labels.shape:
+        raise ValueError(
+            f"{rows.op}: label_weights must have the shape of labels {tuple(labels.shape)}, got "
+            f"{tuple(value.shape)}."
+        )
+    if value.device != rows.device:
+        raise ValueError(f"{rows.op}: label_weights must be on {rows.device}, got {value.device}.")
+    if value.requires_grad:
+        raise ValueError(
+            f"{rows.op}: label_weights must not require grad, got a tensor that does. They are "
+            "constants of the loss; detach() them."
+        )
+    return value.to(rows.real).contiguous()
 
 
 def token_weights(
@@ -181,27 +296,34 @@ def names(op: str, name: str, value: Iterable[str]) -> tuple[str, ...]:
     return tuple(value)
 
 
-def token_ids_in_range(op: str, value: Tensor, vocab_size: int) -> None:
-    """Ids inside the vocabulary. For the body of an op, on CPU: elsewhere it would wait."""
+def token_ids_in_range(
+    op: str, value: Tensor, vocab_size: int, name: str = "token_ids", padding: bool = False
+) -> None:
+    """Ids inside the vocabulary. For the body of an op, on CPU: elsewhere it would wait.
+
+    `padding`: negative ids are slots without one.
+    """
     if value.device.type != "cpu" or value.numel() == 0:
         return
-    outside = torch.nonzero((value < 0) | (value >= vocab_size))
+    outside = torch.nonzero((value >= vocab_size) if padding else (value < 0) | (value >= vocab_size))
     if len(outside):
-        position = int(outside[0])
+        position = tuple(outside[0].tolist())
+        where = position[0] if len(position) == 1 else position
         raise ValueError(
-            f"{op}: token_ids must be in [0, {vocab_size}), got {int(value[position])} at position "
-            f"{position}. Drop ignored positions (-100) before the call."
+            f"{op}: {name} must be {'below' if padding else 'in [0,'} {vocab_size}"
+            f"{'' if padding else ')'}, got {int(value[position])} at position {where}."
+            + ("" if padding else " Drop ignored positions (-100) before the call.")
         )
 
 
-def workspace(op: str, value: int, smallest: int) -> int:
+def workspace(op: str, value: int, smallest: int, why: str | None = None) -> int:
     """A byte budget that holds at least one token."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: workspace_bytes must be an int, got {type(value).__name__}.")
     if value < smallest:
         raise ValueError(
-            f"{op}: workspace_bytes must be at least {smallest} (one token of this vocabulary), "
-            f"got {value}."
+            f"{op}: workspace_bytes must be at least {smallest} (one token of this vocabulary"
+            f"{'' if why is None else '; ' + why}), got {value}."
         )
     return value
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Path A of the fused_linear ops: LM-head GEMMs over chunks of tokens, with float32 logits.
+"""What the fused_linear ops share: a plan, and LM-head GEMMs with float32 logits.
 
-A chunk of C tokens has its logits formed in a buffer of C x V float32 per head, a row kernel turns
-the student's buffer into dZ in place, and two GEMMs take dX and dW from it. C follows from the
-byte budget, so that nothing of size [T, V] exists unless it fits.
+Path A: a chunk of C tokens has its logits formed in a buffer of C x V float32 per head, a row
+kernel turns the student's buffer into dZ in place, and two GEMMs take dX and dW from it. Path B
+cuts the vocabulary too. C follows from the byte budget, so that nothing of size [T, V] exists
+unless it fits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from ._registration import register
 # slower; they may take this share of the workspace
 _HEAD_SLICE_SHARE = 8
 _MAX_HEAD_SLICE_ROWS = 8192
+# fewer tokens than these in a chunk of whole rows, and reading the heads costs more than cutting the
+# vocabulary and forming its logits again
+_FEWEST_TOKENS = {"cpu": 16, "cuda": 128}
+_FEWEST_COLUMNS = 64
 
 
 register("advise_huge_pages_", fake=lambda buffer: None)
@@ -29,29 +34,44 @@ register("advise_huge_pages_", fake=lambda buffer: None)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a call is cut: tokens per chunk, rows of the head widened at a time, and their bytes."""
+    """How a call is cut: tokens per chunk, columns per slice, head rows widened at a time."""
 
     num_tokens: int
     chunk_tokens: int
+    vocab_size: int
+    slice_columns: int
     head_slice_rows: int
     workspace_bytes: int
+    why: str = ""
 
     @property
     def num_chunks(self) -> int:
         return -(-self.num_tokens // self.chunk_tokens) if self.num_tokens else 0
+
+    @property
+    def whole_rows(self) -> bool:
+        """Path A: a chunk's logits exist whole."""
+        return self.slice_columns == self.vocab_size
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(begin, end) of each chunk of tokens."""
         for begin in range(0, self.num_tokens, self.chunk_tokens):
             yield begin, min(begin + self.chunk_tokens, self.num_tokens)
 
+    def slices(self) -> list[slice]:
+        """The columns of each slice of the vocabulary."""
+        starts = range(0, self.vocab_size, self.slice_columns)
+        return [slice(b, min(b + self.slice_columns, self.vocab_size)) for b in starts]
+
     def __str__(self) -> str:
         widened = f", heads widened {self.head_slice_rows} rows at a time" * bool(
             self.head_slice_rows
         )
+        sliced = "" if self.whole_rows else f" x {len(self.slices())} slices of the vocabulary"
         return (
-            f"path A: {self.num_chunks} chunk(s) of up to {self.chunk_tokens} of "
-            f"{self.num_tokens} tokens{widened}, {self.workspace_bytes / 2**20:.1f} MiB workspace"
+            f"path {'A' if self.whole_rows else 'B'}: {self.num_chunks} chunk(s) of up to "
+            f"{self.chunk_tokens} of {self.num_tokens} tokens{sliced}{widened}, "
+            f"{self.workspace_bytes / 2**20:.1f} MiB workspace" + f" ({self.why})" * bool(self.why)
         )
 
 
@@ -61,32 +81,71 @@ def widens(tensor: Tensor) -> bool:
 
 
 def plan(
-    op: str, num_tokens: int, vocab_size: int, heads: Sequence[Tensor], workspace_bytes: int
+    op: str,
+    num_tokens: int,
+    vocab_size: int,
+    heads: Sequence[Tensor],
+    workspace_bytes: int,
+    *,
+    whole_rows: str | None = None,
 ) -> Plan:
     """The largest chunk whose buffers fit into `workspace_bytes`.
 
     Per token: one float32 (float64) row of logits per head, the gathered hidden states (twice
-    where a 16-bit copy is widened) and the gradient of the first. Raises ValueError if not even one
-    token fits.
+    where a 16-bit copy is widened) and the gradient of the first. Where that leaves chunks too
+    short for a GEMM, the vocabulary is cut as well, unless `whole_rows` says why it cannot be.
+
+    Raises:
+        ValueError: the workspace does not even hold one token.
     """
     itemsize = _checks.real_dtype(heads[0]).itemsize
     hidden_sizes = [head.shape[1] for head in heads]
-    token_bytes = itemsize * (len(heads) * vocab_size + sum(hidden_sizes) + hidden_sizes[0])
+    fixed_bytes = itemsize * (sum(hidden_sizes) + hidden_sizes[0])
     row_bytes = 0
     if any(widens(head) for head in heads):
         row_bytes = itemsize * max(hidden_sizes)
-        token_bytes += 2 * max(hidden_sizes)
-    _checks.workspace(op, workspace_bytes, token_bytes + row_bytes)
+        fixed_bytes += 2 * max(hidden_sizes)
+    column_bytes = itemsize * len(heads)
+    token_bytes = fixed_bytes + column_bytes * vocab_size
+    fewest = min(num_tokens, _FEWEST_TOKENS.get(heads[0].device.type, _FEWEST_TOKENS["cuda"]))
+    fits = (workspace_bytes - row_bytes) // token_bytes
+    if whole_rows is not None or fits >= max(1, fewest):
+        _checks.workspace(op, workspace_bytes, token_bytes + row_bytes, whole_rows)
+        columns = vocab_size
+        why = "" if fits >= max(1, fewest) else f"short chunks: {whole_rows}"
+    else:
+        least = min(vocab_size, _FEWEST_COLUMNS)
+        _checks.workspace(op, workspace_bytes, fixed_bytes + column_bytes * least + row_bytes)
+        columns = _slice_columns(
+            num_tokens, vocab_size, least, workspace_bytes - row_bytes, fixed_bytes, column_bytes
+        )
+        why = f"whole rows of {fits} tokens would make GEMMs too short"
+    token_bytes = fixed_bytes + column_bytes * columns
     slice_rows = 0
     if row_bytes:
         share = min(workspace_bytes // _HEAD_SLICE_SHARE, workspace_bytes - token_bytes)
-        slice_rows = min(vocab_size, _MAX_HEAD_SLICE_ROWS, max(1, share // row_bytes))
+        slice_rows = min(columns, _MAX_HEAD_SLICE_ROWS, max(1, share // row_bytes))
     slice_bytes = slice_rows * row_bytes
     chunk_tokens = max(1, min(num_tokens, (workspace_bytes - slice_bytes) // token_bytes))
     if num_tokens:
         # equal chunks: a short last one would run its GEMMs at a worse shape
         chunk_tokens = -(-num_tokens // -(-num_tokens // chunk_tokens))
-    return Plan(num_tokens, chunk_tokens, slice_rows, chunk_tokens * token_bytes + slice_bytes)
+    used = chunk_tokens * token_bytes + slice_bytes
+    return Plan(num_tokens, chunk_tokens, vocab_size, columns, slice_rows, used, why)
+
+
+def _slice_columns(
+    num_tokens: int, vocab_size: int, least: int, budget: int, fixed_bytes: int, column_bytes: int
+) -> int:
+    """Columns of a slice such that a chunk is about as many tokens as a slice is columns.
+
+    Every chunk reads the heads again and every slice the hidden states: a square wastes least.
+    """
+    tokens = max(1, min(num_tokens, int((budget / column_bytes) ** 0.5)))
+    columns = (budget // tokens - fixed_bytes) // column_bytes
+    columns = max(least, min(vocab_size, columns))
+    # equal slices
+    return -(-vocab_size // -(-vocab_size // columns))
 
 
 def active_tokens(token_weights: Tensor | None) -> Tensor | None:

@@ -9,18 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _linear, reference
+from . import _checks, _dispatch, _laws, _linear, _parallel, reference
+from ._divergence_paths import Gradients, Inputs, Options, empty_gradients, run
 from ._registration import register
-from .divergences import Divergence, parse
 
 _OP = "fused_linear_divergence"
-STATISTICS = (
-    "student_entropy",
-    "teacher_entropy",
-    "forward_kl",
-    "reverse_kl",
-    "top1_agreement",
-)
+STATISTICS = _laws.STATISTICS
 
 
 class FusedLinearDivergenceOutput(NamedTuple):
@@ -36,36 +30,72 @@ def fused_linear_divergence(
     teacher_hidden: Tensor,
     teacher_lm_head_weight: Tensor,
     *,
-    divergence: str | Divergence = "reverse_kl",
-    temperature: float | Sequence[float] = 1.0,
+    divergence: _laws.Loss = "reverse_kl",
+    temperature: _laws.Temperature = 1.0,
     token_weights: Tensor | None = None,
     reduction: str = "sum",
     statistics: Sequence[str] = (),
+    target: _laws.Target | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_lm_head_weight: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    student_lora: tuple[Tensor, Tensor, float] | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reference_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    reference_logit_scale: float = 1.0,
+    labels: Tensor | None = None,
+    label_weights: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    topk_ids: Tensor | None = None,
     vocab_size: int | None = None,
     workspace_bytes: int = _checks.DEFAULT_WORKSPACE_BYTES,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    gradient_tolerance: float | None = None,
     backend: str | None = None,
 ) -> FusedLinearDivergenceOutput:
     """Divergence of teacher and student from their hidden states, through both LM heads.
 
-    loss = sum_t w[t] D(P_t, Q_t),  P_t = softmax(teacher_hidden[t] @ W_T.T / temperature),
-    Q_t = softmax(student_hidden[t] @ W_S.T / temperature).
+    loss = sum_t w[t] sum_j c_j[t] D_j(P_t, Q_t),
+    Q_t = softmax(softcap(logit_scale * (student_hidden[t] @ W_S.T + bias)) / temperature), P_t
+    likewise.
 
     Args:
         student_hidden: [T, Ds], float32 | bfloat16 | float16 (float64 on CPU).
         student_lm_head_weight: [Vs, Ds] of the same dtype, one row per token.
         teacher_hidden: [T, Dt], teacher_lm_head_weight: [Vt, Dt]; no gradient. Any float dtype.
-        divergence: a name or `divergences.jsd(beta=0.3)`; `forward_kl` is KL(P || Q).
-        temperature: divides the logits; > 0, or a pair (student, teacher). No implicit
-            temperature**2 factor.
+        divergence, temperature, target, labels, label_weights: as `opd_kernels.divergence` takes
+            them; so are softcap and logit_scale of each side.
         token_weights: [T], no gradient: mask x weight x 1/N. A token of weight 0 costs no FLOP and
             gives exactly 0. Default: ones.
         reduction: "sum": a scalar, gradients formed in forward (two student GEMMs cheaper).
             "none": [T], for weights that are known only later; backward recomputes the logits.
         statistics: of `student_entropy`, `teacher_entropy`, `forward_kl`, `reverse_kl`,
-            `top1_agreement` (1 or 0), from the same pass, unweighted; 0 where the weight is 0.
+            `top1_agreement` (1 or 0), `student_lse`, `teacher_lse`, `student_logprobs` and
+            `teacher_logprobs` (of token_ids), `student_topk_mass` and `teacher_topk_mass` (of
+            topk_ids); from the same pass, unweighted; 0 where the weight is 0. With a geometric
+            target the teacher's are the target's.
+        reference_hidden: [T, Dr], reference_lm_head_weight: [Vr, Dr]; no gradient. The third model
+            of a geometric target.
+        student_bias: [V] of the head, differentiable; teacher_bias, reference_bias: no gradient.
+        student_lora: (A [r, Ds], B [V, r], scaling): the head is W_S + scaling * B @ A, which is
+            never formed. A and B are differentiable; freeze W_S and no gradient of it exists.
+        token_ids: [T], topk_ids: [T, K] (negative: no id) for the statistics.
         vocab_size: leading rows that both heads share, when they are padded differently.
         workspace_bytes: budget for logits and other temporaries; the gradients come on top
-            (dW is float32 until it is returned in the head's dtype).
+            (dW is float32 until it is returned in the head's dtype). Small budgets cut the
+            vocabulary too and form logits again (`explain` says so).
+        process_group: every head and bias is this rank's rows of the vocabulary, cut as
+            torch.chunk does; hidden states and per-token arguments are the same on every rank.
+            vocab_size is of the whole vocabulary then; default: ranks times rows. Heads that are
+            DTensors sharded in dimension 0 bring their group along.
+        gradient_tolerance: keep only the vocabulary columns in which |dD/dz| of some token of the
+            chunk exceeds this; dX and dW leave the others out, and statistics get
+            `gradient_dropped_l1` [T], the exact sum of |dD/dz| left out. Default: exact.
         backend: "cpu" | "triton" | "reference"; None picks one (`explain` says which).
 
     Returns:
@@ -80,269 +110,282 @@ def fused_linear_divergence(
         student and one teacher GEMM more). Logits are float32 whatever the inputs are;
         precision, special values and memory: docs/numerics.md.
 
-    Source: GKD, arXiv:2306.13649; MiniLLM, arXiv:2306.08543; DistiLLM, arXiv:2402.03898.
+    Source: GKD, arXiv:2306.13649; MiniLLM, arXiv:2306.08543; DistiLLM, arXiv:2402.03898; the rest
+    of the family in docs/divergences.md.
     """
-    spec = parse(divergence)
-    _checks.hidden_and_head(_OP, "student", student_hidden, student_lm_head_weight)
-    _checks.hidden_and_head(_OP, "teacher", teacher_hidden, teacher_lm_head_weight)
-    _checks.floating(_OP, student_hidden=student_hidden, teacher_hidden=teacher_hidden)
+    heads = {
+        "student": (student_hidden, student_lm_head_weight, student_bias),
+        "teacher": (teacher_hidden, teacher_lm_head_weight, teacher_bias),
+    }
+    if (reference_hidden is None) != (reference_lm_head_weight is None):
+        raise ValueError(
+            f"{_OP}: reference_hidden and reference_lm_head_weight must be given together, got "
+            f"only {'reference_lm_head_weight' if reference_hidden is None else 'reference_hidden'}."
+        )
+    if reference_hidden is not None:
+        heads["reference"] = (reference_hidden, reference_lm_head_weight, reference_bias)
+    weights = {side: weight for side, (_, weight, _) in heads.items()}
+    weights, process_group = _parallel.local_heads(_OP, weights, process_group)
+    for side, (hidden, _, bias) in heads.items():
+        hidden, weight = _checks.autocast_pair(hidden, weights[side])
+        _checks.hidden_and_head(_OP, side, hidden, weight)
+        _checks.length(_OP, f"{side}_hidden", hidden, student_hidden.shape[0], "student_hidden")
+        heads[side] = (hidden, weight, bias)
+    hidden = {f"{side}_hidden": hidden for side, (hidden, _, _) in heads.items()}
+    _checks.floating(_OP, **hidden)
     _checks.same_device(
-        _OP,
-        student_hidden=student_hidden,
-        student_lm_head_weight=student_lm_head_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_lm_head_weight=teacher_lm_head_weight,
+        _OP, **hidden, **{f"{side}_lm_head_weight": head for side, (_, head, _) in heads.items()}
     )
-    num_tokens = student_hidden.shape[0]
-    _checks.length(_OP, "teacher_hidden", teacher_hidden, num_tokens, "student_hidden")
-    vocab_size = _checks.vocab_prefix(
-        _OP,
+    rows = _laws.rows_of(_OP, hidden["student_hidden"])
+    widths = {f"{side}_lm_head_weight": weight.shape[0] for side, (_, weight, _) in heads.items()}
+    vocab_size, group_name = _parallel.vocabulary(_OP, vocab_size, widths, process_group)
+    biases = [heads[side][2] if side in heads else None for side in ("student", "teacher")]
+    laws = _laws.pack(
+        rows,
         vocab_size,
-        student_lm_head_weight=student_lm_head_weight.shape[0],
-        teacher_lm_head_weight=teacher_lm_head_weight.shape[0],
+        divergence=divergence,
+        temperature=temperature,
+        token_weights=token_weights,
+        target=target,
+        has_reference=reference_hidden is not None,
+        softcaps=(student_softcap, teacher_softcap, reference_softcap),
+        logit_scales=(student_logit_scale, teacher_logit_scale, reference_logit_scale),
+        labels=labels,
+        label_weights=label_weights,
+        biases=(*biases, reference_bias),
+        bias_size=min(widths.values()) if group_name else vocab_size,
+        token_ids=token_ids,
+        topk_ids=topk_ids,
     )
-    temperatures = _checks.temperatures(_OP, temperature)
-    real = _checks.real_dtype(student_hidden)
-    token_weights = _checks.token_weights(
-        _OP, token_weights, num_tokens, student_hidden.device, real
-    )
+    lora = _checks.lora(rows, student_lora, heads["student"][1])
     _checks.one_of(_OP, "reduction", reduction, ("sum", "none"))
-    statistics = _checks.names(_OP, "statistics", statistics)
-    for name in statistics:
-        _checks.one_of(_OP, "statistics", name, STATISTICS)
-    heads = (student_lm_head_weight, teacher_lm_head_weight)
-    _linear.plan(_OP, num_tokens, vocab_size, heads, workspace_bytes)
-    chosen = _dispatch.select(_OP, _dispatch.meta_of(student_hidden), backend)
+    statistics = _laws.statistic_names(_OP, statistics, laws)
+    tolerance = _checks.gradient_tolerance(_OP, gradient_tolerance)
+    whole_rows = _laws.needs_whole_rows(laws)
+    if group_name and whole_rows is not None:
+        raise ValueError(f"{_OP}: process_group must be None here: {whole_rows}.")
+    chosen = _dispatch.select(_OP, _dispatch.meta_of(hidden["student_hidden"]), backend)
     if chosen == "reference":
-        loss, rows = reference.fused_linear_divergence(
+        if group_name or tolerance:
+            raise ValueError(
+                f"{_OP}: backend 'reference' must be used without process_group and "
+                "gradient_tolerance: it is exact and on one rank."
+            )
+        loss, named = reference.fused_linear_divergence(
             student_hidden,
             student_lm_head_weight,
             teacher_hidden,
             teacher_lm_head_weight,
-            divergence=spec,
-            temperature=temperatures,
+            divergence=divergence,
+            temperature=temperature,
             token_weights=token_weights,
             reduction=reduction,
             statistics=statistics,
+            target=target,
+            reference_hidden=reference_hidden,
+            reference_lm_head_weight=reference_lm_head_weight,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            reference_bias=reference_bias,
+            student_lora=student_lora,
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
+            reference_softcap=reference_softcap,
+            student_logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            reference_logit_scale=reference_logit_scale,
+            labels=labels,
+            label_weights=label_weights,
+            token_ids=token_ids,
+            topk_ids=topk_ids,
             vocab_size=vocab_size,
         )
         return FusedLinearDivergenceOutput(
-            loss.to(real), {name: row.to(real) for name, row in rows.items()}
+            loss.to(rows.real), {name: row.to(rows.real) for name, row in named.items()}
         )
-    inputs = (
-        student_hidden,
-        student_lm_head_weight,
-        teacher_hidden.detach(),
-        teacher_lm_head_weight.detach(),
-        token_weights,
+    plan_heads = [weight for _, weight, _ in heads.values()]
+    local_size = _parallel.local_size(group_name, vocab_size)
+    why = "a vocabulary-parallel call holds its shard's rows whole" if group_name else whole_rows
+    _linear.plan(_OP, rows.num_tokens, local_size, plan_heads, workspace_bytes, whole_rows=why)
+    inputs = Inputs(
+        *heads["student"][:2],
+        *(tensor.detach() for tensor in heads["teacher"][:2]),
+        *(tensor.detach() for tensor in heads["reference"][:2])
+        if "reference" in heads
+        else (None, None),
+        *lora,
     )
-    numbers = (spec.id, *spec.kernel_params, *temperatures, vocab_size, workspace_bytes)
+    with_statistics = bool(statistics) or bool(tolerance)
+    rest = (group_name, tolerance, chosen)
     if reduction == "sum":
-        grad = torch.is_grad_enabled()
-        loss, _, _, rows = torch.ops.opd.fused_linear_divergence_sum(
-            *inputs,
-            *numbers,
-            grad and student_hidden.requires_grad,
-            grad and student_lm_head_weight.requires_grad,
-            bool(statistics),
-            chosen,
+        differentiable = (*inputs[:2], laws.student_bias, *lora)
+        wanted = [
+            torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+            for tensor in differentiable
+        ]
+        loss, *_, named = torch.ops.opd.fused_linear_divergence_sum(
+            *inputs, *laws, workspace_bytes, wanted, with_statistics, *rest
         )
     else:
-        loss, rows = torch.ops.opd.fused_linear_divergence_fwd(
-            *inputs, *numbers, bool(statistics), chosen
+        loss, named = torch.ops.opd.fused_linear_divergence_fwd(
+            *inputs, *laws, workspace_bytes, with_statistics, *rest
         )
-    return FusedLinearDivergenceOutput(
-        loss, {name: rows[STATISTICS.index(name)] for name in statistics}
+    returned = {name: named[STATISTICS.index(name)] for name in statistics}
+    if tolerance:
+        returned["gradient_dropped_l1"] = named[-1]
+    return FusedLinearDivergenceOutput(loss, returned)
+
+
+_NUM_INPUTS = len(Inputs._fields)
+_NUM_LAWS = _laws.NUM_ARGUMENTS
+# where the differentiable tensors are among the arguments: hidden, head, bias, A and B
+_DIFFERENTIABLE = (0, 1, _NUM_INPUTS, 6, 7)
+
+
+def _split(arguments: Sequence) -> tuple[Inputs, _laws.Laws, list]:
+    laws = _NUM_INPUTS + _NUM_LAWS
+    return (
+        Inputs(*arguments[:_NUM_INPUTS]),
+        _laws.Laws(*arguments[_NUM_INPUTS:laws]),
+        list(arguments[laws:]),
     )
 
 
-def _run(
-    student_hidden,
-    student_lm_head_weight,
-    teacher_hidden,
-    teacher_lm_head_weight,
-    token_weights,
-    divergence,
-    param0,
-    param1,
-    student_temperature,
-    teacher_temperature,
-    vocab_size,
-    workspace_bytes,
-    with_grad_hidden,
-    with_grad_weight,
-    with_statistics,
-    backend,
-):
-    """(loss [T], grad_student_hidden, grad_student_lm_head_weight, statistics): path A.
-
-    Everything is float32 (float64): gradients are rounded to the inputs' dtype once, after the
-    upstream gradient has been applied. What nobody asked for has no elements.
-    """
-    rows = _dispatch.row_ops(backend)
-    real = _checks.real_dtype(student_hidden)
-    num_tokens = student_hidden.shape[0]
-    token_idx = _linear.active_tokens(token_weights)
-    num_active = num_tokens if token_idx is None else token_idx.shape[0]
-    heads = (student_lm_head_weight, teacher_lm_head_weight)
-    plan = _linear.plan(_OP, num_active, vocab_size, heads, workspace_bytes)
-    slice_rows = plan.head_slice_rows
-    with_grad = with_grad_hidden or with_grad_weight
-
-    new = student_hidden.new_zeros if token_idx is not None else student_hidden.new_empty
-    loss = new(num_tokens, dtype=real)
-    statistics = new((len(STATISTICS), num_tokens if with_statistics else 0), dtype=real)
-    grad_hidden = new(student_hidden.shape if with_grad_hidden else 0, dtype=real)
-    grad_weight = (
-        _linear.new_grad_weight(student_lm_head_weight, vocab_size, num_active)
-        if with_grad_weight
-        else student_lm_head_weight.new_empty(0, dtype=real)
-    )
-    buffers = _linear.new_buffer(student_hidden, 2, plan.chunk_tokens, vocab_size)
-    numbers = (divergence, param0, param1, student_temperature, teacher_temperature, vocab_size)
-
-    def run_chunk(begin: int, end: int) -> None:
-        # a function, so that its gathered rows are gone before the next chunk's exist
-        student = _linear.take(student_hidden, token_idx, begin, end)
-        teacher = _linear.take(teacher_hidden, token_idx, begin, end)
-        weights = None if token_idx is None else token_weights[token_idx[begin:end]]
-        student_logits, teacher_logits = buffers[0, : end - begin], buffers[1, : end - begin]
-        with _linear.phase(student, _OP, "teacher_logits"):
-            _linear.logits_into(teacher_logits, teacher, teacher_lm_head_weight, slice_rows)
-        with _linear.phase(student, _OP, "student_logits"):
-            _linear.logits_into(student_logits, student, student_lm_head_weight, slice_rows)
-        with _linear.phase(student, _OP, "rows"):
-            if with_grad:
-                chunk_loss, chunk_statistics = rows.divergence_fwd_grad_(
-                    student_logits, teacher_logits, weights, *numbers, with_statistics
-                )
-            else:
-                chunk_loss, *_, chunk_statistics = rows.divergence_fwd(
-                    student_logits, teacher_logits, weights, *numbers, with_statistics
-                )
-        _linear.put(loss, token_idx, begin, end, chunk_loss)
-        if with_statistics:
-            _linear.put(statistics.t(), token_idx, begin, end, chunk_statistics.t())
-        _linear.backproject(
-            _OP,
-            (token_idx, begin, end),
-            student_logits,
-            student,
-            student_lm_head_weight,
-            slice_rows,
-            grad_hidden if with_grad_hidden else None,
-            grad_weight if with_grad_weight else None,
-        )
-
-    for begin, end in plan.chunks():
-        run_chunk(begin, end)
-    return loss, grad_hidden, grad_weight, statistics
+def _empty_statistics(inputs: Inputs, with_statistics: bool, tolerance: float) -> Tensor:
+    num_tokens = inputs.student_hidden.shape[0]
+    rows = _laws.NUM_STATISTICS + bool(tolerance and with_statistics)
+    real = _checks.real_dtype(inputs.student_hidden)
+    return inputs.student_hidden.new_empty((rows, num_tokens if with_statistics else 0), dtype=real)
 
 
 def _sum(*arguments):
-    loss, *rest = _run(*arguments)
+    inputs, laws, rest = _split(arguments)
+    loss, gradients, statistics = run(inputs, laws, Options(*rest))
     # float64: a sum over 100k tokens in float32 would be the least accurate step of the op
-    return loss.sum(dtype=torch.float64).to(loss.dtype), *rest
+    return loss.sum(dtype=torch.float64).to(loss.dtype), *gradients, statistics
 
 
-def _sum_fake(student_hidden, student_lm_head_weight, *arguments):
-    *_, with_grad_hidden, with_grad_weight, with_statistics, _ = arguments
-    real = _checks.real_dtype(student_hidden)
-    num_statistics = student_hidden.shape[0] if with_statistics else 0
+def _sum_fake(*arguments):
+    inputs, laws, rest = _split(arguments)
+    options = Options(*rest)
+    real = _checks.real_dtype(inputs.student_hidden)
     return (
-        student_hidden.new_empty((), dtype=real),
-        student_hidden.new_empty(student_hidden.shape if with_grad_hidden else 0, dtype=real),
-        student_lm_head_weight.new_empty(
-            student_lm_head_weight.shape if with_grad_weight else 0, dtype=real
-        ),
-        student_hidden.new_empty((len(STATISTICS), num_statistics), dtype=real),
+        inputs.student_hidden.new_empty((), dtype=real),
+        *empty_gradients(inputs, laws, options.with_grads),
+        _empty_statistics(inputs, options.with_statistics, options.gradient_tolerance),
     )
 
 
 def _sum_setup_context(ctx, inputs, output):
-    _, grad_hidden, grad_weight, statistics = output
-    ctx.mark_non_differentiable(grad_hidden, grad_weight, statistics)
+    _, *gradients, statistics = output
+    ctx.mark_non_differentiable(*gradients, statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_hidden, grad_weight)
-    ctx.with_grad = inputs[-4:-2]
-    ctx.dtype = inputs[0].dtype
-    ctx.num_rest = len(inputs) - 2
+    ctx.save_for_backward(*gradients)
+    ctx.formed = Options(*_split(inputs)[2]).with_grads
+    ctx.dtypes = [
+        None if inputs[position] is None else inputs[position].dtype for position in _DIFFERENTIABLE
+    ]
+    ctx.num_inputs = len(inputs)
 
 
 def _sum_backward(_):
     def backward(ctx, grad_loss, *__):
-        gradients = [None, None]
-        if grad_loss is not None:
-            for i, (formed, saved) in enumerate(zip(ctx.with_grad, ctx.saved_tensors, strict=True)):
-                if formed and ctx.needs_input_grad[i]:
-                    gradients[i] = _linear.scaled(saved, grad_loss).to(ctx.dtype)
-        return *gradients, *(None,) * ctx.num_rest
+        gradients = [None] * ctx.num_inputs
+        if grad_loss is None:
+            return tuple(gradients)
+        for position, formed, saved, dtype in zip(
+            _DIFFERENTIABLE, ctx.formed, ctx.saved_tensors, ctx.dtypes, strict=True
+        ):
+            if formed and ctx.needs_input_grad[position]:
+                gradients[position] = _linear.scaled(saved, grad_loss).to(dtype)
+        return tuple(gradients)
 
     return backward
 
 
 def _fwd(*arguments):
-    *inputs, with_statistics, backend = arguments
-    loss, _, _, statistics = _run(*inputs, False, False, with_statistics, backend)
+    inputs, laws, (workspace_bytes, with_statistics, *rest) = _split(arguments)
+    options = Options(workspace_bytes, [False] * len(_DIFFERENTIABLE), with_statistics, *rest)
+    # there is no gradient to drop anything from
+    loss, _, statistics = run(inputs, laws, options._replace(gradient_tolerance=0.0))
+    if options.gradient_tolerance and with_statistics:
+        statistics = torch.cat([statistics, torch.zeros_like(statistics[:1])])
     return loss, statistics
 
 
-def _fwd_fake(student_hidden, *arguments):
-    real = _checks.real_dtype(student_hidden)
-    num_tokens = student_hidden.shape[0]
-    with_statistics = arguments[-2]
+def _fwd_fake(*arguments):
+    inputs, _, (_, with_statistics, _, tolerance, _) = _split(arguments)
+    real = _checks.real_dtype(inputs.student_hidden)
     return (
-        student_hidden.new_empty(num_tokens, dtype=real),
-        student_hidden.new_empty(
-            (len(STATISTICS), num_tokens if with_statistics else 0), dtype=real
-        ),
+        inputs.student_hidden.new_empty(inputs.student_hidden.shape[0], dtype=real),
+        _empty_statistics(inputs, with_statistics, tolerance),
     )
 
 
 def _fwd_setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    *tensors_and_numbers, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors_and_numbers[:5])
-    ctx.numbers = tensors_and_numbers[5:]
-    ctx.num_rest = len(inputs) - 2
+    ctx.num_inputs = len(inputs)
+    ctx.num_tensors = sum(value is None or isinstance(value, Tensor) for value in inputs)
+    ctx.save_for_backward(*inputs[: ctx.num_tensors])
+    ctx.rest = inputs[ctx.num_tensors :]
 
 
 def _fwd_backward(_):
     def backward(ctx, grad_loss, *__):
+        gradients = [None] * ctx.num_inputs
         if grad_loss is None:
-            return (None,) * (ctx.num_rest + 2)
-        wanted = ctx.needs_input_grad[:2]
-        gradients = torch.ops.opd.fused_linear_divergence_bwd(
-            grad_loss.contiguous(), *ctx.saved_tensors, *ctx.numbers, *wanted, ctx.backend
+            return tuple(gradients)
+        *numbers, workspace_bytes, _, group, tolerance, backend = ctx.rest
+        wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
+        formed = torch.ops.opd.fused_linear_divergence_bwd(
+            grad_loss.contiguous(),
+            *ctx.saved_tensors,
+            *numbers,
+            workspace_bytes,
+            wanted,
+            group,
+            tolerance,
+            backend,
         )
-        return (
-            *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
-            *(None,) * ctx.num_rest,
-        )
+        for position, want, gradient in zip(_DIFFERENTIABLE, wanted, formed, strict=True):
+            if want:
+                gradients[position] = gradient
+        return tuple(gradients)
 
     return backward
 
 
 def _bwd(grad_loss, *arguments):
-    *inputs, with_grad_hidden, with_grad_weight, backend = arguments
+    inputs, laws, (workspace_bytes, with_grads, *rest) = _split(arguments)
     # the upstream gradient is one more token weight, and its zeros cost nothing either
     weights = grad_loss
-    if inputs[4] is not None:
+    if laws.token_weights is not None:
         # a token of weight 0 stays out whatever comes from above, inf included
-        weights = torch.where(inputs[4] == 0, torch.zeros_like(grad_loss), inputs[4] * grad_loss)
-    _, grad_hidden, grad_weight, _ = _run(
-        *inputs[:4], weights, *inputs[5:], with_grad_hidden, with_grad_weight, False, backend
+        given = laws.token_weights
+        weights = torch.where(given == 0, torch.zeros_like(grad_loss), given * grad_loss)
+    options = Options(workspace_bytes, with_grads, False, *rest)
+    _, gradients, _ = run(inputs, laws._replace(token_weights=weights), options)
+    return tuple(
+        gradient.to(like.dtype) if wanted else gradient
+        for gradient, like, wanted in zip(
+            gradients, _sources(inputs, laws), with_grads, strict=True
+        )
     )
-    dtype = inputs[0].dtype
-    return grad_hidden.to(dtype), grad_weight.to(dtype)
 
 
-def _bwd_fake(grad_loss, student_hidden, student_lm_head_weight, *arguments):
-    *_, with_grad_hidden, with_grad_weight, _ = arguments
-    return (
-        student_hidden.new_empty(student_hidden.shape if with_grad_hidden else 0),
-        student_lm_head_weight.new_empty(student_lm_head_weight.shape if with_grad_weight else 0),
+def _sources(inputs: Inputs, laws: _laws.Laws) -> tuple[Tensor | None, ...]:
+    return (*inputs[:2], laws.student_bias, *inputs[6:])
+
+
+def _bwd_fake(grad_loss, *arguments):
+    inputs, laws, (_, with_grads, *_) = _split(arguments)
+    gradients: Gradients = empty_gradients(inputs, laws, with_grads)
+    return tuple(
+        gradient.to(like.dtype) if wanted else gradient
+        for gradient, like, wanted in zip(
+            gradients, _sources(inputs, laws), with_grads, strict=True
+        )
     )
 
 

@@ -64,14 +64,17 @@ STABLE_TORCH_LIBRARY(opd, m) {
   // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
   m.def("fused_linear_divergence_sum(" OPD_HIDDEN OPD_LAWS
         ", int workspace_bytes, bool[] with_grads, bool with_statistics, str process_group, "
-        "float gradient_tolerance, str backend) -> (Tensor loss, Tensor[] gradients, "
-        "Tensor statistics)");
+        "float gradient_tolerance, str backend) -> (Tensor loss, Tensor grad_student_hidden, "
+        "Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
+        "Tensor grad_student_lora_a, Tensor grad_student_lora_b, Tensor statistics)");
   m.def("fused_linear_divergence_fwd(" OPD_HIDDEN OPD_LAWS
         ", int workspace_bytes, bool with_statistics, str process_group, "
         "float gradient_tolerance, str backend) -> (Tensor loss, Tensor statistics)");
   m.def("fused_linear_divergence_bwd(Tensor grad_loss, " OPD_HIDDEN OPD_LAWS
         ", int workspace_bytes, bool[] with_grads, str process_group, "
-        "float gradient_tolerance, str backend) -> Tensor[]");
+        "float gradient_tolerance, str backend) -> (Tensor grad_student_hidden, "
+        "Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
+        "Tensor grad_student_lora_a, Tensor grad_student_lora_b)");
   m.def(
       "fused_linear_token_logprobs_fwd(Tensor hidden, Tensor lm_head_weight, Tensor token_ids, "
       "float temperature, int vocab_size, int workspace_bytes, str backend) -> "
