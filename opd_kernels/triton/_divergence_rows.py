@@ -157,7 +157,7 @@ def divergence_row(c, sums, DIVERGENCE: tl.constexpr):
 def divergence_value(c, total, sums, DIVERGENCE: tl.constexpr):
     """D, float64, from the sum of its terms and the sums over the row."""
     if DIVERGENCE == 9:
-        return renyi_log_mass(c[4], sums) * c[5].to(tl.float64)
+        return renyi_log_mass(c[4], sums) * c[5]
     elif DIVERGENCE == 15:
         apart = _mean(sums[0], c[2], sums[2]) - _mean(sums[1], c[5], sums[2])
         return total + 0.5 * apart * apart

@@ -46,9 +46,12 @@ def power_dterm(e, alpha, rest, scale, inverse_alpha, reach):
 
 @triton.jit
 def renyi_log_mass(product, sums):
-    """log sum r, float64, from (sum of power_term, sum r), product = alpha (alpha - 1): from the divergence where it is near 0, else from the mass itself."""
+    """log sum r, float64, from (sum of power_term, sum r); product is alpha (alpha - 1).
+
+    From the divergence where the mass is near 1, from the mass itself where it is small.
+    """
     small = sums[1] < 0.5
-    near = log1p_float64(product.to(tl.float64) * sums[0])
+    near = log1p_float64(product * sums[0])
     return tl.where(small, tl.log(sums[1]), near)
 
 
