@@ -19,7 +19,7 @@ from ._divergence_rows import (
     divergence_value,
 )
 from ._divergences import divergence_dterm, divergence_term
-from ._laws import GEOMETRIC, MIXTURE, load_mixed_entry
+from ._laws import MIXTURE, load_mixed_entry
 
 ADAPTIVE_KL = tl.constexpr(_divergence_rows.ADAPTIVE_KL)
 CROSS_ENTROPY = tl.constexpr(_divergence_rows.CROSS_ENTROPY)
@@ -121,7 +121,7 @@ def _head_threshold(laws, shifts, c, TARGET: tl.constexpr, BLOCK_V: tl.constexpr
     fits = tl.full((), _LEAST_BITS, tl.int64)
     exceeds = tl.full((), _MOST_BITS, tl.int64)
     # 4^13 > _MOST_BITS - _LEAST_BITS
-    for _ in range(13):
+    for _step in range(13):
         width = exceeds - fits
         low, middle, high = fits + width // 4, fits + width // 2, fits + (3 * width) // 4
         mass_low = tl.zeros((BLOCK_V,), tl.float32)

@@ -30,6 +30,7 @@ from ._state import (
     load_row_sums,
     load_terms,
     put_row_sums,
+    put_statistics,
     put_terms,
     state_row,
     zero_state,
@@ -38,8 +39,9 @@ from ._whole_rows import (
     full_grad_sum,
     statistics_of,
     store_gradient,
+    store_loss,
     store_nothing,
-    store_outcome,
+    store_statistics,
     student_slope,
     terms_of,
 )
@@ -111,14 +113,12 @@ def _terms_kernel(
         statistics = statistics_of(
             here, ids, shifts, row, first_column, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
         )
+        put_statistics(state_row_ptr, statistics, cross_entropy, True)
         terms, grad_sum, teacher_grad_sum = terms_of(
             here, loss, coefficients, None, rows, shifts, row, None, None, COMPONENTS, TARGET,
             LIVE, BLOCK_V,
         )  # fmt: skip
-        put_terms(
-            state_row_ptr, terms, grad_sum, teacher_grad_sum, statistics, cross_entropy,
-            COMPONENTS, True,
-        )  # fmt: skip
+        put_terms(state_row_ptr, terms, grad_sum, teacher_grad_sum, COMPONENTS, True)
 
 
 @triton.jit
@@ -137,12 +137,15 @@ def _finish_kernel(
         if WITH_STATISTICS:
             for k in tl.static_range(8):
                 statistics = statistics + (tl.load(state_row_ptr + STATISTICS + k),)
-        store_outcome(
+        store_statistics(
+            statistics, tl.load(state_row_ptr + STUDENT_LSE), tl.load(state_row_ptr + TEACHER_LSE),
+            tl.load(state_row_ptr + STUDENT_ARGMAX), tl.load(state_row_ptr + TEACHER_ARGMAX),
+            statistics_ptr, row, loss.num_tokens,
+        )  # fmt: skip
+        store_loss(
             loss, coefficients_of(loss, row, COMPONENTS), load_terms(state_row_ptr, COMPONENTS),
             load_row_sums(state_row_ptr, COMPONENTS), tl.load(state_row_ptr + CROSS_ENTROPY_SUM),
-            weight, tl.load(state_row_ptr + STUDENT_LSE), tl.load(state_row_ptr + TEACHER_LSE),
-            tl.load(state_row_ptr + STUDENT_ARGMAX), tl.load(state_row_ptr + TEACHER_ARGMAX),
-            statistics, loss_ptr, statistics_ptr, row, COMPONENTS,
+            weight, loss_ptr, row, COMPONENTS,
         )  # fmt: skip
 
 
@@ -224,9 +227,7 @@ def divergence_phase_(
     finishes = phase == FINISH
     num_tokens = student_logits.shape[0]
     loss = student_logits.new_empty(num_tokens if finishes else 0, dtype=torch.float32)
-    statistics = loss.new_empty(
-        NUM_STATISTICS, num_tokens if finishes and with_statistics else 0
-    )
+    statistics = loss.new_empty(NUM_STATISTICS, num_tokens if finishes and with_statistics else 0)
     if phase == OPEN:
         _open(state)
     elif phase == CLOSE_LSE:
@@ -262,9 +263,7 @@ def _launch_phase(
             WITH_STATISTICS=with_statistics, **chosen,
         )  # fmt: skip
     elif phase == ROW_SUMS and has_row_sums(packed.components):
-        launch(
-            _row_sums_kernel, state, packed.num_warps, packed.laws, packed.loss, state, **chosen
-        )
+        launch(_row_sums_kernel, state, packed.num_warps, packed.laws, packed.loss, state, **chosen)
     elif phase == TERMS:
         launch(
             _terms_kernel, state, packed.num_warps, *packed[:3], state, first_column,

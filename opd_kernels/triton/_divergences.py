@@ -85,7 +85,9 @@ def skew_forward_kl_term(e, c, r):
 def skew_forward_kl_dterm(e, c, r):
     """The textbook's form, without + c q, where r says that the laws barely overlap."""
     mix = mixture(e, c[0], c[1])
-    factor = tl.where(r[0], -mix.p_over_m, c[1] * mix.difference_over_m)
+    # blended: a choice by row doubles the loop around this, and its registers
+    textbook = r[0].to(tl.float32)
+    factor = (1.0 - textbook) * (c[1] * mix.difference_over_m) - textbook * mix.p_over_m
     return tl.where(e.q == 0.0, 0.0, c[1] * e.q * factor)
 
 

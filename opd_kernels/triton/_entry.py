@@ -81,11 +81,13 @@ def mixture(e, teacher_weight, student_weight):
     m_over_larger = keep + weight * decay
     from_larger = log_mix(decay, excess, keep, weight)
     from_smaller = from_larger + tl.where(teacher_larger, -e.gap, e.gap)
+    larger_over_m = 1.0 / m_over_larger
+    smaller_over_m = decay * larger_over_m
     return Mixture(
         teacher_weight * e.p + student_weight * e.q,
         tl.where(teacher_larger, from_larger, from_smaller),
         tl.where(teacher_larger, from_smaller, from_larger),
-        tl.where(teacher_larger, 1.0, decay) / m_over_larger,
-        tl.where(teacher_larger, decay, 1.0) / m_over_larger,
-        tl.where(teacher_larger, excess, -excess) / m_over_larger,
+        tl.where(teacher_larger, larger_over_m, smaller_over_m),
+        tl.where(teacher_larger, smaller_over_m, larger_over_m),
+        tl.where(teacher_larger, excess, -excess) * larger_over_m,
     )

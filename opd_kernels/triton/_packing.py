@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ._components import Loss
-from ._divergence_rows import ADAPTIVE_KL, CROSS_ENTROPY, NUM_ROW_SUMS, constants
+from ._divergence_rows import ADAPTIVE_KL, NUM_ROW_SUMS, constants
 from ._ids import Ids
 from ._laws import GEOMETRIC, MIXTURE, Laws, Side
 from ._rows import tile

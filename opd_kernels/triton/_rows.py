@@ -69,9 +69,7 @@ def row_lse(row_ptr, vocab_size, temperature, HAS_TEMPERATURE: tl.constexpr, BLO
     for begin in range(0, vocab_size, BLOCK_V):
         columns = begin + tl.arange(0, BLOCK_V)
         logits = load_logits(row_ptr, columns, vocab_size, temperature, HAS_TEMPERATURE)
-        largest, total, where_largest = add_to_lanes(
-            logits, columns, largest, total, where_largest
-        )
+        largest, total, where_largest = add_to_lanes(logits, columns, largest, total, where_largest)
     row_largest, row_total, _ = close_lanes(largest, total, where_largest, vocab_size)
     return row_largest.to(tl.float64) + tl.log(row_total)
 

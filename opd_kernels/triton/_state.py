@@ -48,14 +48,20 @@ def component_row(state_row_ptr, j: tl.constexpr):
 
 
 @triton.jit
+def _load(ptr, N: tl.constexpr):
+    out = ()
+    for k in tl.static_range(N):
+        out = out + (tl.load(ptr + k),)
+    return out
+
+
+@triton.jit
 def load_row_sums(state_row_ptr, COMPONENTS: tl.constexpr):
     """The row sums of each component."""
     out = ()
     for j in tl.static_range(len(COMPONENTS)):
-        sums = ()
-        for k in tl.static_range(NUM_ROW_SUMS[COMPONENTS[j]]):
-            sums = sums + (tl.load(component_row(state_row_ptr, j) + ROW_SUM + k),)
-        out = out + (sums,)
+        sums_ptr = component_row(state_row_ptr, j) + ROW_SUM
+        out = out + (_load(sums_ptr, NUM_ROW_SUMS[COMPONENTS[j]]),)
     return out
 
 
@@ -84,15 +90,18 @@ def put_row_sums(state_row_ptr, sums, COMPONENTS: tl.constexpr, ADD: tl.constexp
 
 
 @triton.jit
+def put_statistics(state_row_ptr, statistics, cross_entropy, ADD: tl.constexpr):
+    """Eight scalars or none, and what the labels have."""
+    for k in tl.static_range(len(statistics)):
+        put(state_row_ptr + STATISTICS + k, statistics[k], ADD)
+    put(state_row_ptr + CROSS_ENTROPY_SUM, cross_entropy, ADD)
+
+
+@triton.jit
 def put_terms(
-    state_row_ptr, terms, grad_sum, teacher_grad_sum, statistics, cross_entropy,
-    COMPONENTS: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """What the last phase leaves; statistics are eight scalars, or none."""
+    state_row_ptr, terms, grad_sum, teacher_grad_sum, COMPONENTS: tl.constexpr, ADD: tl.constexpr
+):
     for j in tl.static_range(len(COMPONENTS)):
         put(component_row(state_row_ptr, j), terms[j], ADD)
     put(state_row_ptr + GRAD_SUM, grad_sum, ADD)
     put(state_row_ptr + TEACHER_GRAD_SUM, teacher_grad_sum, ADD)
-    put(state_row_ptr + CROSS_ENTROPY_SUM, cross_entropy, ADD)
-    for k in tl.static_range(len(statistics)):
-        put(state_row_ptr + STATISTICS + k, statistics[k], ADD)

@@ -120,24 +120,30 @@ def student_slope(laws, scale):
 
 
 @triton.jit
-def store_outcome(
-    loss, coefficients, terms, sums, cross_entropy, weight, student_lse, teacher_lse,
-    student_argmax, teacher_argmax, statistics, loss_ptr, statistics_ptr, row,
+def store_loss(
+    loss, coefficients, terms, sums, cross_entropy, weight, loss_ptr, row,
     COMPONENTS: tl.constexpr,
 ):  # fmt: skip
-    """The weighted loss of a row, and its statistics if there are any."""
     total = loss_of(loss, coefficients, terms, sums, cross_entropy, COMPONENTS)
     tl.store(loss_ptr + row, weight * total)
+
+
+@triton.jit
+def store_statistics(
+    statistics, student_lse, teacher_lse, student_argmax, teacher_argmax, statistics_ptr, row,
+    num_tokens,
+):  # fmt: skip
+    """The eight scalars of statistics_of and what the log-sum-exps say; or nothing."""
     if len(statistics) > 0:
-        stride = loss.num_tokens
         for k in tl.static_range(4):
-            tl.store(statistics_ptr + (k * stride + row), statistics[k])
-            tl.store(statistics_ptr + ((7 + k) * stride + row), statistics[4 + k])
-        tl.store(statistics_ptr + (5 * stride + row), student_lse)
-        tl.store(statistics_ptr + (6 * stride + row), teacher_lse)
+            tl.store(statistics_ptr + (k * num_tokens + row), statistics[k])
+            tl.store(statistics_ptr + ((7 + k) * num_tokens + row), statistics[4 + k])
+        tl.store(statistics_ptr + (5 * num_tokens + row), student_lse)
+        tl.store(statistics_ptr + (6 * num_tokens + row), teacher_lse)
         defined = (student_lse == student_lse) & (teacher_lse == teacher_lse)
         agree = tl.where(student_argmax == teacher_argmax, 1.0, 0.0)
-        tl.store(statistics_ptr + (4 * stride + row), tl.where(defined, agree, float("nan")))
+        agree = tl.where(defined, agree, float("nan"))
+        tl.store(statistics_ptr + (4 * num_tokens + row), agree)
 
 
 @triton.jit

@@ -28,10 +28,13 @@ from ._laws import add_lse, open_laws, shifts_of
 from ._packing import NUM_STATISTICS, pack
 from ._rows import launch
 from ._state import (
+    STUDENT_ARGMAX,
+    STUDENT_LARGEST,
     STUDENT_LSE,
     THRESHOLD,
     component_row,
     put_row_sums,
+    put_statistics,
     put_terms,
     state_row,
     zero_state,
@@ -40,8 +43,9 @@ from ._whole_rows import (
     full_grad_sum,
     statistics_of,
     store_gradient,
+    store_loss,
     store_nothing,
-    store_outcome,
+    store_statistics,
     student_slope,
     terms_of,
 )
@@ -57,10 +61,15 @@ __all__ = [
 
 @triton.jit
 def _open_row(
-    laws, loss, coefficients, COMPONENTS: tl.constexpr, TARGET: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    laws, loss, ids, coefficients, statistics_ptr, row, COMPONENTS: tl.constexpr,
+    TARGET: tl.constexpr, WITH_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
 ):  # fmt: skip
-    """(largest, lse, argmax) of student and of target, thresholds and row sums."""
+    """All but the terms, which read the logits once more: what they need, and the statistics.
+
+    (largest, lse, argmax) of student and of target, shifts, cross-entropy, statistics, thresholds,
+    row sums.
+    """
     nothing = float("-inf")
     student, student_total, student_argmax = add_lse(
         laws, nothing, 0.0, -1.0, 0, True, TARGET, BLOCK_V
@@ -71,13 +80,19 @@ def _open_row(
     student_lse = student + tl.log(student_total)
     teacher_lse = teacher + tl.log(teacher_total)
     shifts = shifts_of(student_lse, teacher_lse)
-    thresholds = thresholds_of(laws, loss, shifts, COMPONENTS, TARGET, BLOCK_V)
-    sums = row_sums_of(
-        laws, loss, coefficients, shifts, thresholds, COMPONENTS, TARGET, BLOCK_V
+    cross_entropy = cross_entropy_of(laws, loss, shifts, row, 0, TARGET, BLOCK_LABELS)
+    statistics = statistics_of(
+        laws, ids, shifts, row, 0, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
     )
+    store_statistics(
+        statistics, student_lse, teacher_lse, student_argmax, teacher_argmax, statistics_ptr, row,
+        loss.num_tokens,
+    )  # fmt: skip
+    thresholds = thresholds_of(laws, loss, shifts, COMPONENTS, TARGET, BLOCK_V)
+    sums = row_sums_of(laws, loss, coefficients, shifts, thresholds, COMPONENTS, TARGET, BLOCK_V)
     return (
         (student, student_lse, student_argmax), (teacher, teacher_lse, teacher_argmax), shifts,
-        thresholds, sums,
+        cross_entropy, statistics, thresholds, sums,
     )  # fmt: skip
 
 
@@ -98,37 +113,31 @@ def _divergence_fwd_kernel(
         tl.debug_barrier()
         here = open_laws(laws, row, laws.vocab_size)
         coefficients = coefficients_of(loss, row, COMPONENTS)
-        student, teacher, shifts, thresholds, sums = _open_row(
-            here, loss, coefficients, COMPONENTS, TARGET, BLOCK_V
-        )
-        cross_entropy = cross_entropy_of(here, loss, shifts, row, 0, TARGET, BLOCK_LABELS)
-        statistics = statistics_of(
-            here, ids, shifts, row, 0, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
-        )
+        student, teacher, shifts, cross_entropy, statistics, thresholds, sums = _open_row(
+            here, loss, ids, coefficients, statistics_ptr, row, COMPONENTS, TARGET,
+            WITH_STATISTICS, BLOCK_V, BLOCK_LABELS, BLOCK_TOPK,
+        )  # fmt: skip
+        # before the terms, which need the registers
+        for k in tl.static_range(2):
+            side = student if k == 0 else teacher
+            tl.store(state_row_ptr + STUDENT_LSE + k, side[1])
+            tl.store(state_row_ptr + STUDENT_LARGEST + k, side[0])
+            argmax = side[2] if WITH_STATISTICS else -1.0
+            tl.store(state_row_ptr + STUDENT_ARGMAX + k, argmax)
+        for j in tl.static_range(len(COMPONENTS)):
+            if COMPONENTS[j] == ADAPTIVE_KL:
+                tl.store(component_row(state_row_ptr, j) + THRESHOLD, thresholds[j])
+        put_row_sums(state_row_ptr, sums, COMPONENTS, False)
+        put_statistics(state_row_ptr, statistics, cross_entropy, False)
         rows = rows_of(loss, sums, COMPONENTS)
         terms, grad_sum, teacher_grad_sum = terms_of(
             here, loss, coefficients, None, rows, shifts, row, None, None, COMPONENTS, TARGET,
             LIVE, BLOCK_V,
         )  # fmt: skip
-        # lse, largest, argmax: of the student, and beside it of the teacher
-        for k in tl.static_range(2):
-            side = student if k == 0 else teacher
-            tl.store(state_row_ptr + STUDENT_LSE + k, side[1])
-            tl.store(state_row_ptr + 2 + k, side[0])
-            argmax = side[2] if WITH_STATISTICS else -1.0
-            tl.store(state_row_ptr + 4 + k, argmax)
-        for j in tl.static_range(len(COMPONENTS)):
-            if COMPONENTS[j] == ADAPTIVE_KL:
-                tl.store(component_row(state_row_ptr, j) + THRESHOLD, thresholds[j])
-        put_row_sums(state_row_ptr, sums, COMPONENTS, False)
-        put_terms(
-            state_row_ptr, terms, grad_sum, teacher_grad_sum, statistics, cross_entropy,
-            COMPONENTS, False,
-        )  # fmt: skip
-        store_outcome(
-            loss, coefficients, terms, sums, cross_entropy, weight, student[1], teacher[1],
-            student[2], teacher[2], statistics, loss_ptr, statistics_ptr, row, COMPONENTS,
-        )  # fmt: skip
+        put_terms(state_row_ptr, terms, grad_sum, teacher_grad_sum, COMPONENTS, False)
+        store_loss(
+            loss, coefficients, terms, sums, cross_entropy, weight, loss_ptr, row, COMPONENTS
+        )
 
 
 @triton.jit
@@ -149,13 +158,10 @@ def _divergence_fwd_grad_kernel(
     else:
         here = open_laws(laws, row, laws.vocab_size)
         coefficients = coefficients_of(loss, row, COMPONENTS)
-        student, teacher, shifts, thresholds, sums = _open_row(
-            here, loss, coefficients, COMPONENTS, TARGET, BLOCK_V
-        )
-        cross_entropy = cross_entropy_of(here, loss, shifts, row, 0, TARGET, BLOCK_LABELS)
-        statistics = statistics_of(
-            here, ids, shifts, row, 0, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
-        )
+        _, _, shifts, cross_entropy, _, _, sums = _open_row(
+            here, loss, ids, coefficients, statistics_ptr, row, COMPONENTS, TARGET,
+            WITH_STATISTICS, BLOCK_V, BLOCK_LABELS, BLOCK_TOPK,
+        )  # fmt: skip
         rows = rows_of(loss, sums, COMPONENTS)
         label_weight = label_coefficient(coefficients, COMPONENTS)
         dterm_row_ptr, q_row_ptr = None, None
@@ -167,10 +173,9 @@ def _divergence_fwd_grad_kernel(
             here, loss, coefficients, label_weight, rows, shifts, row, dterm_row_ptr, q_row_ptr,
             COMPONENTS, TARGET, LIVE, BLOCK_V,
         )  # fmt: skip
-        store_outcome(
-            loss, coefficients, terms, sums, cross_entropy, weight, student[1], teacher[1],
-            student[2], teacher[2], statistics, loss_ptr, statistics_ptr, row, COMPONENTS,
-        )  # fmt: skip
+        store_loss(
+            loss, coefficients, terms, sums, cross_entropy, weight, loss_ptr, row, COMPONENTS
+        )
         scale = student_slope(here, weight)
         grad_sum = full_grad_sum(loss, label_weight, grad_sum, row, BLOCK_LABELS)
         # the thread that reads a column may not be the one that wrote it
