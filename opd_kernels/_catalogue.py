@@ -12,7 +12,9 @@ from types import MappingProxyType
 
 # a real parameter that a kernel raises probabilities to stays inside; beyond, everything overflows
 LARGEST_EXPONENT = 1000.0
-# closer than this to an excluded point, or to a limit case, is that point
+# an exponent is a limit case or this far from it: what lies between loses its digits in float32
+LEAST_EXPONENT = 1e-3
+# closer than this is meant to be equal: 0.3 - 0.1 - 0.2 is 0
 CLOSE = 1e-12
 
 LAWS = ("student", "teacher", "uniform")
@@ -47,11 +49,14 @@ class Parameter:
         number = float(value)
         # at least this far inside, or float32 would put it on the end itself
         inside = self.low + 1e-30 < number < self.high - CLOSE
-        if not inside or any(abs(number - point) < CLOSE for point in self.excluded):
-            besides = " or ".join(f"{point:g}" for point in self.excluded)
+        # a little less, so that 1 - 0.999 passes
+        nearest = min((abs(number - point) for point in self.excluded), default=1.0)
+        if not inside or not nearest > LEAST_EXPONENT - CLOSE:
+            besides = " and ".join(f"{point:g}" for point in self.excluded)
+            away = f" and at least {LEAST_EXPONENT:g} away from {besides}" if besides else ""
             raise ValueError(
-                f"{owner}: {key} must be in ({self.low:g}, {self.high:g})"
-                f"{f' and not {besides}' if besides else ''}, got {number}. {self.at_ends}".rstrip()
+                f"{owner}: {key} must be in ({self.low:g}, {self.high:g}){away}, got {number}. "
+                f"{self.at_ends}".rstrip()
             )
         return number
 
@@ -206,7 +211,7 @@ def validated(name: str, given: Mapping[str, object]) -> tuple[tuple[str, Value]
         if key not in parameters:
             known = ", ".join(parameters) or "none"
             raise ValueError(f"{name}: unknown parameter {key!r}; its parameters: {known}.")
-    params = {
+    params: dict = {
         key: parameter.checked(name, key, given.get(key, parameter.default))
         for key, parameter in parameters.items()
     }
@@ -215,9 +220,20 @@ def validated(name: str, given: Mapping[str, object]) -> tuple[tuple[str, Value]
     return tuple(params.items())
 
 
-def _onto_limit_cases(params: dict[str, Value]) -> dict[str, Value]:
-    """alpha, beta or alpha + beta within CLOSE of 0 become exactly 0; the limits are continuous."""
-    alpha, beta = (0.0 if abs(value) < CLOSE else value for value in params.values())  # type: ignore[arg-type]
-    if abs(alpha + beta) < CLOSE:  # type: ignore[operator]
-        beta = 0.0 - alpha  # type: ignore[operator]
+def _onto_limit_cases(params: dict[str, float]) -> dict[str, float]:
+    """alpha, beta or alpha + beta within CLOSE of 0 become exactly 0.
+
+    Raises:
+        ValueError: one of them is neither 0 nor LEAST_EXPONENT in size.
+    """
+    alpha, beta = (0.0 if abs(value) < CLOSE else value for value in params.values())
+    if abs(alpha + beta) < CLOSE:
+        beta = 0.0 - alpha
+    for value in (alpha, beta, alpha + beta):
+        if value != 0 and abs(value) < LEAST_EXPONENT - CLOSE:
+            raise ValueError(
+                f"alpha_beta: alpha, beta and alpha + beta must each be 0 or at least "
+                f"{LEAST_EXPONENT:g} in size, got alpha={alpha} and beta={beta}. The limits are "
+                "continuous: use 0."
+            )
     return {"alpha": alpha, "beta": beta}

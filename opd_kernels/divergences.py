@@ -196,8 +196,9 @@ def squared_hellinger() -> Divergence:
 def alpha(alpha: float = 0.5) -> Divergence:
     """(sum_v p_v^alpha q_v^(1 - alpha) - 1) / (alpha (alpha - 1)), alpha neither 0 nor 1.
 
-    alpha -> 1 is forward KL, alpha -> 0 reverse KL. Source: Amari 2009,
-    doi:10.1109/TIT.2009.2030485.
+    alpha -> 1 is forward KL, alpha -> 0 reverse KL; alpha stays 1e-3 away from both.
+
+    Source: Amari 2009, doi:10.1109/TIT.2009.2030485.
     """
     return Divergence("alpha", (("alpha", alpha),))
 
@@ -205,7 +206,9 @@ def alpha(alpha: float = 0.5) -> Divergence:
 def renyi(alpha: float = 0.5) -> Divergence:
     """log(sum_v p_v^alpha q_v^(1 - alpha)) / (alpha - 1), alpha > 0 and not 1.
 
-    alpha -> 1 is forward KL. Source: van Erven and Harremoes 2014, arXiv:1206.2459.
+    alpha -> 1 is forward KL; alpha stays 1e-3 away from it.
+
+    Source: van Erven and Harremoes 2014, arXiv:1206.2459.
     """
     return Divergence("renyi", (("alpha", alpha),))
 
@@ -241,8 +244,8 @@ def adaptive_kl(head_mass: float = 0.5) -> Divergence:
 def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
     """-sum_v (p^alpha q^beta - alpha/s p^s - beta/s q^s) / (alpha beta), s = alpha + beta.
 
-    Any alpha and beta; where alpha, beta or s is 0 it is the continuous limit: (1, 0) is forward
-    KL, (0, 1) reverse KL. Source: ABKD, arXiv:2505.04560; Cichocki et al. 2011,
+    alpha, beta and s are each 0 or at least 1e-3 in size; at 0 it is the continuous limit: (1, 0)
+    is forward KL, (0, 1) reverse KL. Source: ABKD, arXiv:2505.04560; Cichocki et al. 2011,
     doi:10.3390/e13010134.
     """
     return Divergence("alpha_beta", (("alpha", alpha), ("beta", beta)))

@@ -10,10 +10,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 # two threads on a machine that others use too spend their time waiting for each other; what depends
 # on the thread count sets it (the determinism tests)
 NUM_THREADS = 1
+
+# the same few examples each time; --hypothesis-profile=search draws new ones
+settings.register_profile("fixed", max_examples=8, deadline=None, derandomize=True, database=None)
+settings.register_profile("search", max_examples=200, deadline=None, print_blob=True)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)

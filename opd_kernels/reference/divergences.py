@@ -255,11 +255,11 @@ def alpha_beta(
             alone = torch.full_like(present, math.inf)
         terms = torch.where(absent, alone, terms)
     if beta == 0 and alpha > 0:
-        # forward_kl's case: the gradient is finite, -p^alpha / alpha
-        only_teacher = no_student & ~no_teacher
-        p_alpha = (alpha * teacher_logprobs.masked_fill(~only_teacher, 0.0)).exp()
-        alone = -p_alpha * student_logprobs.masked_fill(~only_teacher, 0.0) / alpha
-        terms = torch.where(only_teacher, alone, terms)
+        # as in forward_kl the gradient is finite, -p^alpha / alpha; p^alpha = 0 weighs nothing
+        p_alpha = (alpha * teacher_logprobs).exp()
+        weighed = no_student & (p_alpha != 0)
+        alone = -p_alpha * student_logprobs.masked_fill(~weighed, 0.0) / alpha
+        terms = torch.where(no_student, alone, terms)
     return terms.sum(-1)
 
 

@@ -422,9 +422,14 @@ struct AdaptiveKl : Separable {
 
 // -1/(a b) sum [p^a q^b - a/s p^s - b/s q^s], s = a + b, and its limits where a, b or s is 0.
 // dterm = -(p^a q^b - q^s) / a = q^s (lq - lp) where a = 0.
+//
+// p^s and q^s do not sum to 1, so an error common to all gaps, as the log-sum-exps leave it, would
+// not cancel as it does elsewhere. Both laws being normalised, sum (q - p) measures that error.
 // (1, 0) is forward KL, (0, 1) reverse KL, (a, 1 - a) alpha.  ABKD, arXiv:2505.04560.
 struct AlphaBeta : Separable {
+  static constexpr int kRowSums = 1;
   double a, b, s;
+  double offset = 0;  // common error of the gaps
   // far from p = q: term = mixed p^a q^b + (p0 + px gap) p^s + (q0 + qx gap) q^s
   double mixed = 0, p0 = 0, px = 0, q0 = 0, qx = 0;
   double cross_p = 0, cross_q = 0;  // a and b where mixed is not 0
@@ -452,8 +457,17 @@ struct AlphaBeta : Separable {
     reach = most == 0 ? 1e30 : 1 / most;
   }
   template <class T>
+  OPD_HD void row_sums(const Entry<T>& e, T* sums) const {
+    sums[0] = e.student_minus_teacher();
+  }
+  OPD_HD AlphaBeta with_row_sums(const double* sums) const {
+    AlphaBeta out = *this;
+    out.offset = sums[0];
+    return out;
+  }
+  template <class T>
   OPD_HD T term(const Entry<T>& e) const {
-    const T x = e.gap;
+    const T x = e.gap - T(offset);
     const T ps = exp(exponent_times(T(s), e.lp)), qs = exp(exponent_times(T(s), e.lq));
     const T cross = exp(exponent_times(T(cross_p), e.lp) + exponent_times(T(cross_q), e.lq));
     const T by_series =
@@ -468,7 +482,7 @@ struct AlphaBeta : Separable {
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
-    const T x = e.gap;
+    const T x = e.gap - T(offset);
     // finite, so that y is 0 where a is
     const T below = x > T(1e30) ? T(1e30) : x;
     const T y = T(-a) * (below < T(-1e30) ? T(-1e30) : below);
@@ -483,7 +497,9 @@ struct AlphaBeta : Separable {
   }
   template <class T>
   OPD_HD T dterm_teacher(const Entry<T>& e) const {
-    return AlphaBeta(b, a).dterm(e.swapped());
+    AlphaBeta dual(b, a);
+    dual.offset = -offset;
+    return dual.dterm(e.swapped());
   }
 };
 

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vocabulary-parallel heads: 2 and 4 gloo ranks against one, for every divergence and option."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import opd_kernels as opk
+from opd_kernels import _parallel, targets
+from opd_kernels import divergences as D
+from tests.cases import F64, SPECS
+
+NUM_TOKENS, VOCAB, STUDENT, TEACHER, RANK_OF_LORA = 9, 83, 6, 5, 3
+STATISTICS = opk._laws.STATISTICS
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    weights = torch.rand(NUM_TOKENS, generator=generator, dtype=F64)
+    weights[4] = 0.0
+    return {
+        "student_hidden": normal(NUM_TOKENS, STUDENT),
+        "student_lm_head_weight": normal(VOCAB, STUDENT),
+        "teacher_hidden": normal(NUM_TOKENS, TEACHER),
+        "teacher_lm_head_weight": normal(VOCAB, TEACHER),
+        "reference_hidden": normal(NUM_TOKENS, TEACHER),
+        "reference_lm_head_weight": normal(VOCAB, TEACHER),
+        "student_bias": normal(VOCAB),
+        "teacher_bias": normal(VOCAB),
+        "lora_a": normal(RANK_OF_LORA, STUDENT),
+        "lora_b": normal(VOCAB, RANK_OF_LORA),
+        "token_weights": weights,
+        "labels": torch.randint(VOCAB, (NUM_TOKENS, 2), generator=generator),
+        "token_ids": torch.randint(VOCAB, (NUM_TOKENS,), generator=generator),
+        "topk_ids": torch.randint(VOCAB, (NUM_TOKENS, 4), generator=generator),
+    }
+
+
+SHARDED = (
+    "student_lm_head_weight",
+    "teacher_lm_head_weight",
+    "reference_lm_head_weight",
+    "student_bias",
+    "teacher_bias",
+    "lora_b",
+)
+
+
+def calls() -> dict[str, dict]:
+    """Keyword arguments of a call by name; "everything" takes every tensor."""
+    plain = {str(s): {"divergence": s.public()} for s in SPECS if s.name != "adaptive_kl"}
+    everything = {
+        "divergence": [(0.7, D.renyi(0.3)), (0.5, "cross_entropy"), (0.2, "concrete_score")],
+        "target": targets.geometric(0.3, 0.5, 0.2, detach=False),
+        "student_softcap": 5.0,
+        "temperature": 1.3,
+    }
+    return {**plain, "everything": everything}
+
+
+def run(data: dict, keywords: dict, everything: bool, reduction: str, **more):
+    """(loss, statistics, gradients by name) of one call."""
+    trained = ["student_hidden", "student_lm_head_weight"]
+    if everything:
+        trained += ["student_bias", "lora_a", "lora_b"]
+    data = {**data, **{name: data[name].clone().requires_grad_() for name in trained}}
+    names = ["token_weights", "token_ids", "topk_ids"]
+    if everything:
+        names += ["student_bias", "teacher_bias", "labels"]
+        names += ["reference_hidden", "reference_lm_head_weight"]
+        more["student_lora"] = (data["lora_a"], data["lora_b"], 0.5)
+    out = opk.fused_linear_divergence(
+        *list(data.values())[:4],
+        **{name: data[name] for name in names},
+        **keywords,
+        reduction=reduction,
+        statistics=STATISTICS,
+        **more,
+    )
+    (out.loss * torch.arange(1, out.loss.numel() + 1)).sum().backward()
+    return out.loss.detach(), out.statistics, {name: data[name].grad for name in trained}
+
+
+def worker(rank: int, ranks: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    try:
+        _compare(rank, ranks)
+        _as_dtensor(ranks)
+        _refusals(ranks)
+    finally:
+        dist.destroy_process_group()
+
+
+def _compare(rank: int, ranks: int) -> None:
+    group, whole = dist.group.WORLD, tensors()
+    # 83 columns: the last rank has fewer
+    shard = {
+        name: value.chunk(ranks)[rank] if name in SHARDED else value
+        for name, value in whole.items()
+    }
+    for name, keywords in calls().items():
+        for reduction in ("sum", "none"):
+            everything = name == "everything"
+            loss, statistics, gradients = run(whole, keywords, everything, reduction)
+            ours = run(
+                shard, keywords, everything, reduction, process_group=group, vocab_size=VOCAB
+            )
+            close = {"rtol": 1e-11, "atol": 1e-12, "msg": lambda text, n=name: f"{n}: {text}"}
+            torch.testing.assert_close(ours[0], loss, **close)
+            for key, value in statistics.items():
+                torch.testing.assert_close(ours[1][key], value, **close)
+            for key, gradient in gradients.items():
+                expected = gradient.chunk(ranks)[rank] if key in SHARDED else gradient
+                torch.testing.assert_close(ours[2][key], expected, **close)
+
+
+def _as_dtensor(ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    whole = tensors()
+    heads = [
+        distribute_tensor(whole[name], mesh, [Shard(0)]).requires_grad_(name.startswith("student"))
+        for name in ("student_lm_head_weight", "teacher_lm_head_weight")
+    ]
+    hidden = whole["student_hidden"].clone().requires_grad_()
+    out = opk.fused_linear_divergence(
+        hidden, heads[0], whole["teacher_hidden"], heads[1], divergence="jsd", vocab_size=VOCAB
+    )
+    out.loss.backward()
+    loss, _, gradients = run(
+        {**whole, "token_weights": torch.ones(NUM_TOKENS, dtype=F64)},
+        {"divergence": "jsd"},
+        False,
+        "sum",
+    )
+    torch.testing.assert_close(out.loss.detach(), loss)
+    torch.testing.assert_close(hidden.grad, gradients["student_hidden"])
+    full = heads[0].grad.full_tensor()
+    torch.testing.assert_close(full, gradients["student_lm_head_weight"])
+
+
+def _refusals(ranks: int) -> None:
+    group, whole = dist.group.WORLD, tensors()
+    heads = list(whole.values())[:4]
+    with pytest.raises(ValueError, match="adaptive_kl sorts the teacher's law"):
+        opk.fused_linear_divergence(*heads, divergence="adaptive_kl", process_group=group)
+    with pytest.raises(ValueError, match="must be cut at the same rows"):
+        opk.fused_linear_divergence(*heads[:3], heads[3][:-1], process_group=group)
+    with pytest.raises(ValueError, match="at least one column per rank"):
+        opk.fused_linear_divergence(*heads, vocab_size=ranks - 1, process_group=group)
+    with pytest.raises(ValueError, match="Shards are cut as"):
+        opk.fused_linear_divergence(*heads, vocab_size=VOCAB * ranks * 2, process_group=group)
+    with pytest.raises(TypeError, match="process_group must be a torch"):
+        opk.fused_linear_divergence(*heads, process_group="world")
+    with pytest.raises(ValueError, match="it is exact and on one rank"):
+        opk.fused_linear_divergence(*heads, process_group=group, backend="reference")
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_vocabulary_parallel_is_one_rank(ranks):
+    mp.spawn(worker, (ranks, free_port()), nprocs=ranks)
+
+
+def test_shards_are_those_of_chunk():
+    class Group:
+        group_name = "tp"
+
+        def __init__(self, rank: int, size: int) -> None:
+            self._rank, self._size = rank, size
+
+        def rank(self) -> int:
+            return self._rank
+
+        def size(self) -> int:
+            return self._size
+
+    for total, size in ((151936, 8), (83, 4), (5, 2)):
+        pieces = torch.arange(total).chunk(size)
+        for rank, piece in enumerate(pieces):
+            own = _parallel.shard(Group(rank, size), total)
+            assert (own.first_column, own.num_columns) == (int(piece[0]), len(piece))
+
+
+def test_no_group_is_no_shard():
+    assert _parallel.resolve("") is None
+    assert _parallel.local_size("", 7) == 7
