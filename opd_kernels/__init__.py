@@ -8,6 +8,13 @@ from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
+from .segment_scan import (
+    GroupStatistics,
+    group_statistics,
+    segment_broadcast,
+    segment_reduce,
+    segment_scan,
+)
 from .token_logprobs import TokenLogprobs, token_logprobs
 
 __version__ = "0.1.0"
@@ -15,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BuildError",
     "FusedLinearDivergenceOutput",
+    "GroupStatistics",
     "OpdError",
     "TokenLogprobs",
     "UnsupportedBackendError",
@@ -24,8 +32,12 @@ __all__ = [
     "explain",
     "fused_linear_divergence",
     "fused_linear_token_logprobs",
+    "group_statistics",
     "kernel_table",
     "reference",
+    "segment_broadcast",
+    "segment_reduce",
+    "segment_scan",
     "targets",
     "token_logprobs",
     "use_backend",

@@ -8,7 +8,7 @@ read: a check never waits for a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -305,9 +305,11 @@ def token_ids_in_range(
     """
     if value.device.type != "cpu" or value.numel() == 0:
         return
-    outside = torch.nonzero((value >= vocab_size) if padding else (value < 0) | (value >= vocab_size))
+    outside = torch.nonzero(
+        (value >= vocab_size) if padding else (value < 0) | (value >= vocab_size)
+    )
     if len(outside):
-        position = tuple(outside[0].tolist())
+        position = tuple(int(index) for index in outside[0])
         where = position[0] if len(position) == 1 else position
         raise ValueError(
             f"{op}: {name} must be {'below' if padding else 'in [0,'} {vocab_size}"

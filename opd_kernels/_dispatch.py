@@ -20,6 +20,7 @@ OPS = (
     "fused_linear_divergence",
     "token_logprobs",
     "fused_linear_token_logprobs",
+    "segment_scan",
 )
 
 

@@ -82,9 +82,7 @@ def empty_gradients(inputs: Inputs, laws: _laws.Laws, with_grads: list[bool]) ->
     )
 
 
-def run(
-    inputs: Inputs, laws: _laws.Laws, options: Options
-) -> tuple[Tensor, Gradients, Tensor]:
+def run(inputs: Inputs, laws: _laws.Laws, options: Options) -> tuple[Tensor, Gradients, Tensor]:
     """(loss [T], gradients, statistics).
 
     Everything is float32 (float64): gradients are rounded to the inputs' dtype once, after the
@@ -130,9 +128,9 @@ class _Run:
         num_tokens = student.shape[0]
         self.token_idx = _linear.active_tokens(laws.token_weights)
         num_active = num_tokens if self.token_idx is None else self.token_idx.shape[0]
-        whole_rows = _laws.needs_whole_rows(laws)
+        whole_rows = _laws.needs_whole_rows(laws.divergences)
         if self.group is not None:
-            whole_rows = "a vocabulary-parallel call holds its shard's rows whole"
+            whole_rows = _parallel.WHOLE_ROWS
         self.plan = _linear.plan(
             OP,
             num_active,
@@ -321,9 +319,7 @@ class _Run:
         else:
             if wanted[0]:
                 with _linear.phase(hidden, OP, "grad_hidden"):
-                    grad_hidden = _linear.grad_hidden(
-                        grad_logits, head, self.plan.head_slice_rows
-                    )
+                    grad_hidden = _linear.grad_hidden(grad_logits, head, self.plan.head_slice_rows)
             if grad_weight is not None:
                 with _linear.phase(hidden, OP, "grad_weight"):
                     _linear.accumulate_grad_weight(

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+
 from torch import Tensor
 
-from . import _checks, _dispatch, _linear
+from . import _checks, _dispatch, _laws, _linear, _parallel
+from .divergences import parse_sum
 
 # where the heads are among the tensors of a call
 _HEADS = {"fused_linear_divergence": (1, 3), "fused_linear_token_logprobs": (1,)}
-# arguments of the calls that change neither the choice nor the plan
-_OTHER_OPTIONS = ("divergence", "temperature", "token_weights", "reduction", "statistics")
 
 
 def explain(op: str, *tensors: Tensor, **options: object) -> str:
@@ -19,7 +21,8 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
     Args:
         op: name of a public op, such as "fused_linear_divergence".
         tensors: the tensors of the call, in its order.
-        options: its keyword arguments; `backend`, `vocab_size` and `workspace_bytes` matter.
+        options: its keyword arguments; `backend`, `vocab_size`, `workspace_bytes`, `divergence`,
+            `reference_lm_head_weight` and `process_group` matter.
 
     Returns:
         One line for the choice, one per backend with its reason, and the plan of a fused op.
@@ -30,9 +33,11 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
     _checks.one_of("explain", "op", op, _dispatch.OPS)
     if not tensors:
         raise ValueError(f"explain: {op} must be given the tensors of the call, got none.")
-    known = ("backend", "vocab_size", "workspace_bytes")
+    function = getattr(importlib.import_module(f"opd_kernels.{op}"), op)
+    parameters = inspect.signature(function).parameters.values()
+    known = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
     for name in options:
-        _checks.one_of("explain", "option", name, (*known, *_OTHER_OPTIONS))
+        _checks.one_of("explain", "option", name, known)
     heads = _HEADS.get(op, ())
     if heads and len(tensors) <= heads[-1]:
         raise ValueError(
@@ -45,10 +50,26 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
         state = "can run" if available else "cannot run"
         lines.append(f"  {backend}: {state}{f' ({reason})' if reason else ''}")
     if heads and chosen != "reference":
-        weights = [tensors[i] for i in heads]
-        widths = {f"head {i}": weight.shape[0] for i, weight in enumerate(weights)}
-        vocab_size = _checks.vocab_prefix(op, options.get("vocab_size"), **widths)
-        budget = options.get("workspace_bytes", _checks.DEFAULT_WORKSPACE_BYTES)
-        plan = _linear.plan(op, tensors[0].shape[0], vocab_size, weights, budget)
-        lines.append(f"  {plan}")
+        lines.append(f"  {_plan(op, tensors, heads, options)}")
     return "\n".join(lines)
+
+
+def _plan(op: str, tensors: tuple[Tensor, ...], positions: tuple[int, ...], options: dict):
+    weights = {f"head {i}": tensors[i] for i in positions}
+    if options.get("reference_lm_head_weight") is not None:
+        weights["reference_lm_head_weight"] = options["reference_lm_head_weight"]
+    weights, group = _parallel.local_heads(op, weights, options.get("process_group"))
+    widths = {name: weight.shape[0] for name, weight in weights.items()}
+    vocab_size, group_name = _parallel.vocabulary(op, options.get("vocab_size"), widths, group)
+    whole_rows = _linear.NO_PATH_B
+    if op == "fused_linear_divergence":
+        ids = [divergence.id for _, divergence in parse_sum(options.get("divergence", "jsd"))]
+        whole_rows = _parallel.WHOLE_ROWS if group_name else _laws.needs_whole_rows(ids)
+    return _linear.plan(
+        op,
+        tensors[0].shape[0],
+        _parallel.local_size(group_name, vocab_size),
+        list(weights.values()),
+        options.get("workspace_bytes", _checks.DEFAULT_WORKSPACE_BYTES),
+        whole_rows=whole_rows,
+    )

@@ -171,7 +171,9 @@ def pack(
     kind, live, from_sides, mixture_weights = _target(rows, target, has_reference)
     return Laws(
         *(
-            None if bias is None else _checks.bias(rows, f"{side}_bias", bias, bias_size or vocab_size)
+            None
+            if bias is None
+            else _checks.bias(rows, f"{side}_bias", bias, bias_size or vocab_size)
             for side, bias in zip(sides, biases, strict=True)
         ),
         *temperatures,
@@ -208,9 +210,9 @@ def statistic_names(op: str, names: Sequence[str], laws: Laws) -> tuple[str, ...
     return names
 
 
-def needs_whole_rows(laws: Laws) -> str | None:
-    """Why the laws cannot be computed from slices of the vocabulary, or None."""
-    if parse_sum("adaptive_kl")[0][1].id in laws.divergences:
+def needs_whole_rows(divergences: list[int]) -> str | None:
+    """Why these (by id) cannot be computed from slices of the vocabulary, or None."""
+    if parse_sum("adaptive_kl")[0][1].id in divergences:
         return "adaptive_kl sorts the teacher's law, which takes whole rows"
     return None
 

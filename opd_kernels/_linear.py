@@ -23,10 +23,11 @@ from ._registration import register
 # slower; they may take this share of the workspace
 _HEAD_SLICE_SHARE = 8
 _MAX_HEAD_SLICE_ROWS = 8192
-# fewer tokens than these in a chunk of whole rows, and reading the heads costs more than cutting the
-# vocabulary and forming its logits again
+# with fewer tokens than these in a chunk of whole rows, reading the heads costs more than cutting
+# the vocabulary and forming its logits again
 _FEWEST_TOKENS = {"cpu": 16, "cuda": 128}
 _FEWEST_COLUMNS = 64
+NO_PATH_B = "this op needs whole rows"
 
 
 register("advise_huge_pages_", fake=lambda buffer: None)

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import _checks, _laws
 from .divergence import LSE, ROW_SUMS, TERMS
 
+WHOLE_ROWS = "a vocabulary-parallel call holds its shard's rows whole"
 # columns of a row of state, as in csrc/core/divergence_row.h
 _LSE = slice(0, 2)
 _LARGEST = slice(2, 4)
@@ -115,7 +116,8 @@ def local_heads(
             f"{op}: process_group must be a torch.distributed.ProcessGroup, got "
             f"{type(process_group).__name__}."
         )
-    from torch.distributed.tensor import DTensor, Shard as ShardPlacement
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as ShardPlacement
 
     plain = {}
     for side, head in heads.items():

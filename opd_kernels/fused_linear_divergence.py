@@ -118,9 +118,10 @@ def fused_linear_divergence(
         "teacher": (teacher_hidden, teacher_lm_head_weight, teacher_bias),
     }
     if (reference_hidden is None) != (reference_lm_head_weight is None):
+        got = "reference_lm_head_weight" if reference_hidden is None else "reference_hidden"
         raise ValueError(
             f"{_OP}: reference_hidden and reference_lm_head_weight must be given together, got "
-            f"only {'reference_lm_head_weight' if reference_hidden is None else 'reference_hidden'}."
+            f"only {got}."
         )
     if reference_hidden is not None:
         heads["reference"] = (reference_hidden, reference_lm_head_weight, reference_bias)
@@ -161,7 +162,7 @@ def fused_linear_divergence(
     _checks.one_of(_OP, "reduction", reduction, ("sum", "none"))
     statistics = _laws.statistic_names(_OP, statistics, laws)
     tolerance = _checks.gradient_tolerance(_OP, gradient_tolerance)
-    whole_rows = _laws.needs_whole_rows(laws)
+    whole_rows = _laws.needs_whole_rows(laws.divergences)
     if group_name and whole_rows is not None:
         raise ValueError(f"{_OP}: process_group must be None here: {whole_rows}.")
     chosen = _dispatch.select(_OP, _dispatch.meta_of(hidden["student_hidden"]), backend)
@@ -205,7 +206,7 @@ def fused_linear_divergence(
         )
     plan_heads = [weight for _, weight, _ in heads.values()]
     local_size = _parallel.local_size(group_name, vocab_size)
-    why = "a vocabulary-parallel call holds its shard's rows whole" if group_name else whole_rows
+    why = _parallel.WHOLE_ROWS if group_name else whole_rows
     _linear.plan(_OP, rows.num_tokens, local_size, plan_heads, workspace_bytes, whole_rows=why)
     inputs = Inputs(
         *heads["student"][:2],

@@ -11,7 +11,6 @@ from ._registration import register
 from .token_logprobs import TokenLogprobs, fwd_outputs
 
 _OP = "fused_linear_token_logprobs"
-_WHOLE_ROWS = "this op has no path B"
 
 
 def fused_linear_token_logprobs(
@@ -58,7 +57,14 @@ def fused_linear_token_logprobs(
     vocab_size = _checks.vocab_prefix(_OP, vocab_size, lm_head_weight=lm_head_weight.shape[0])
     temperature = _checks.temperature(_OP, "temperature", temperature)
     token_ids = _checks.token_ids(_OP, token_ids, hidden.shape[0], hidden.device)
-    _linear.plan(_OP, hidden.shape[0], vocab_size, (lm_head_weight,), workspace_bytes, whole_rows=_WHOLE_ROWS)
+    _linear.plan(
+        _OP,
+        hidden.shape[0],
+        vocab_size,
+        (lm_head_weight,),
+        workspace_bytes,
+        whole_rows=_linear.NO_PATH_B,
+    )
     real = _checks.real_dtype(hidden)
     chosen = _dispatch.select(_OP, _dispatch.meta_of(hidden), backend)
     if chosen == "reference":
@@ -75,7 +81,14 @@ def fused_linear_token_logprobs(
 def _fwd(hidden, lm_head_weight, token_ids, temperature, vocab_size, workspace_bytes, backend):
     rows = _dispatch.row_ops(backend)
     _checks.token_ids_in_range(_OP, token_ids, vocab_size)
-    plan = _linear.plan(_OP, hidden.shape[0], vocab_size, (lm_head_weight,), workspace_bytes, whole_rows=_WHOLE_ROWS)
+    plan = _linear.plan(
+        _OP,
+        hidden.shape[0],
+        vocab_size,
+        (lm_head_weight,),
+        workspace_bytes,
+        whole_rows=_linear.NO_PATH_B,
+    )
     outputs = fwd_outputs(hidden)
     buffer = _linear.new_buffer(hidden, plan.chunk_tokens, vocab_size)
     for begin, end in plan.chunks():
@@ -140,7 +153,14 @@ def _bwd(
     # tokens without an upstream gradient (a masked loss) cost nothing
     token_idx = _linear.active_tokens((grad_logprobs != 0) | (grad_lse != 0) | (grad_entropy != 0))
     num_active = token_idx.shape[0]
-    plan = _linear.plan(_OP, num_active, vocab_size, (lm_head_weight,), workspace_bytes, whole_rows=_WHOLE_ROWS)
+    plan = _linear.plan(
+        _OP,
+        num_active,
+        vocab_size,
+        (lm_head_weight,),
+        workspace_bytes,
+        whole_rows=_linear.NO_PATH_B,
+    )
     grad_hidden = hidden.new_zeros(hidden.shape if with_grad_hidden else 0)
     grad_weight = (
         _linear.new_grad_weight(lm_head_weight, vocab_size, num_active)

@@ -49,7 +49,7 @@ def components(divergence: Divergences) -> list[tuple[float | Tensor, Spec]]:
 
 
 def laws_of(student: Tensor, vocab_size: int, **keywords) -> _laws.Laws:
-    """The packed laws of a call on these logits or hidden states, for calls of the ops themselves."""
+    """The packed laws of a call on these logits or hidden states, to call the ops themselves."""
     defaults = {
         "divergence": "jsd",
         "temperature": 1.0,

@@ -74,7 +74,7 @@ def compile_for(kernel, dtype: str, constants: dict, capability: int) -> dict:
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
     )
-    usage = _resource_usage(compiled.asm["ptx"], capability)
+    usage = resource_usage(compiled.asm["ptx"], capability)
     return {
         "kernel": kernel.__name__,
         "dtype": dtype,
@@ -85,7 +85,7 @@ def compile_for(kernel, dtype: str, constants: dict, capability: int) -> dict:
     }
 
 
-def _resource_usage(ptx: str, capability: int) -> dict[str, int]:
+def resource_usage(ptx: str, capability: int) -> dict[str, int]:
     arch = f"sm_{capability}a" if capability >= SM_90 else f"sm_{capability}"
     assembler = "ptxas-blackwell" if capability >= 100 else "ptxas"
     with tempfile.TemporaryDirectory() as folder:

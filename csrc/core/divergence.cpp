@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "check.h"
 #include "divergence_row.h"
@@ -445,7 +446,8 @@ OPD_IVDEP
 void check_side(const char* name, const opd_logits_t& side, int64_t num_tokens) {
   check_dtype(kOp, name, side.matrix.dtype);
   check_logits(kOp, name, side.matrix, num_tokens);
-  if (!side.temperatures) check_temperature(kOp, name, side.temperature);
+  const std::string temperature = std::string("temperature of ") + name;
+  if (!side.temperatures) check_temperature(kOp, temperature.c_str(), side.temperature);
   OPD_CHECK(std::isfinite(side.scale) && side.scale != 0.0, kOp, ": ", name,
             " scale must be finite and not 0, got ", side.scale);
   OPD_CHECK(std::isfinite(side.softcap) && side.softcap >= 0.0, kOp, ": ", name,
@@ -519,6 +521,22 @@ void check_args(const opd_divergence_args_t& args) {
             ": mixture_weights must not be NULL");
 }
 
+// Of whole rows: a slice cannot tell an id of another slice from one of none.
+void check_ids(const char* name, const int64_t* ids, int64_t count, const opd_divergence_args_t& args,
+               bool may_be_negative) {
+  for (int64_t i = 0; ids && i < count; ++i) {
+    OPD_CHECK(ids[i] < args.vocab_size && (may_be_negative || ids[i] >= 0), kOp, ": ", name,
+              may_be_negative ? " must be below " : " must be in [0, ", args.vocab_size,
+              may_be_negative ? "" : ")", ", got ", ids[i], " at position ", i);
+  }
+}
+
+void check_all_ids(const opd_divergence_args_t& args) {
+  check_ids("labels", args.labels, args.num_tokens * args.num_labels, args, true);
+  check_ids("topk_ids", args.topk_ids, args.num_tokens * args.num_topk, args, true);
+  check_ids("token_ids", args.token_ids, args.num_tokens, args, false);
+}
+
 // fn(T{}) for the compute type of the call, after the checks; no tokens, no call.
 template <class Fn>
 opd_status_t run(const opd_divergence_args_t* args, Fn&& fn) {
@@ -542,6 +560,7 @@ void each_row(const opd_divergence_args_t& args, Fn&& fn) {
 opd_status_t opd_divergence_fwd_cpu(const opd_divergence_args_t* args) {
   return opd::run(args, [&](auto real) {
     opd::check_pointers(opd::kOp, "loss and state", {args->loss, args->state});
+    opd::check_all_ids(*args);
     opd::forward<decltype(real)>(*args);
   });
 }
@@ -564,6 +583,7 @@ opd_status_t opd_divergence_fwd_grad_cpu(const opd_divergence_args_t* args) {
               ": logits must be float32 or float64 to be overwritten by the gradient");
     OPD_CHECK(args->grad.dtype == dtype, opd::kOp, ": grad must have the dtype of the logits");
     opd::check_pointers(opd::kOp, "loss and grad", {args->loss, args->grad.data});
+    opd::check_all_ids(*args);
     opd::check_gradient(opd::kOp, args->grad, args->num_tokens, args->grad_width,
                         args->vocab_size);
     if (args->scratch.data) {

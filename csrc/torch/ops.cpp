@@ -60,6 +60,20 @@ STABLE_TORCH_LIBRARY(opd, m) {
       "token_logprobs_bwd_(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, "
       "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, float temperature, "
       "int vocab_size) -> ()");
+  // segments: dtype float32 or float64 throughout, offsets int64, mask uint8; num_steps 2^63 - 1 is
+  // the whole segment; reduction is an opd_reduction_t; index is empty for sums and means
+  m.def(
+      "segment_scan_fwd(Tensor values, Tensor offsets, float discount, int first_step, "
+      "int num_steps, int stride, bool prefix) -> Tensor");
+  m.def(
+      "segment_scan_reduce(Tensor values, Tensor? weights, Tensor offsets, int reduction) -> "
+      "(Tensor reduced, Tensor index)");
+  m.def(
+      "segment_scan_broadcast(Tensor segment_values, Tensor? weights, Tensor offsets, "
+      "SymInt num_tokens) -> Tensor");
+  m.def(
+      "segment_scan_group_statistics(Tensor values, Tensor? mask, Tensor offsets, "
+      "int correction) -> (Tensor count, Tensor mean, Tensor std, Tensor leave_one_out_mean)");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
   m.def("fused_linear_divergence_sum(" OPD_HIDDEN OPD_LAWS
@@ -451,6 +465,105 @@ void token_logprobs_bwd_(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entr
                           entropy, temperature, vocab_size);
 }
 
+// ---- segments ----
+
+opd_segments_t segments_of(const Tensor& offsets, int64_t num_tokens, const Tensor& real) {
+  require(real.scalar_type() == ScalarType::Float || real.scalar_type() == ScalarType::Double,
+          "opd: values of segments must be float32 or float64");
+  require(offsets.dim() == 1 && offsets.size(0) >= 1, "opd: offsets must hold at least one value");
+  check_rows(offsets, offsets.size(0), ScalarType::Long);
+  return {static_cast<const int64_t*>(offsets.data_ptr()), offsets.size(0) - 1, num_tokens,
+          dtype_of(real), &parallel_for};
+}
+
+Tensor segment_scan_fwd(Tensor values, Tensor offsets, double discount, int64_t first_step,
+                        int64_t num_steps, int64_t stride, bool prefix) {
+  const int64_t num_tokens = values.numel();
+  check_rows(values, num_tokens, values.scalar_type());
+  opd_segment_scan_args_t args{};
+  args.struct_size = sizeof(args);
+  args.segments = segments_of(offsets, num_tokens, values);
+  const bool is_windowed = num_steps != 1 && num_steps < num_tokens;
+  Tensor out = torch::stable::new_empty(values, {num_tokens});
+  Tensor scratch =
+      torch::stable::new_empty(values, {is_windowed ? num_tokens : 0}, ScalarType::Double);
+  args.discount = discount;
+  args.first_step = first_step;
+  args.num_steps = num_steps;
+  args.stride = stride;
+  args.prefix = prefix;
+  args.values = values.data_ptr();
+  args.out = out.data_ptr();
+  args.scratch = static_cast<double*>(scratch.data_ptr());
+  check(opd_segment_scan_cpu(&args));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> segment_scan_reduce(Tensor values, std::optional<Tensor> weights,
+                                               Tensor offsets, int64_t reduction) {
+  const int64_t num_tokens = values.numel();
+  check_rows(values, num_tokens, values.scalar_type());
+  if (weights) check_rows(*weights, num_tokens, values.scalar_type());
+  require(reduction >= OPD_SUM && reduction <= OPD_MIN,
+          "opd: reduction must be an opd_reduction_t");
+  opd_segment_reduce_args_t args{};
+  args.struct_size = sizeof(args);
+  args.segments = segments_of(offsets, num_tokens, values);
+  const int64_t num_segments = args.segments.num_segments;
+  const bool is_extreme = reduction == OPD_MAX || reduction == OPD_MIN;
+  Tensor out = torch::stable::new_empty(values, {num_segments});
+  Tensor index =
+      torch::stable::new_empty(values, {is_extreme ? num_segments : 0}, ScalarType::Long);
+  args.reduction = static_cast<int32_t>(reduction);
+  args.values = values.data_ptr();
+  args.weights = data_or_null(weights);
+  args.out = out.data_ptr();
+  args.index = is_extreme ? static_cast<int64_t*>(index.data_ptr()) : nullptr;
+  check(opd_segment_reduce_cpu(&args));
+  return {out, index};
+}
+
+Tensor segment_scan_broadcast(Tensor segment_values, std::optional<Tensor> weights, Tensor offsets,
+                              int64_t num_tokens) {
+  require(num_tokens >= 0, "opd: num_tokens must be >= 0");
+  check_rows(segment_values, offsets.numel() - 1, segment_values.scalar_type());
+  if (weights) check_rows(*weights, num_tokens, segment_values.scalar_type());
+  opd_segment_broadcast_args_t args{};
+  args.struct_size = sizeof(args);
+  args.segments = segments_of(offsets, num_tokens, segment_values);
+  Tensor out = torch::stable::new_empty(segment_values, {num_tokens});
+  args.segment_values = segment_values.data_ptr();
+  args.weights = data_or_null(weights);
+  args.out = out.data_ptr();
+  check(opd_segment_broadcast_cpu(&args));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> segment_scan_group_statistics(
+    Tensor values, std::optional<Tensor> mask, Tensor offsets, int64_t correction) {
+  const int64_t num_tokens = values.numel();
+  check_rows(values, num_tokens, values.scalar_type());
+  if (mask) check_rows(*mask, num_tokens, ScalarType::Byte);
+  require(correction == 0 || correction == 1, "opd: correction must be 0 or 1");
+  opd_group_statistics_args_t args{};
+  args.struct_size = sizeof(args);
+  args.segments = segments_of(offsets, num_tokens, values);
+  const int64_t num_groups = args.segments.num_segments;
+  Tensor count = torch::stable::new_empty(values, {num_groups}, ScalarType::Long);
+  Tensor mean = torch::stable::new_empty(values, {num_groups});
+  Tensor std_ = torch::stable::new_empty(values, {num_groups});
+  Tensor leave_one_out_mean = torch::stable::new_empty(values, {num_tokens});
+  args.correction = static_cast<int32_t>(correction);
+  args.values = values.data_ptr();
+  args.mask = static_cast<const uint8_t*>(data_or_null(mask));
+  args.count = static_cast<int64_t*>(count.data_ptr());
+  args.mean = mean.data_ptr();
+  args.std = std_.data_ptr();
+  args.leave_one_out_mean = leave_one_out_mean.data_ptr();
+  check(opd_group_statistics_cpu(&args));
+  return {count, mean, std_, leave_one_out_mean};
+}
+
 // A large fresh buffer is touched for the first time by the GEMM that fills it; in 4 KiB pages those
 // faults cost as much as a row kernel. Only whole huge pages inside the buffer are asked for, so
 // that no memory beyond it is taken. A kernel that declines loses time, never correctness.
@@ -478,5 +591,9 @@ STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
   m.impl("token_logprobs_fwd", TORCH_BOX(&token_logprobs_fwd));
   m.impl("token_logprobs_bwd", TORCH_BOX(&token_logprobs_bwd));
   m.impl("token_logprobs_bwd_", TORCH_BOX(&token_logprobs_bwd_));
+  m.impl("segment_scan_fwd", TORCH_BOX(&segment_scan_fwd));
+  m.impl("segment_scan_reduce", TORCH_BOX(&segment_scan_reduce));
+  m.impl("segment_scan_broadcast", TORCH_BOX(&segment_scan_broadcast));
+  m.impl("segment_scan_group_statistics", TORCH_BOX(&segment_scan_group_statistics));
   m.impl("advise_huge_pages_", TORCH_BOX(&advise_huge_pages_));
 }

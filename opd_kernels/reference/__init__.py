@@ -4,13 +4,25 @@
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
+from .segment_scan import (
+    GroupStatistics,
+    group_statistics,
+    segment_broadcast,
+    segment_reduce,
+    segment_scan,
+)
 from .token_logprobs import TokenLogprobs, token_logprobs
 
 __all__ = [
     "FusedLinearDivergence",
+    "GroupStatistics",
     "TokenLogprobs",
     "divergence",
     "fused_linear_divergence",
     "fused_linear_token_logprobs",
+    "group_statistics",
+    "segment_broadcast",
+    "segment_reduce",
+    "segment_scan",
     "token_logprobs",
 ]

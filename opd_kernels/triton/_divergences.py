@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mirror of csrc/include/opd/divergences.h in Triton: same ids, names, order and guards.
 
-A divergence is two scalars of one vocabulary entry, `term` and `dterm = d term / d log q`. An entry
-is (p, q, gap): teacher, student, and log q - log p formed from the logits themselves. Parameters
-travel as three floats: weight = param0 (beta or alpha), rest = 1 - param0, live = 1 - param1; for
-skew_forward_kl, which has no param1, the kernels set live to the form of dterm that suits the row.
+A divergence is two scalars of one vocabulary entry e, `term` and `dterm = d term / d log q`; and
+`dterm_teacher = d term / d log p`, for targets that contain the student. c are its constants
+and r what sums over the row make of the row; _divergence_rows.py forms both and has the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._math import bregman, exp_pair_nonpositive, log_mix
+from ._entry import absent, larger, mixture, ratio, student_minus_teacher
+from ._math import bregman
+from ._powers import (
+    alpha_beta_form,
+    alpha_beta_sum,
+    geometric,
+    power_dterm,
+    power_term,
+    renyi_form,
+)
 
 # id -> name, the order of OPD_DIVERGENCES
 DIVERGENCES = (
@@ -22,159 +30,283 @@ DIVERGENCES = (
     "skew_forward_kl",
     "skew_reverse_kl",
     "total_variation",
+    "jeffreys",
+    "squared_hellinger",
+    "alpha",
+    "renyi",
+    "pearson_chi2",
+    "neyman_chi2",
+    "todi",
+    "adaptive_kl",
+    "alpha_beta",
+    "concrete_score",
 )
 
 
-def parameters(param0: float, param1: float) -> tuple[float, float, float]:
-    """(weight, rest, live); rest is formed in double, before both are rounded to float32."""
-    return param0, 1.0 - param0, 1.0 - param1
+@triton.jit
+def forward_kl_term(e, c, r):
+    return bregman(e.p, e.q, e.gap)
 
 
 @triton.jit
-def _ratio(gap):
-    """(e^-|gap|, e^-|gap| - 1); NaN if p = q = 0, where callers look at the larger first."""
-    return exp_pair_nonpositive(tl.where(gap <= 0.0, gap, -gap))
+def forward_kl_dterm(e, c, r):
+    return student_minus_teacher(e)
 
 
 @triton.jit
-def _student_minus_teacher(p, q, gap):
-    """q - p, with the relative accuracy of gap."""
-    larger = tl.where(gap <= 0.0, p, q)
-    _, excess = _ratio(gap)
-    excess = larger * excess
-    return tl.where(larger == 0.0, 0.0, tl.where(gap <= 0.0, excess, -excess))
+def reverse_kl_term(e, c, r):
+    return bregman(e.q, e.p, -e.gap)
 
 
 @triton.jit
-def forward_kl_term(p, q, gap, weight, rest, live):
-    return bregman(p, q, gap)
+def reverse_kl_dterm(e, c, r):
+    return tl.where(e.q == 0.0, 0.0, e.q * e.gap)
 
 
 @triton.jit
-def forward_kl_dterm(p, q, gap, weight, rest, live):
-    return _student_minus_teacher(p, q, gap)
+def jsd_term(e, c, r):
+    mix = mixture(e, c[0], c[1])
+    return c[0] * bregman(e.p, mix.m, mix.lm_lp) + c[1] * bregman(e.q, mix.m, mix.lm_lq)
 
 
 @triton.jit
-def reverse_kl_term(p, q, gap, weight, rest, live):
-    return bregman(q, p, -gap)
+def jsd_dterm(e, c, r):
+    mix = mixture(e, c[0], c[1])
+    return tl.where(e.q == 0.0, 0.0, -c[1] * e.q * mix.lm_lq)
 
 
 @triton.jit
-def reverse_kl_dterm(p, q, gap, weight, rest, live):
-    return tl.where(q == 0.0, 0.0, q * gap)
+def skew_forward_kl_term(e, c, r):
+    mix = mixture(e, c[0], c[1])
+    return bregman(e.p, mix.m, mix.lm_lp)
 
 
 @triton.jit
-def _mixture(p, q, gap, teacher_weight, student_weight):
-    """m = teacher_weight p + student_weight q: (m, lm - lp, lm - lq, p / m, (q - p) / m).
-
-    Ratios and logarithms are relative to the larger of p and q, so that they stay exact as p -> q,
-    when one of them is 0, and when both are too small to divide by.
-    """
-    teacher_larger = gap <= 0.0
-    ratio, excess = _ratio(gap)
-    keep = tl.where(teacher_larger, teacher_weight, student_weight)
-    weight = tl.where(teacher_larger, student_weight, teacher_weight)
-    m_over_larger = keep + weight * ratio
-    from_larger = log_mix(ratio, excess, keep, weight)
-    from_smaller = from_larger + tl.where(teacher_larger, -gap, gap)
-    m = teacher_weight * p + student_weight * q
-    lm_lp = tl.where(teacher_larger, from_larger, from_smaller)
-    lm_lq = tl.where(teacher_larger, from_smaller, from_larger)
-    p_over_m = tl.where(teacher_larger, 1.0, ratio) / m_over_larger
-    difference_over_m = tl.where(teacher_larger, excess, -excess) / m_over_larger
-    return m, lm_lp, lm_lq, p_over_m, difference_over_m
+def skew_forward_kl_dterm(e, c, r):
+    """The textbook's form, without + c q, where r says that the laws barely overlap."""
+    mix = mixture(e, c[0], c[1])
+    # blended: a choice by row doubles the loop around this, and its registers
+    textbook = r[0].to(tl.float32)
+    factor = (1.0 - textbook) * (c[1] * mix.difference_over_m) - textbook * mix.p_over_m
+    return tl.where(e.q == 0.0, 0.0, c[1] * e.q * factor)
 
 
 @triton.jit
-def jsd_term(p, q, gap, weight, rest, live):
-    m, lm_lp, lm_lq, _, _ = _mixture(p, q, gap, weight, rest)
-    return weight * bregman(p, m, lm_lp) + rest * bregman(q, m, lm_lq)
+def skew_reverse_kl_term(e, c, r):
+    mix = mixture(e, c[1], c[0])
+    return bregman(e.q, mix.m, mix.lm_lq)
 
 
 @triton.jit
-def jsd_dterm(p, q, gap, weight, rest, live):
-    _, _, lm_lq, _, _ = _mixture(p, q, gap, weight, rest)
-    return tl.where(q == 0.0, 0.0, -rest * q * lm_lq)
+def skew_reverse_kl_dterm(e, c, r):
+    """c[2] is 1 where gradient flows through the mixture, 0 where it is detached."""
+    mix = mixture(e, c[1], c[0])
+    through_mixture = c[2] * c[0] * (-c[1] * mix.difference_over_m)
+    return tl.where(e.q == 0.0, 0.0, e.q * (through_mixture - mix.lm_lq))
 
 
 @triton.jit
-def skew_forward_kl_term(p, q, gap, weight, rest, live):
-    m, lm_lp, _, _, _ = _mixture(p, q, gap, weight, rest)
-    return bregman(p, m, lm_lp)
+def total_variation_term(e, c, r):
+    return 0.5 * tl.abs(student_minus_teacher(e))
 
 
 @triton.jit
-def skew_forward_kl_dterm(p, q, gap, weight, rest, textbook):
-    """rest q (1 - p/m), or the textbook's -rest q p/m where textbook is 1; see divergences.h."""
-    _, _, _, p_over_m, difference_over_m = _mixture(p, q, gap, weight, rest)
-    factor = (1.0 - textbook) * (rest * difference_over_m) - textbook * p_over_m
-    return tl.where(q == 0.0, 0.0, rest * q * factor)
-
-
-@triton.jit
-def skew_forward_kl_overlap(p, q, gap, weight, rest):
-    """The summand of sum q p/m, by which a row chooses its form of dterm."""
-    _, _, _, p_over_m, _ = _mixture(p, q, gap, weight, rest)
-    return tl.where(q == 0.0, 0.0, q * p_over_m)
-
-
-@triton.jit
-def skew_reverse_kl_term(p, q, gap, weight, rest, live):
-    m, _, lm_lq, _, _ = _mixture(p, q, gap, rest, weight)
-    return bregman(q, m, lm_lq)
-
-
-@triton.jit
-def skew_reverse_kl_dterm(p, q, gap, weight, rest, live):
-    _, _, lm_lq, _, difference_over_m = _mixture(p, q, gap, rest, weight)
-    through_mixture = live * weight * (-rest * difference_over_m)
-    return tl.where(q == 0.0, 0.0, q * (through_mixture - lm_lq))
-
-
-@triton.jit
-def total_variation_term(p, q, gap, weight, rest, live):
-    return 0.5 * tl.abs(_student_minus_teacher(p, q, gap))
-
-
-@triton.jit
-def total_variation_dterm(p, q, gap, weight, rest, live):
+def total_variation_dterm(e, c, r):
     # gap itself where it is 0 or NaN
-    sign = tl.where(gap > 0.0, 0.5, tl.where(gap < 0.0, -0.5, gap))
-    return tl.where(tl.where(gap <= 0.0, p, q) == 0.0, 0.0, q * sign)
+    sign = tl.where(e.gap > 0.0, 0.5, tl.where(e.gap < 0.0, -0.5, e.gap))
+    return tl.where(larger(e) == 0.0, 0.0, e.q * sign)
 
 
 @triton.jit
-def divergence_term(p, q, gap, weight, rest, live, DIVERGENCE: tl.constexpr):
+def jeffreys_term(e, c, r):
+    return c[0] * forward_kl_term(e, c, r) + c[1] * reverse_kl_term(e, c, r)
+
+
+@triton.jit
+def jeffreys_dterm(e, c, r):
+    return c[0] * forward_kl_dterm(e, c, r) + c[1] * reverse_kl_dterm(e, c, r)
+
+
+@triton.jit
+def alpha_term(e, c, r):
+    return power_term(e, c[0], c[1], c[5], c[6])
+
+
+@triton.jit
+def alpha_dterm(e, c, r):
+    """The textbook's form, without + scale q / alpha, where the laws barely overlap."""
+    usual = power_dterm(e, c[0], c[1], c[2], c[3], c[6])
+    return tl.where(r[0], -c[2] * c[3] * geometric(e, c[0], c[1]), usual)
+
+
+@triton.jit
+def squared_hellinger_term(e, c, r):
+    return alpha_term(e, c, r)
+
+
+@triton.jit
+def squared_hellinger_dterm(e, c, r):
+    return alpha_dterm(e, c, r)
+
+
+@triton.jit
+def pearson_chi2_term(e, c, r):
+    return alpha_term(e, c, r)
+
+
+@triton.jit
+def pearson_chi2_dterm(e, c, r):
+    return alpha_dterm(e, c, r)
+
+
+@triton.jit
+def neyman_chi2_term(e, c, r):
+    return alpha_term(e, c, r)
+
+
+@triton.jit
+def neyman_chi2_dterm(e, c, r):
+    return alpha_dterm(e, c, r)
+
+
+@triton.jit
+def renyi_term(e, c, r):
+    """Nothing: the value is one of the row's mass alone."""
+    return tl.zeros_like(e.gap)
+
+
+@triton.jit
+def renyi_dterm(e, c, r):
+    return renyi_form(e, c[0], c[1], r[0])
+
+
+@triton.jit
+def todi_term(e, c, r):
+    return tl.where(larger(e) == 0.0, 0.0, student_minus_teacher(e) * e.gap)
+
+
+@triton.jit
+def todi_dterm(e, c, r):
+    decay, _ = ratio(e)
+    student_share = tl.where(e.gap <= 0.0, decay, 1.0) / (1.0 + decay)
+    return student_minus_teacher(e) + tl.where(e.q == 0.0, 0.0, e.q * e.gap * student_share)
+
+
+@triton.jit
+def adaptive_kl_term(e, c, r):
+    return jeffreys_term(e, r, r)
+
+
+@triton.jit
+def adaptive_kl_dterm(e, c, r):
+    return jeffreys_dterm(e, r, r)
+
+
+@triton.jit
+def alpha_beta_term(e, c, r):
+    return alpha_beta_sum(e, c)
+
+
+@triton.jit
+def alpha_beta_dterm(e, c, r):
+    return alpha_beta_form(e, c[0], c[1], c[2], c[10])
+
+
+@triton.jit
+def law_weight(e, student, teacher, uniform):
+    """The weight of concrete_score: student q + teacher p + uniform."""
+    return tl.where(absent(e), 0.0, student * e.q + teacher * e.p + uniform)
+
+
+@triton.jit
+def weighted(weight, value):
+    """weight * value, where a weight of 0 wins over an infinite gap."""
+    return tl.where(weight == 0.0, 0.0, weight * value)
+
+
+@triton.jit
+def concrete_score_term(e, c, r):
+    x, y = e.gap - r[0], e.gap - r[1]
+    first, second = law_weight(e, c[0], c[1], r[2]), law_weight(e, c[3], c[4], r[3])
+    return 0.5 * (weighted(first, x * x) + weighted(second, y * y))
+
+
+@triton.jit
+def concrete_score_dterm(e, c, r):
+    first, second = law_weight(e, c[0], c[1], r[2]), law_weight(e, c[3], c[4], r[3])
+    return weighted(first, e.gap - r[1]) + weighted(second, e.gap - r[0])
+
+
+@triton.jit
+def divergence_term(e, c, r, DIVERGENCE: tl.constexpr):
     """term of the divergence with this id."""
-    tl.static_assert(DIVERGENCE >= 0 and DIVERGENCE <= 5)
+    tl.static_assert(DIVERGENCE >= 0 and DIVERGENCE <= 15)
     if DIVERGENCE == 0:
-        return forward_kl_term(p, q, gap, weight, rest, live)
+        return forward_kl_term(e, c, r)
     elif DIVERGENCE == 1:
-        return reverse_kl_term(p, q, gap, weight, rest, live)
+        return reverse_kl_term(e, c, r)
     elif DIVERGENCE == 2:
-        return jsd_term(p, q, gap, weight, rest, live)
+        return jsd_term(e, c, r)
     elif DIVERGENCE == 3:
-        return skew_forward_kl_term(p, q, gap, weight, rest, live)
+        return skew_forward_kl_term(e, c, r)
     elif DIVERGENCE == 4:
-        return skew_reverse_kl_term(p, q, gap, weight, rest, live)
+        return skew_reverse_kl_term(e, c, r)
+    elif DIVERGENCE == 5:
+        return total_variation_term(e, c, r)
+    elif DIVERGENCE == 6:
+        return jeffreys_term(e, c, r)
+    elif DIVERGENCE == 7:
+        return squared_hellinger_term(e, c, r)
+    elif DIVERGENCE == 8:
+        return alpha_term(e, c, r)
+    elif DIVERGENCE == 9:
+        return renyi_term(e, c, r)
+    elif DIVERGENCE == 10:
+        return pearson_chi2_term(e, c, r)
+    elif DIVERGENCE == 11:
+        return neyman_chi2_term(e, c, r)
+    elif DIVERGENCE == 12:
+        return todi_term(e, c, r)
+    elif DIVERGENCE == 13:
+        return adaptive_kl_term(e, c, r)
+    elif DIVERGENCE == 14:
+        return alpha_beta_term(e, c, r)
     else:
-        return total_variation_term(p, q, gap, weight, rest, live)
+        return concrete_score_term(e, c, r)
 
 
 @triton.jit
-def divergence_dterm(p, q, gap, weight, rest, live, DIVERGENCE: tl.constexpr):
+def divergence_dterm(e, c, r, DIVERGENCE: tl.constexpr):
     """dterm of the divergence with this id."""
     if DIVERGENCE == 0:
-        return forward_kl_dterm(p, q, gap, weight, rest, live)
+        return forward_kl_dterm(e, c, r)
     elif DIVERGENCE == 1:
-        return reverse_kl_dterm(p, q, gap, weight, rest, live)
+        return reverse_kl_dterm(e, c, r)
     elif DIVERGENCE == 2:
-        return jsd_dterm(p, q, gap, weight, rest, live)
+        return jsd_dterm(e, c, r)
     elif DIVERGENCE == 3:
-        return skew_forward_kl_dterm(p, q, gap, weight, rest, live)
+        return skew_forward_kl_dterm(e, c, r)
     elif DIVERGENCE == 4:
-        return skew_reverse_kl_dterm(p, q, gap, weight, rest, live)
+        return skew_reverse_kl_dterm(e, c, r)
+    elif DIVERGENCE == 5:
+        return total_variation_dterm(e, c, r)
+    elif DIVERGENCE == 6:
+        return jeffreys_dterm(e, c, r)
+    elif DIVERGENCE == 7:
+        return squared_hellinger_dterm(e, c, r)
+    elif DIVERGENCE == 8:
+        return alpha_dterm(e, c, r)
+    elif DIVERGENCE == 9:
+        return renyi_dterm(e, c, r)
+    elif DIVERGENCE == 10:
+        return pearson_chi2_dterm(e, c, r)
+    elif DIVERGENCE == 11:
+        return neyman_chi2_dterm(e, c, r)
+    elif DIVERGENCE == 12:
+        return todi_dterm(e, c, r)
+    elif DIVERGENCE == 13:
+        return adaptive_kl_dterm(e, c, r)
+    elif DIVERGENCE == 14:
+        return alpha_beta_dterm(e, c, r)
     else:
-        return total_variation_dterm(p, q, gap, weight, rest, live)
+        return concrete_score_dterm(e, c, r)

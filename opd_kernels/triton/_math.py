@@ -30,6 +30,19 @@ def exp(x):
 
 
 @triton.jit
+def exp_unbounded(x):
+    """e^x, where x may be above 88: inf there."""
+    result = exp(tl.where(x > 88.0, 88.0, x))
+    return tl.where(x > 88.0, float("inf"), result)
+
+
+@triton.jit
+def exponent_times(factor, x):
+    """factor * x with 0 * inf = 0: a power of exponent 0 is 1, whatever its base is."""
+    return tl.where(factor == 0.0, 0.0, factor * x)
+
+
+@triton.jit
 def difference(a, b):
     """(a - b rounded, what rounding lost): their sum is exact. inf and NaN have lost nothing."""
     rounded = a - b
@@ -77,15 +90,63 @@ def log_mix(ratio, excess, keep, weight):
 
 
 @triton.jit
-def bregman(a, b, x):
-    """a (e^x - 1 - x) >= 0, where b = a e^x; a == 0 gives b, its limit."""
+def phi_over_square(x):
+    """(e^x - 1 - x) / x^2 for |x| < 1, by its series; 1/2 at 0."""
     poly = 2.7722801405616337e-6 * x + 2.535482963139657e-5
     poly = poly * x + 1.9844024791382253e-4
     poly = poly * x + 1.388545148074627e-3
     poly = poly * x + 8.33331048488617e-3
     poly = poly * x + 4.166673496365547e-2
     poly = poly * x + 0.1666666716337204
-    poly = poly * x + 0.5
-    near = a * ((x * x) * poly)
+    return poly * x + 0.5
+
+
+@triton.jit
+def phi_over_square_difference(x, y):
+    """(phi_over_square(x) - phi_over_square(y)) / (x - y) for |x|, |y| < 1, no cancellation.
+
+    Horner's rule on 1 / (k + 2)! and, beside it, on its divided difference.
+    """
+    value = y * (1.0 / 39916800) + 1.0 / 3628800
+    slope = x * 0.0 + 1.0 / 39916800
+    slope, value = slope * x + value, value * y + 1.0 / 362880
+    slope, value = slope * x + value, value * y + 1.0 / 40320
+    slope, value = slope * x + value, value * y + 1.0 / 5040
+    slope, value = slope * x + value, value * y + 1.0 / 720
+    slope, value = slope * x + value, value * y + 1.0 / 120
+    slope, value = slope * x + value, value * y + 1.0 / 24
+    slope, value = slope * x + value, value * y + 1.0 / 6
+    return slope * x + value
+
+
+@triton.jit
+def bregman(a, b, x):
+    """a (e^x - 1 - x) >= 0, where b = a e^x; a == 0 gives b, its limit."""
+    near = a * ((x * x) * phi_over_square(x))
     far = (b - a) - a * x
     return tl.where(a == 0.0, b, tl.where((x < 1.0) & (x > -1.0), near, far))
+
+
+@triton.jit
+def softcap(x, cap):
+    """cap tanh(x / cap), exact near 0."""
+    x = x * tl.div_rn(2.0, cap)
+    decay, excess = exp_pair_nonpositive(tl.where(x > 0.0, -x, x))
+    size = tl.div_rn(cap * excess, 1.0 + decay)
+    return tl.where(x > 0.0, -size, size)
+
+
+@triton.jit
+def softcap_slope(x, cap):
+    """1 - tanh(x / cap)^2."""
+    x = x * tl.div_rn(2.0, cap)
+    decay, _ = exp_pair_nonpositive(tl.where(x > 0.0, -x, x))
+    return tl.div_rn(4.0 * decay, (1.0 + decay) * (1.0 + decay))
+
+
+@triton.jit
+def log1p_float64(x):
+    """log(1 + x) in float64: the logarithm of the rounded 1 + x, times what rounding did to x."""
+    rounded = 1.0 + x
+    apart = rounded - 1.0
+    return tl.where(apart == 0.0, x, tl.log(rounded) * (x / apart))

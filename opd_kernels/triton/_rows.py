@@ -33,27 +33,45 @@ def load_logits(row_ptr, columns, vocab_size, temperature, HAS_TEMPERATURE: tl.c
 
 
 @triton.jit
-def row_lse(row_ptr, vocab_size, temperature, HAS_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(log-sum-exp in float64, first column of the largest logit) of one row."""
-    lanes = tl.arange(0, BLOCK_V)
+def open_lanes(BLOCK_V: tl.constexpr):
+    """(largest, sum relative to it, column of the largest) of each lane: so far, of nothing."""
     largest = tl.full((BLOCK_V,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_V,), tl.float32)
-    where_largest = lanes
-    for begin in range(0, vocab_size, BLOCK_V):
-        columns = begin + lanes
-        logits = load_logits(row_ptr, columns, vocab_size, temperature, HAS_TEMPERATURE)
-        # of exp(old max - new max) and exp(logit - new max) one is 1, so a lane needs one exp, and
-        # the loop no reduction; -inf adds nothing, NaN stays
-        decay = tl.where(logits == float("-inf"), 0.0, exp_minus_distance(logits, largest))
-        is_larger = logits > largest
-        total = tl.where(is_larger, total * decay + 1.0, total + decay)
-        where_largest = tl.where(is_larger, columns, where_largest)
-        largest = tl.where(is_larger, logits, largest)
+    return largest, tl.zeros((BLOCK_V,), tl.float32), tl.arange(0, BLOCK_V)
+
+
+@triton.jit
+def add_to_lanes(logits, columns, largest, total, where_largest):
+    """The same, with one more block of logits."""
+    # of exp(old max - new max) and exp(logit - new max) one is 1, so a lane needs one exp, and
+    # the loop no reduction; -inf adds nothing, NaN stays
+    decay = tl.where(logits == float("-inf"), 0.0, exp_minus_distance(logits, largest))
+    is_larger = logits > largest
+    total = tl.where(is_larger, total * decay + 1.0, total + decay)
+    where_largest = tl.where(is_larger, columns, where_largest)
+    return tl.where(is_larger, logits, largest), total, where_largest
+
+
+@triton.jit
+def close_lanes(largest, total, where_largest, vocab_size):
+    """(largest, sum relative to it in float64, first column of the largest) of all lanes."""
     row_largest = tl.max(largest, 0)
-    row_total = tl.sum((total * exp_minus_distance(largest, row_largest)).to(tl.float64), 0)
+    # a lane of nothing but -inf has 0, or NaN if it saw one, but no distance
+    scaled = total * exp_minus_distance(largest, row_largest)
+    scaled = tl.where(largest == float("-inf"), total, scaled)
     argmax = tl.min(tl.where(largest == row_largest, where_largest, vocab_size), 0)
-    lse = row_largest.to(tl.float64) + tl.log(row_total)
-    return lse, argmax
+    return row_largest, tl.sum(scaled.to(tl.float64), 0), argmax
+
+
+@triton.jit
+def row_lse(row_ptr, vocab_size, temperature, HAS_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Log-sum-exp of one row in float64."""
+    largest, total, where_largest = open_lanes(BLOCK_V)
+    for begin in range(0, vocab_size, BLOCK_V):
+        columns = begin + tl.arange(0, BLOCK_V)
+        logits = load_logits(row_ptr, columns, vocab_size, temperature, HAS_TEMPERATURE)
+        largest, total, where_largest = add_to_lanes(logits, columns, largest, total, where_largest)
+    row_largest, row_total, _ = close_lanes(largest, total, where_largest, vocab_size)
+    return row_largest.to(tl.float64) + tl.log(row_total)
 
 
 @triton.jit
@@ -65,11 +83,11 @@ def split(lse):
     return high, tl.where(tl.abs(high) == float("inf"), 0.0, low)
 
 
-def launch(kernel, num_tokens: int, num_warps: int, *args, **constants) -> None:
-    """Runs one program per token, on the device of the first argument; no token, no launch."""
+def launch(kernel, like: torch.Tensor, num_warps: int, *args, **constants) -> None:
+    """Runs one program per row of `like`, on its device; no row, no launch."""
+    num_tokens, device = like.shape[0], like.device
     if num_tokens == 0:
         return
-    device = args[0].device
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:
         kernel[(num_tokens,)](*args, **constants, num_warps=num_warps)

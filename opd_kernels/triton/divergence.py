@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divergence of two rows of logits, one program per row: two log-sum-exps, then term and dterm.
+"""Divergences of two rows of logits, one program per row: log-sum-exps, sums, terms, gradient.
 
-The three launchers have the signatures of the `opd` schemas. Reads each logit twice (three times
-with the gradient in place, once more for skew_forward_kl); sums in BLOCK_V float32 lanes, so that
+The launchers have the signatures of the `opd` schemas; those for slices of a vocabulary are in
+_divergence_phases.py. A plain divergence reads each logit twice (three times with the gradient in
+place, once more where sums over the row come first); sums are in BLOCK_V float32 lanes, so that
 results do not depend on the grid.
 """
 
@@ -13,371 +14,303 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._divergences import (
-    DIVERGENCES,
-    divergence_dterm,
-    divergence_term,
-    forward_kl_term,
-    parameters,
-    reverse_kl_term,
-    skew_forward_kl_overlap,
+from ._components import (
+    ADAPTIVE_KL,
+    coefficients_of,
+    row_sums_of,
+    rows_of,
+    thresholds_of,
+    token_weight_of,
 )
-from ._math import difference, exp
-from ._rows import launch, load_logits, row_lse, split, tile
+from ._divergence_phases import divergence_bwd_, divergence_phase_, launch_bwd
+from ._ids import cross_entropy_of, label_coefficient
+from ._laws import add_lse, open_laws, shifts_of
+from ._packing import NUM_STATISTICS, pack
+from ._rows import launch
+from ._state import (
+    STUDENT_ARGMAX,
+    STUDENT_LARGEST,
+    STUDENT_LSE,
+    THRESHOLD,
+    component_row,
+    put_row_sums,
+    put_statistics,
+    put_terms,
+    state_row,
+    zero_state,
+)
+from ._whole_rows import (
+    full_grad_sum,
+    statistics_of,
+    store_gradient,
+    store_loss,
+    store_nothing,
+    store_statistics,
+    student_slope,
+    terms_of,
+)
 
-NUM_STATISTICS = 5
-SKEW_FORWARD_KL = tl.constexpr(DIVERGENCES.index("skew_forward_kl"))
+__all__ = [
+    "divergence_bwd",
+    "divergence_bwd_",
+    "divergence_fwd",
+    "divergence_fwd_grad_",
+    "divergence_phase_",
+]
 
 
 @triton.jit
-def _load_entry(
-    student_row_ptr, teacher_row_ptr, columns, vocab_size, student_temperature,
-    teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE: tl.constexpr,
+def _open_row(
+    laws, loss, ids, coefficients, statistics_ptr, row, COMPONENTS: tl.constexpr,
+    TARGET: tl.constexpr, WITH_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
 ):  # fmt: skip
-    """(lp, lq, p, q, gap) of a block of columns."""
-    student_high, student_low = split(student_lse)
-    teacher_high, teacher_low = split(teacher_lse)
-    gap_high, gap_low = split(student_lse - teacher_lse)
-    student = load_logits(
-        student_row_ptr, columns, vocab_size, student_temperature, HAS_TEMPERATURE
-    )
-    teacher = load_logits(
-        teacher_row_ptr, columns, vocab_size, teacher_temperature, HAS_TEMPERATURE
-    )
-    lq = (student - student_high) - student_low
-    lp = (teacher - teacher_high) - teacher_low
-    gap, lost = difference(student, teacher)
-    gap = (gap - gap_high) - (gap_low - lost)
-    return lp, lq, exp(lp), exp(lq), gap
+    """All but the terms, which read the logits once more: what they need, and the statistics.
 
-
-@triton.jit
-def _form_of_row(
-    student_row_ptr, teacher_row_ptr, vocab_size, student_temperature, teacher_temperature,
-    student_lse, teacher_lse, weight, rest, live, DIVERGENCE: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """`live` as dterm takes it: for skew_forward_kl 1 where the laws barely overlap, else 0.
-
-    Backward decides again, from the same numbers and so alike.
+    (largest, lse, argmax) of student and of target, shifts, cross-entropy, statistics, thresholds,
+    row sums.
     """
-    form = live
-    if DIVERGENCE == SKEW_FORWARD_KL:
-        lanes = tl.arange(0, BLOCK_V)
-        overlap = tl.zeros((BLOCK_V,), tl.float32)
-        for begin in range(0, vocab_size, BLOCK_V):
-            _, _, p, q, gap = _load_entry(
-                student_row_ptr, teacher_row_ptr, begin + lanes, vocab_size, student_temperature,
-                teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
-            )  # fmt: skip
-            overlap += skew_forward_kl_overlap(p, q, gap, weight, rest)
-        form = tl.where(tl.sum(overlap, 0) < 0.5, 1.0, 0.0)
-    return form
-
-
-@triton.jit
-def _top1_agreement(student_argmax, teacher_argmax, student_lse, teacher_lse):
-    defined = (student_lse == student_lse) & (teacher_lse == teacher_lse)
-    return tl.where(defined, (student_argmax == teacher_argmax).to(tl.float32), float("nan"))
-
-
-@triton.jit
-def _store_statistics(
-    statistics_ptr, row, num_tokens, student_entropy, teacher_entropy, forward_kl, reverse_kl,
-    top1_agreement,
-):  # fmt: skip
-    tl.store(statistics_ptr + row, student_entropy)
-    tl.store(statistics_ptr + num_tokens + row, teacher_entropy)
-    tl.store(statistics_ptr + 2 * num_tokens + row, forward_kl)
-    tl.store(statistics_ptr + 3 * num_tokens + row, reverse_kl)
-    tl.store(statistics_ptr + 4 * num_tokens + row, top1_agreement)
-
-
-@triton.jit
-def _row_statistics(
-    student_row_ptr, teacher_row_ptr, vocab_size, student_temperature, teacher_temperature,
-    student_lse, teacher_lse, HAS_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """(student entropy, teacher entropy, forward KL, reverse KL) of a row."""
-    lanes = tl.arange(0, BLOCK_V)
-    student_entropy = tl.zeros((BLOCK_V,), tl.float32)
-    teacher_entropy = tl.zeros((BLOCK_V,), tl.float32)
-    forward_kl = tl.zeros((BLOCK_V,), tl.float32)
-    reverse_kl = tl.zeros((BLOCK_V,), tl.float32)
-    for begin in range(0, vocab_size, BLOCK_V):
-        lp, lq, p, q, gap = _load_entry(
-            student_row_ptr, teacher_row_ptr, begin + lanes, vocab_size, student_temperature,
-            teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
-        )  # fmt: skip
-        student_entropy -= tl.where(q == 0.0, 0.0, q * lq)
-        teacher_entropy -= tl.where(p == 0.0, 0.0, p * lp)
-        forward_kl += forward_kl_term(p, q, gap, 0.0, 0.0, 0.0)
-        reverse_kl += reverse_kl_term(p, q, gap, 0.0, 0.0, 0.0)
-    return (
-        tl.sum(student_entropy, 0),
-        tl.sum(teacher_entropy, 0),
-        tl.sum(forward_kl, 0),
-        tl.sum(reverse_kl, 0),
+    nothing = float("-inf")
+    student, student_total, student_argmax = add_lse(
+        laws, nothing, 0.0, -1.0, 0, True, TARGET, BLOCK_V
     )
+    teacher, teacher_total, teacher_argmax = add_lse(
+        laws, nothing, 0.0, -1.0, 0, False, TARGET, BLOCK_V
+    )
+    student_lse = student + tl.log(student_total)
+    teacher_lse = teacher + tl.log(teacher_total)
+    shifts = shifts_of(student_lse, teacher_lse)
+    cross_entropy = cross_entropy_of(laws, loss, shifts, row, 0, TARGET, BLOCK_LABELS)
+    statistics = statistics_of(
+        laws, ids, shifts, row, 0, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
+    )
+    store_statistics(
+        statistics, student_lse, teacher_lse, student_argmax, teacher_argmax, statistics_ptr, row,
+        loss.num_tokens,
+    )  # fmt: skip
+    thresholds = thresholds_of(laws, loss, shifts, COMPONENTS, TARGET, BLOCK_V)
+    sums = row_sums_of(laws, loss, coefficients, shifts, thresholds, COMPONENTS, TARGET, BLOCK_V)
+    return (
+        (student, student_lse, student_argmax), (teacher, teacher_lse, teacher_argmax), shifts,
+        cross_entropy, statistics, thresholds, sums,
+    )  # fmt: skip
 
 
 @triton.jit
 def _divergence_fwd_kernel(
-    student_logits_ptr, teacher_logits_ptr, token_weights_ptr, loss_ptr, student_lse_ptr,
-    teacher_lse_ptr, grad_sum_ptr, statistics_ptr, num_tokens, vocab_size, stride_student,
-    stride_teacher, student_temperature, teacher_temperature, weight, rest, live,
-    DIVERGENCE: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    WITH_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr,
+    laws, loss, ids, state_ptr, loss_ptr, statistics_ptr, COMPONENTS: tl.constexpr,
+    TARGET: tl.constexpr, LIVE: tl.constexpr, WITH_STATISTICS: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    student_row_ptr = student_logits_ptr + row * stride_student
-    teacher_row_ptr = teacher_logits_ptr + row * stride_teacher
-    token_weight = 1.0
-    if HAS_WEIGHTS:
-        token_weight = tl.load(token_weights_ptr + row)
-    if token_weight == 0.0:
-        tl.store(loss_ptr + row, 0.0)
-        tl.store(grad_sum_ptr + row, 0.0)
-        tl.store(student_lse_ptr + row, 0.0)
-        tl.store(teacher_lse_ptr + row, 0.0)
-        if WITH_STATISTICS:
-            _store_statistics(statistics_ptr, row, num_tokens, 0.0, 0.0, 0.0, 0.0, 0.0)
+    state_row_ptr = state_row(state_ptr, row, COMPONENTS)
+    weight = token_weight_of(loss, row)
+    zero_state(state_row_ptr, COMPONENTS)
+    if weight == 0.0:
+        store_nothing(loss_ptr, statistics_ptr, row, loss.num_tokens, WITH_STATISTICS)
     else:
-        student_lse, student_argmax = row_lse(
-            student_row_ptr, vocab_size, student_temperature, HAS_TEMPERATURE, BLOCK_V
-        )
-        teacher_lse, teacher_argmax = row_lse(
-            teacher_row_ptr, vocab_size, teacher_temperature, HAS_TEMPERATURE, BLOCK_V
-        )
-        form = _form_of_row(
-            student_row_ptr, teacher_row_ptr, vocab_size, student_temperature,
-            teacher_temperature, student_lse, teacher_lse, weight, rest, live, DIVERGENCE,
-            HAS_TEMPERATURE, BLOCK_V,
+        # the thread that stores a scalar may not be the one that zeroed it
+        tl.debug_barrier()
+        here = open_laws(laws, row, laws.vocab_size)
+        coefficients = coefficients_of(loss, row, COMPONENTS)
+        student, teacher, shifts, cross_entropy, statistics, thresholds, sums = _open_row(
+            here, loss, ids, coefficients, statistics_ptr, row, COMPONENTS, TARGET,
+            WITH_STATISTICS, BLOCK_V, BLOCK_LABELS, BLOCK_TOPK,
         )  # fmt: skip
-        lanes = tl.arange(0, BLOCK_V)
-        term_sum = tl.zeros((BLOCK_V,), tl.float32)
-        dterm_sum = tl.zeros((BLOCK_V,), tl.float32)
-        for begin in range(0, vocab_size, BLOCK_V):
-            _, _, p, q, gap = _load_entry(
-                student_row_ptr, teacher_row_ptr, begin + lanes, vocab_size, student_temperature,
-                teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
-            )  # fmt: skip
-            term_sum += divergence_term(p, q, gap, weight, rest, live, DIVERGENCE)
-            dterm_sum += divergence_dterm(p, q, gap, weight, rest, form, DIVERGENCE)
-        tl.store(loss_ptr + row, token_weight * tl.sum(term_sum, 0))
-        tl.store(grad_sum_ptr + row, tl.sum(dterm_sum, 0))
-        tl.store(student_lse_ptr + row, student_lse)
-        tl.store(teacher_lse_ptr + row, teacher_lse)
-        if WITH_STATISTICS:
-            student_entropy, teacher_entropy, forward_kl, reverse_kl = _row_statistics(
-                student_row_ptr, teacher_row_ptr, vocab_size, student_temperature,
-                teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE, BLOCK_V,
-            )  # fmt: skip
-            _store_statistics(
-                statistics_ptr, row, num_tokens, student_entropy, teacher_entropy, forward_kl,
-                reverse_kl,
-                _top1_agreement(student_argmax, teacher_argmax, student_lse, teacher_lse),
-            )  # fmt: skip
-
-
-@triton.jit
-def _divergence_bwd_kernel(
-    grad_loss_ptr, student_logits_ptr, teacher_logits_ptr, token_weights_ptr, student_lse_ptr,
-    teacher_lse_ptr, grad_sum_ptr, grad_student_logits_ptr, vocab_size, grad_width,
-    stride_student, stride_teacher, stride_grad, student_temperature, teacher_temperature,
-    weight, rest, live, DIVERGENCE: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    student_row_ptr = student_logits_ptr + row * stride_student
-    teacher_row_ptr = teacher_logits_ptr + row * stride_teacher
-    grad_row_ptr = grad_student_logits_ptr + row * stride_grad
-    scale = tl.load(grad_loss_ptr + row)
-    if HAS_WEIGHTS:
-        token_weight = tl.load(token_weights_ptr + row)
-        # weight 0 wins over an infinite upstream gradient
-        scale = tl.where(token_weight == 0.0, 0.0, token_weight * scale)
-    scale = scale / student_temperature
-    student_lse = tl.load(student_lse_ptr + row)
-    teacher_lse = tl.load(teacher_lse_ptr + row)
-    grad_sum = tl.load(grad_sum_ptr + row)
-    # a row that counts for nothing is not read, so that NaN in it stays there
-    readable = tl.where(scale == 0.0, 0, vocab_size)
-    form = _form_of_row(
-        student_row_ptr, teacher_row_ptr, readable, student_temperature,
-        teacher_temperature, student_lse, teacher_lse, weight, rest, live, DIVERGENCE,
-        HAS_TEMPERATURE, BLOCK_V,
-    )  # fmt: skip
-    lanes = tl.arange(0, BLOCK_V)
-    for begin in range(0, grad_width, BLOCK_V):
-        columns = begin + lanes
-        _, _, p, q, gap = _load_entry(
-            student_row_ptr, teacher_row_ptr, columns, readable, student_temperature,
-            teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
+        # before the terms, which need the registers
+        for k in tl.static_range(2):
+            side = student if k == 0 else teacher
+            tl.store(state_row_ptr + STUDENT_LSE + k, side[1])
+            tl.store(state_row_ptr + STUDENT_LARGEST + k, side[0])
+            argmax = side[2] if WITH_STATISTICS else -1.0
+            tl.store(state_row_ptr + STUDENT_ARGMAX + k, argmax)
+        for j in tl.static_range(len(COMPONENTS)):
+            if COMPONENTS[j] == ADAPTIVE_KL:
+                tl.store(component_row(state_row_ptr, j) + THRESHOLD, thresholds[j])
+        put_row_sums(state_row_ptr, sums, COMPONENTS, False)
+        put_statistics(state_row_ptr, statistics, cross_entropy, False)
+        rows = rows_of(loss, sums, COMPONENTS)
+        terms, grad_sum, teacher_grad_sum = terms_of(
+            here, loss, coefficients, None, rows, shifts, row, None, None, COMPONENTS, TARGET,
+            LIVE, BLOCK_V,
         )  # fmt: skip
-        dterm = divergence_dterm(p, q, gap, weight, rest, form, DIVERGENCE)
-        gradient = tl.where(columns < readable, scale * (dterm - q * grad_sum), 0.0)
-        gradient = gradient.to(grad_student_logits_ptr.dtype.element_ty)
-        tl.store(grad_row_ptr + columns, gradient, mask=columns < grad_width)
+        put_terms(state_row_ptr, terms, grad_sum, teacher_grad_sum, COMPONENTS, False)
+        store_loss(
+            loss, coefficients, terms, sums, cross_entropy, weight, loss_ptr, row, COMPONENTS
+        )
 
 
 @triton.jit
 def _divergence_fwd_grad_kernel(
-    student_logits_ptr, teacher_logits_ptr, token_weights_ptr, loss_ptr, statistics_ptr,
-    num_tokens, vocab_size, stride_student, stride_teacher, student_temperature,
-    teacher_temperature, weight, rest, live, DIVERGENCE: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    WITH_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr,
+    laws, loss, ids, loss_ptr, statistics_ptr, COMPONENTS: tl.constexpr, TARGET: tl.constexpr,
+    LIVE: tl.constexpr, WITH_STATISTICS: tl.constexpr, OVERWRITES_TWICE: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    student_row_ptr = student_logits_ptr + row * stride_student
-    teacher_row_ptr = teacher_logits_ptr + row * stride_teacher
-    lanes = tl.arange(0, BLOCK_V)
-    token_weight = 1.0
-    if HAS_WEIGHTS:
-        token_weight = tl.load(token_weights_ptr + row)
-    if token_weight == 0.0:
-        tl.store(loss_ptr + row, 0.0)
-        if WITH_STATISTICS:
-            _store_statistics(statistics_ptr, row, num_tokens, 0.0, 0.0, 0.0, 0.0, 0.0)
-        for begin in range(0, vocab_size, BLOCK_V):
-            columns = begin + lanes
+    weight = token_weight_of(loss, row)
+    student_row_ptr = laws.student.logits + row * laws.student.stride
+    if weight == 0.0:
+        store_nothing(loss_ptr, statistics_ptr, row, loss.num_tokens, WITH_STATISTICS)
+        for begin in range(0, laws.vocab_size, BLOCK_V):
+            columns = begin + tl.arange(0, BLOCK_V)
             zero = tl.zeros((BLOCK_V,), tl.float32)
-            tl.store(student_row_ptr + columns, zero, mask=columns < vocab_size)
+            tl.store(student_row_ptr + columns, zero, mask=columns < laws.vocab_size)
     else:
-        student_lse, student_argmax = row_lse(
-            student_row_ptr, vocab_size, student_temperature, HAS_TEMPERATURE, BLOCK_V
-        )
-        teacher_lse, teacher_argmax = row_lse(
-            teacher_row_ptr, vocab_size, teacher_temperature, HAS_TEMPERATURE, BLOCK_V
-        )
-        if WITH_STATISTICS:
-            student_entropy, teacher_entropy, forward_kl, reverse_kl = _row_statistics(
-                student_row_ptr, teacher_row_ptr, vocab_size, student_temperature,
-                teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE, BLOCK_V,
-            )  # fmt: skip
-            _store_statistics(
-                statistics_ptr, row, num_tokens, student_entropy, teacher_entropy, forward_kl,
-                reverse_kl,
-                _top1_agreement(student_argmax, teacher_argmax, student_lse, teacher_lse),
-            )  # fmt: skip
-        form = _form_of_row(
-            student_row_ptr, teacher_row_ptr, vocab_size, student_temperature,
-            teacher_temperature, student_lse, teacher_lse, weight, rest, live, DIVERGENCE,
-            HAS_TEMPERATURE, BLOCK_V,
+        here = open_laws(laws, row, laws.vocab_size)
+        coefficients = coefficients_of(loss, row, COMPONENTS)
+        _, _, shifts, cross_entropy, _, _, sums = _open_row(
+            here, loss, ids, coefficients, statistics_ptr, row, COMPONENTS, TARGET,
+            WITH_STATISTICS, BLOCK_V, BLOCK_LABELS, BLOCK_TOPK,
         )  # fmt: skip
-        term_sum = tl.zeros((BLOCK_V,), tl.float32)
-        dterm_sum = tl.zeros((BLOCK_V,), tl.float32)
-        for begin in range(0, vocab_size, BLOCK_V):
-            columns = begin + lanes
-            _, _, p, q, gap = _load_entry(
-                student_row_ptr, teacher_row_ptr, columns, vocab_size, student_temperature,
-                teacher_temperature, student_lse, teacher_lse, HAS_TEMPERATURE,
-            )  # fmt: skip
-            term_sum += divergence_term(p, q, gap, weight, rest, live, DIVERGENCE)
-            dterm = divergence_dterm(p, q, gap, weight, rest, form, DIVERGENCE)
-            dterm_sum += dterm
-            tl.store(student_row_ptr + columns, dterm, mask=columns < vocab_size)
-            tl.store(teacher_row_ptr + columns, q, mask=columns < vocab_size)
-        tl.store(loss_ptr + row, token_weight * tl.sum(term_sum, 0))
-        scale = token_weight / student_temperature
-        grad_sum = tl.sum(dterm_sum, 0)
+        rows = rows_of(loss, sums, COMPONENTS)
+        label_weight = label_coefficient(coefficients, COMPONENTS)
+        dterm_row_ptr, q_row_ptr = None, None
+        if OVERWRITES_TWICE:
+            dterm_row_ptr, q_row_ptr = student_row_ptr, here.teacher.logits
+            # a logit of a label may have been read by a thread that is not through yet
+            tl.debug_barrier()
+        terms, grad_sum, teacher_grad_sum = terms_of(
+            here, loss, coefficients, label_weight, rows, shifts, row, dterm_row_ptr, q_row_ptr,
+            COMPONENTS, TARGET, LIVE, BLOCK_V,
+        )  # fmt: skip
+        store_loss(
+            loss, coefficients, terms, sums, cross_entropy, weight, loss_ptr, row, COMPONENTS
+        )
+        scale = student_slope(here, weight)
+        grad_sum = full_grad_sum(loss, label_weight, grad_sum, row, BLOCK_LABELS)
         # the thread that reads a column may not be the one that wrote it
         tl.debug_barrier()
-        for begin in range(0, vocab_size, BLOCK_V):
-            columns = begin + lanes
-            inside = columns < vocab_size
-            dterm = tl.load(student_row_ptr + columns, mask=inside, other=0.0)
-            q = tl.load(teacher_row_ptr + columns, mask=inside, other=0.0)
-            tl.store(student_row_ptr + columns, scale * (dterm - q * grad_sum), mask=inside)
+        if OVERWRITES_TWICE:
+            for begin in range(0, laws.vocab_size, BLOCK_V):
+                columns = begin + tl.arange(0, BLOCK_V)
+                inside = columns < laws.vocab_size
+                dterm = tl.load(student_row_ptr + columns, mask=inside, other=0.0)
+                q = tl.load(here.teacher.logits + columns, mask=inside, other=0.0)
+                tl.store(student_row_ptr + columns, scale * (dterm - q * grad_sum), mask=inside)
+        else:
+            store_gradient(
+                here, loss, coefficients, label_weight, rows, shifts, row, 0, grad_sum,
+                teacher_grad_sum.to(tl.float32), scale, student_row_ptr, laws.vocab_size,
+                COMPONENTS, TARGET, LIVE, BLOCK_V,
+            )  # fmt: skip
 
 
 def divergence_fwd(
     student_logits: Tensor,
     teacher_logits: Tensor,
+    reference_logits: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    reference_bias: Tensor | None,
+    student_temperatures: Tensor | None,
+    teacher_temperatures: Tensor | None,
     token_weights: Tensor | None,
-    divergence: int,
-    param0: float,
-    param1: float,
-    student_temperature: float,
-    teacher_temperature: float,
+    coefficients: Tensor | None,
+    mixture_weights: Tensor | None,
+    labels: Tensor | None,
+    label_weights: Tensor | None,
+    token_ids: Tensor | None,
+    topk_ids: Tensor | None,
+    divergences: list[int],
+    params: list[float],
+    numbers: list[float],
+    target: int,
+    live_target: bool,
     vocab_size: int,
     with_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, student_lse, teacher_lse, grad_sum, statistics) of `opd::divergence_fwd`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, state, statistics) of `opd::divergence_fwd`."""
+    packed = pack(
+        student_logits, teacher_logits, reference_logits,
+        student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
+        token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids,
+        divergences, params, numbers, target, live_target, vocab_size,
+    )  # fmt: skip
     num_tokens = student_logits.shape[0]
     loss = student_logits.new_empty(num_tokens, dtype=torch.float32)
-    grad_sum = torch.empty_like(loss)
-    student_lse = student_logits.new_empty(num_tokens, dtype=torch.float64)
-    teacher_lse = torch.empty_like(student_lse)
+    state = loss.new_empty(num_tokens, packed.state_size, dtype=torch.float64)
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)
-    block_v, num_warps = tile(vocab_size)
     launch(
-        _divergence_fwd_kernel, num_tokens, num_warps,
-        student_logits, teacher_logits, token_weights, loss, student_lse, teacher_lse, grad_sum,
-        statistics, num_tokens, vocab_size, student_logits.stride(0), teacher_logits.stride(0),
-        student_temperature, teacher_temperature, *parameters(param0, param1),
-        DIVERGENCE=divergence, HAS_TEMPERATURE=student_temperature != 1 or teacher_temperature != 1,
-        HAS_WEIGHTS=token_weights is not None, WITH_STATISTICS=with_statistics, BLOCK_V=block_v,
+        _divergence_fwd_kernel, student_logits, packed.num_warps, *packed[:3], state, loss,
+        statistics, WITH_STATISTICS=with_statistics, **packed.constants,
     )  # fmt: skip
-    return loss, student_lse, teacher_lse, grad_sum, statistics
+    return loss, state, statistics
 
 
 def divergence_bwd(
     grad_loss: Tensor,
+    state: Tensor,
     student_logits: Tensor,
     teacher_logits: Tensor,
+    reference_logits: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    reference_bias: Tensor | None,
+    student_temperatures: Tensor | None,
+    teacher_temperatures: Tensor | None,
     token_weights: Tensor | None,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-    grad_sum: Tensor,
-    divergence: int,
-    param0: float,
-    param1: float,
-    student_temperature: float,
-    teacher_temperature: float,
+    coefficients: Tensor | None,
+    mixture_weights: Tensor | None,
+    labels: Tensor | None,
+    label_weights: Tensor | None,
+    token_ids: Tensor | None,
+    topk_ids: Tensor | None,
+    divergences: list[int],
+    params: list[float],
+    numbers: list[float],
+    target: int,
+    live_target: bool,
     vocab_size: int,
 ) -> Tensor:
     """grad_student_logits of `opd::divergence_bwd`, zero beyond `vocab_size`."""
-    num_tokens, grad_width = student_logits.shape
-    grad_student_logits = student_logits.new_empty(num_tokens, grad_width)
-    block_v, num_warps = tile(vocab_size)
-    launch(
-        _divergence_bwd_kernel, num_tokens, num_warps,
-        grad_loss.contiguous(), student_logits, teacher_logits, token_weights, student_lse,
-        teacher_lse, grad_sum, grad_student_logits, vocab_size, grad_width,
-        student_logits.stride(0), teacher_logits.stride(0), grad_student_logits.stride(0),
-        student_temperature, teacher_temperature, *parameters(param0, param1),
-        DIVERGENCE=divergence, HAS_TEMPERATURE=student_temperature != 1 or teacher_temperature != 1,
-        HAS_WEIGHTS=token_weights is not None, BLOCK_V=block_v,
+    packed = pack(
+        student_logits, teacher_logits, reference_logits,
+        student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
+        token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids,
+        divergences, params, numbers, target, live_target, vocab_size,
     )  # fmt: skip
+    grad_student_logits = student_logits.new_empty(student_logits.shape)
+    launch_bwd(packed, grad_loss, state, grad_student_logits, 0)
     return grad_student_logits
 
 
 def divergence_fwd_grad_(
     student_logits: Tensor,
     teacher_logits: Tensor,
+    reference_logits: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    reference_bias: Tensor | None,
+    student_temperatures: Tensor | None,
+    teacher_temperatures: Tensor | None,
     token_weights: Tensor | None,
-    divergence: int,
-    param0: float,
-    param1: float,
-    student_temperature: float,
-    teacher_temperature: float,
+    coefficients: Tensor | None,
+    mixture_weights: Tensor | None,
+    labels: Tensor | None,
+    label_weights: Tensor | None,
+    token_ids: Tensor | None,
+    topk_ids: Tensor | None,
+    divergences: list[int],
+    params: list[float],
+    numbers: list[float],
+    target: int,
+    live_target: bool,
     vocab_size: int,
     with_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics) of `opd::divergence_fwd_grad_`; student_logits becomes the gradient."""
+    packed = pack(
+        student_logits, teacher_logits, reference_logits,
+        student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
+        token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids,
+        divergences, params, numbers, target, live_target, vocab_size,
+    )  # fmt: skip
     num_tokens = student_logits.shape[0]
     loss = student_logits.new_empty(num_tokens, dtype=torch.float32)
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)
-    block_v, num_warps = tile(vocab_size)
     launch(
-        _divergence_fwd_grad_kernel, num_tokens, num_warps,
-        student_logits, teacher_logits, token_weights, loss, statistics, num_tokens, vocab_size,
-        student_logits.stride(0), teacher_logits.stride(0), student_temperature,
-        teacher_temperature, *parameters(param0, param1), DIVERGENCE=divergence,
-        HAS_TEMPERATURE=student_temperature != 1 or teacher_temperature != 1,
-        HAS_WEIGHTS=token_weights is not None,
-        WITH_STATISTICS=with_statistics, BLOCK_V=block_v,
+        _divergence_fwd_grad_kernel, student_logits, packed.num_warps, *packed[:3], loss,
+        statistics, WITH_STATISTICS=with_statistics, OVERWRITES_TWICE=packed.overwrites_twice,
+        **packed.constants,
     )  # fmt: skip
     return loss, statistics

@@ -23,7 +23,7 @@ def _token_logprobs_fwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits
-    lse, _ = row_lse(row_ptr, vocab_size, temperature, HAS_TEMPERATURE, BLOCK_V)
+    lse = row_lse(row_ptr, vocab_size, temperature, HAS_TEMPERATURE, BLOCK_V)
     high, low = split(lse)
     lanes = tl.arange(0, BLOCK_V)
     entropy = tl.zeros((BLOCK_V,), tl.float32)
@@ -85,7 +85,7 @@ def token_logprobs_fwd(
     entropy = torch.empty_like(logprobs)
     block_v, num_warps = tile(vocab_size)
     launch(
-        _token_logprobs_fwd_kernel, num_tokens, num_warps,
+        _token_logprobs_fwd_kernel, logits, num_warps,
         logits, token_ids, logprobs, lse, entropy, vocab_size, logits.stride(0), temperature,
         HAS_TEMPERATURE=temperature != 1, BLOCK_V=block_v,
     )  # fmt: skip
@@ -134,10 +134,10 @@ def _launch_bwd(
     grad_logprobs, grad_lse, grad_entropy, logits, token_ids, lse, entropy, grad_logits,
     temperature, vocab_size,
 ) -> None:  # fmt: skip
-    num_tokens, grad_width = logits.shape
+    grad_width = logits.shape[1]
     block_v, num_warps = tile(vocab_size)
     launch(
-        _token_logprobs_bwd_kernel, num_tokens, num_warps,
+        _token_logprobs_bwd_kernel, logits, num_warps,
         grad_logprobs, grad_lse, grad_entropy, logits, token_ids, lse, entropy, grad_logits,
         vocab_size, grad_width, logits.stride(0), grad_logits.stride(0), temperature,
         HAS_TEMPERATURE=temperature != 1, BLOCK_V=block_v,

@@ -526,9 +526,7 @@ def test_divergence_fwd_grad_is_forward_and_backward_in_place(dtype, divergence)
         torch.ones_like(loss), state, logits.student, logits.teacher, None, *laws
     )
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
-    torch.testing.assert_close(
-        statistics, expected_statistics, rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(statistics, expected_statistics, rtol=0, atol=0, equal_nan=True)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(
         student, gradient, rtol=4 * eps, atol=4 * eps * gradient.abs().max().item()

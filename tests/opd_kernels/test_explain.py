@@ -25,6 +25,32 @@ def test_explain_gives_the_plan_of_a_fused_op():
     assert "path A: 1 chunk(s) of up to 100" in opk.explain("fused_linear_divergence", *tensors)
 
 
+def test_explain_says_when_and_why_the_vocabulary_is_cut():
+    tensors = (torch.zeros(100, 8), torch.zeros(900, 8), torch.zeros(100, 6), torch.zeros(900, 6))
+    small = {"workspace_bytes": 40_000}
+    text = opk.explain("fused_linear_divergence", *tensors, **small)
+    assert "path B: " in text
+    assert "slices of the vocabulary" in text
+    assert "whole rows of 5 tokens would make GEMMs too short" in text
+    text = opk.explain("fused_linear_divergence", *tensors, divergence="adaptive_kl", **small)
+    assert "path A: 20 chunk(s) of up to 5 of 100 tokens" in text
+    assert "short chunks: adaptive_kl sorts the teacher's law" in text
+    text = opk.explain("fused_linear_token_logprobs", *tensors[:2], **small)
+    assert "path A" in text
+
+
+def test_explain_counts_the_reference_model():
+    tensors = (torch.zeros(100, 8), torch.zeros(50, 8), torch.zeros(100, 6), torch.zeros(50, 6))
+    text = opk.explain(
+        "fused_linear_divergence",
+        *tensors,
+        reference_lm_head_weight=torch.zeros(50, 6),
+        workspace_bytes=14_240,
+    )
+    # 4 bytes x (3 x 50 logits + 8 + 6 + 6 + 8 hidden) = 712 bytes per token
+    assert "path A: 5 chunk(s) of up to 20 of 100 tokens" in text
+
+
 def test_explain_accepts_meta_tensors():
     head = torch.empty(151936, 4096, device="meta", dtype=torch.bfloat16)
     hidden = torch.empty(8192, 4096, device="meta", dtype=torch.bfloat16)

@@ -77,9 +77,7 @@ def test_fused_linear_divergence_has_the_golden_values_float64(golden, pair, red
     ids=str,
 )
 def test_fused_linear_divergence_gradcheck_float64(divergence, reduction):
-    case = FusedCase(
-        "gradcheck", 4, 7, 3, 5, std=0.7, weights="random", temperature=(1.2, 0.8)
-    )
+    case = FusedCase("gradcheck", 4, 7, 3, 5, std=0.7, weights="random", temperature=(1.2, 0.8))
     inputs = fused_of(case, F64)
 
     def loss(hidden, head):

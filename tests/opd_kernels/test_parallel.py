@@ -162,9 +162,9 @@ def _refusals(ranks: int) -> None:
         opk.fused_linear_divergence(*heads[:3], heads[3][:-1], process_group=group)
     with pytest.raises(ValueError, match="at least one column per rank"):
         opk.fused_linear_divergence(*heads, vocab_size=ranks - 1, process_group=group)
-    with pytest.raises(ValueError, match="Shards are cut as torch.chunk does"):
+    with pytest.raises(ValueError, match="Shards are cut as"):
         opk.fused_linear_divergence(*heads, vocab_size=VOCAB * ranks * 2, process_group=group)
-    with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup"):
+    with pytest.raises(TypeError, match="process_group must be a torch"):
         opk.fused_linear_divergence(*heads, process_group="world")
     with pytest.raises(ValueError, match="it is exact and on one rank"):
         opk.fused_linear_divergence(*heads, process_group=group, backend="reference")

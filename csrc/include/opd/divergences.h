@@ -546,8 +546,12 @@ struct ConcreteScore : Separable {
     return out;
   }
   OPD_HD double value(double sum) const {
+    // an infinite gap makes its own mean infinite, and inf - inf would hide it
+    const double infinity = std::numeric_limits<double>::infinity();
+    const bool finite = mean_first - mean_first == 0 && mean_second - mean_second == 0;
+    const bool defined = mean_first == mean_first && mean_second == mean_second;
     const double apart = mean_first - mean_second;
-    return sum + 0.5 * apart * apart;
+    return finite || !defined ? sum + 0.5 * apart * apart : infinity;
   }
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {

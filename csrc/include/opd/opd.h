@@ -228,6 +228,86 @@ OPD_API opd_status_t opd_divergence_eval(int32_t divergence, double param0, doub
                                          const double* student_logprob, double* term,
                                          double* dterm, double* dterm_teacher, double* value);
 
+/* ---- Segments: per-token values packed one segment (sequence, turn, group) after another. ---- */
+
+/* Segment s is the tokens offsets[s] .. offsets[s + 1] - 1; empty segments are allowed. */
+typedef struct opd_segments_t {
+  const int64_t* offsets; /* [num_segments + 1]: from 0 to num_tokens, never decreasing */
+  int64_t num_segments;
+  int64_t num_tokens;
+  int32_t dtype; /* OPD_FLOAT32 or OPD_FLOAT64: "real" of the four entry points below */
+  opd_parallel_for_fn parallel_for;
+} opd_segments_t;
+
+/* out[i] = sum_k discount^k values[i + k stride], first_step <= k < first_step + num_steps, over the
+ * k whose token is in the segment of i; i - k stride with prefix = 1. Its gradient with respect to
+ * values is the same sum of grad_out with the other prefix. 0^0 = 1, and a factor of 0 reads
+ * nothing. Sums are float64. */
+typedef struct opd_segment_scan_args_t {
+  uint32_t struct_size;
+  opd_segments_t segments;
+  double discount;    /* in [0, 1] */
+  int64_t first_step; /* >= 0 */
+  int64_t num_steps;  /* >= 1; INT64_MAX is the whole segment */
+  int64_t stride;     /* >= 1 */
+  int32_t prefix;     /* 0: towards the end of the segment, 1: towards its beginning */
+  const void* values; /* [num_tokens] real */
+  void* out;          /* [num_tokens] real; not the values */
+  double* scratch;    /* [num_tokens], or NULL if num_steps is 1 or at least num_tokens */
+} opd_segment_scan_args_t;
+
+OPD_API opd_status_t opd_segment_scan_cpu(const opd_segment_scan_args_t* args);
+
+typedef enum opd_reduction_t {
+  OPD_SUM = 0,  /* sum_i w_i x_i; 0 if nothing counts */
+  OPD_MEAN = 1, /* the same divided by sum_i w_i; 0 where that is 0 */
+  OPD_MAX = 2,  /* over w_i != 0, NaN if one is; -inf if nothing counts */
+  OPD_MIN = 3   /* likewise; inf if nothing counts */
+} opd_reduction_t;
+
+/* One value per segment. Tokens of weight 0 do not count and their values are not read. */
+typedef struct opd_segment_reduce_args_t {
+  uint32_t struct_size;
+  opd_segments_t segments;
+  int32_t reduction;   /* opd_reduction_t */
+  const void* values;  /* [num_tokens] real */
+  const void* weights; /* [num_tokens] real, or NULL for ones */
+  void* out;           /* [num_segments] real */
+  int64_t* index;      /* [num_segments] out, of OPD_MAX and OPD_MIN: the first token that attains
+                          it, -1 if nothing counts; NULL if not wanted */
+} opd_segment_reduce_args_t;
+
+OPD_API opd_status_t opd_segment_reduce_cpu(const opd_segment_reduce_args_t* args);
+
+/* out[i] = weights[i] segment_values[segment of i], exactly 0 where the weight is 0: the transpose of
+ * OPD_SUM. */
+typedef struct opd_segment_broadcast_args_t {
+  uint32_t struct_size;
+  opd_segments_t segments;
+  const void* segment_values; /* [num_segments] real */
+  const void* weights;        /* [num_tokens] real, or NULL for ones */
+  void* out;                  /* [num_tokens] real */
+} opd_segment_broadcast_args_t;
+
+OPD_API opd_status_t opd_segment_broadcast_cpu(const opd_segment_broadcast_args_t* args);
+
+/* Statistics of each group over its members that count. mean is 0 of no member; std is the root of
+ * sum (x - mean)^2 / (count - correction), 0 if count <= correction; leave_one_out_mean[i] is the mean
+ * of the members other than i, 0 if there is none. A member that does not count still gets one. */
+typedef struct opd_group_statistics_args_t {
+  uint32_t struct_size;
+  opd_segments_t segments;
+  int32_t correction;       /* 0: population, 1: sample */
+  const void* values;       /* [num_tokens] real */
+  const uint8_t* mask;      /* [num_tokens], 0 = does not count and is not read; NULL: all count */
+  int64_t* count;           /* [num_segments] out */
+  void* mean;               /* [num_segments] real, out */
+  void* std;                /* [num_segments] real, out */
+  void* leave_one_out_mean; /* [num_tokens] real, out */
+} opd_group_statistics_args_t;
+
+OPD_API opd_status_t opd_group_statistics_cpu(const opd_group_statistics_args_t* args);
+
 /* Text of the last failure on this thread; "" if there was none. Owned by the library. */
 OPD_API const char* opd_last_error(void);
 

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Divergences in phases, for slices of a vocabulary: what each adds to a row of state.
+
+A call sees the columns [first_column, first_column + vocab_size) of a row. The backward of whole
+rows is that of a row's only slice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._components import coefficients_of, row_sums_of, rows_of, thresholds_of, token_weight_of
+from ._ids import cross_entropy_of, label_coefficient
+from ._laws import add_lse, open_laws, shifts_of
+from ._packing import NUM_STATISTICS, Packed, has_row_sums, pack
+from ._rows import launch
+from ._state import (
+    CROSS_ENTROPY_SUM,
+    GRAD_SUM,
+    STATISTICS,
+    STUDENT_ARGMAX,
+    STUDENT_LARGEST,
+    STUDENT_LSE,
+    TEACHER_ARGMAX,
+    TEACHER_GRAD_SUM,
+    TEACHER_LSE,
+    load_row_sums,
+    load_terms,
+    put_row_sums,
+    put_statistics,
+    put_terms,
+    state_row,
+    zero_state,
+)
+from ._whole_rows import (
+    full_grad_sum,
+    statistics_of,
+    store_gradient,
+    store_loss,
+    store_nothing,
+    store_statistics,
+    student_slope,
+    terms_of,
+)
+
+LSE, ROW_SUMS, TERMS, OPEN, CLOSE_LSE, FINISH = range(6)
+
+
+@triton.jit
+def _shifts_of_row(state_row_ptr):
+    return shifts_of(tl.load(state_row_ptr + STUDENT_LSE), tl.load(state_row_ptr + TEACHER_LSE))
+
+
+@triton.jit
+def _lse_kernel(
+    laws, loss, state_ptr, first_column, COMPONENTS: tl.constexpr, TARGET: tl.constexpr,
+    WITH_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    state_row_ptr = state_row(state_ptr, row, COMPONENTS)
+    if token_weight_of(loss, row) != 0.0:
+        here = open_laws(laws, row, laws.vocab_size)
+        for k in tl.static_range(2):
+            lse_ptr = state_row_ptr + STUDENT_LSE + k
+            largest_ptr = state_row_ptr + STUDENT_LARGEST + k
+            argmax_ptr = state_row_ptr + STUDENT_ARGMAX + k
+            largest, total, argmax = add_lse(
+                here, tl.load(largest_ptr), tl.load(lse_ptr), tl.load(argmax_ptr), first_column,
+                k == 0, TARGET, BLOCK_V,
+            )  # fmt: skip
+            tl.store(largest_ptr, largest)
+            tl.store(lse_ptr, total)
+            if WITH_STATISTICS:
+                tl.store(argmax_ptr, argmax)
+
+
+@triton.jit
+def _row_sums_kernel(
+    laws, loss, state_ptr, COMPONENTS: tl.constexpr, TARGET: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    state_row_ptr = state_row(state_ptr, row, COMPONENTS)
+    if token_weight_of(loss, row) != 0.0:
+        here = open_laws(laws, row, laws.vocab_size)
+        coefficients = coefficients_of(loss, row, COMPONENTS)
+        shifts = _shifts_of_row(state_row_ptr)
+        thresholds = thresholds_of(here, loss, shifts, COMPONENTS, TARGET, BLOCK_V)
+        sums = row_sums_of(
+            here, loss, coefficients, shifts, thresholds, COMPONENTS, TARGET, BLOCK_V
+        )
+        put_row_sums(state_row_ptr, sums, COMPONENTS, True)
+
+
+@triton.jit
+def _terms_kernel(
+    laws, loss, ids, state_ptr, first_column, COMPONENTS: tl.constexpr, TARGET: tl.constexpr,
+    LIVE: tl.constexpr, WITH_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    state_row_ptr = state_row(state_ptr, row, COMPONENTS)
+    if token_weight_of(loss, row) != 0.0:
+        here = open_laws(laws, row, laws.vocab_size)
+        coefficients = coefficients_of(loss, row, COMPONENTS)
+        shifts = _shifts_of_row(state_row_ptr)
+        rows = rows_of(loss, load_row_sums(state_row_ptr, COMPONENTS), COMPONENTS)
+        cross_entropy = cross_entropy_of(
+            here, loss, shifts, row, first_column, TARGET, BLOCK_LABELS
+        )
+        statistics = statistics_of(
+            here, ids, shifts, row, first_column, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
+        )
+        put_statistics(state_row_ptr, statistics, cross_entropy, True)
+        terms, grad_sum, teacher_grad_sum = terms_of(
+            here, loss, coefficients, None, rows, shifts, row, None, None, COMPONENTS, TARGET,
+            LIVE, BLOCK_V,
+        )  # fmt: skip
+        put_terms(state_row_ptr, terms, grad_sum, teacher_grad_sum, COMPONENTS, True)
+
+
+@triton.jit
+def _finish_kernel(
+    loss, state_ptr, loss_ptr, statistics_ptr, COMPONENTS: tl.constexpr,
+    WITH_STATISTICS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    state_row_ptr = state_row(state_ptr, row, COMPONENTS)
+    weight = token_weight_of(loss, row)
+    if weight == 0.0:
+        zero_state(state_row_ptr, COMPONENTS)
+        store_nothing(loss_ptr, statistics_ptr, row, loss.num_tokens, WITH_STATISTICS)
+    else:
+        statistics = ()
+        if WITH_STATISTICS:
+            for k in tl.static_range(8):
+                statistics = statistics + (tl.load(state_row_ptr + STATISTICS + k),)
+        store_statistics(
+            statistics, tl.load(state_row_ptr + STUDENT_LSE), tl.load(state_row_ptr + TEACHER_LSE),
+            tl.load(state_row_ptr + STUDENT_ARGMAX), tl.load(state_row_ptr + TEACHER_ARGMAX),
+            statistics_ptr, row, loss.num_tokens,
+        )  # fmt: skip
+        store_loss(
+            loss, coefficients_of(loss, row, COMPONENTS), load_terms(state_row_ptr, COMPONENTS),
+            load_row_sums(state_row_ptr, COMPONENTS), tl.load(state_row_ptr + CROSS_ENTROPY_SUM),
+            weight, loss_ptr, row, COMPONENTS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _divergence_bwd_kernel(
+    laws, loss, grad_loss_ptr, state_ptr, grad_ptr, stride_grad, grad_width, first_column,
+    COMPONENTS: tl.constexpr, TARGET: tl.constexpr, LIVE: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    state_row_ptr = state_row(state_ptr, row, COMPONENTS)
+    weight = token_weight_of(loss, row)
+    grad_loss = tl.load(grad_loss_ptr + row)
+    # weight 0 wins over an infinite upstream gradient, and such a row is not read
+    skipped = (weight == 0.0) | (grad_loss == 0.0)
+    here = open_laws(laws, row, tl.where(skipped, 0, laws.vocab_size))
+    coefficients = coefficients_of(loss, row, COMPONENTS)
+    label_weight = label_coefficient(coefficients, COMPONENTS)
+    rows = rows_of(loss, load_row_sums(state_row_ptr, COMPONENTS), COMPONENTS)
+    grad_sum = full_grad_sum(
+        loss, label_weight, tl.load(state_row_ptr + GRAD_SUM), row, BLOCK_LABELS
+    )
+    teacher_grad_sum = tl.load(state_row_ptr + TEACHER_GRAD_SUM).to(tl.float32)
+    store_gradient(
+        here, loss, coefficients, label_weight, rows, _shifts_of_row(state_row_ptr), row,
+        first_column, grad_sum, teacher_grad_sum, student_slope(here, weight * grad_loss),
+        grad_ptr + row * stride_grad, grad_width, COMPONENTS, TARGET, LIVE, BLOCK_V,
+    )  # fmt: skip
+
+
+def launch_bwd(
+    packed: Packed, grad_loss: Tensor, state: Tensor, grad: Tensor, first_column: int
+) -> None:
+    """Writes the gradient of the call's columns, and zeros beyond them."""
+    names = ("COMPONENTS", "TARGET", "LIVE", "BLOCK_V", "BLOCK_LABELS")
+    launch(
+        _divergence_bwd_kernel, grad, packed.num_warps, packed.laws, packed.loss, grad_loss,
+        state, grad, grad.stride(0), grad.shape[1], first_column,
+        **{name: packed.constants[name] for name in names},
+    )  # fmt: skip
+
+
+def divergence_phase_(
+    state: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    reference_logits: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    reference_bias: Tensor | None,
+    student_temperatures: Tensor | None,
+    teacher_temperatures: Tensor | None,
+    token_weights: Tensor | None,
+    coefficients: Tensor | None,
+    mixture_weights: Tensor | None,
+    labels: Tensor | None,
+    label_weights: Tensor | None,
+    token_ids: Tensor | None,
+    topk_ids: Tensor | None,
+    divergences: list[int],
+    params: list[float],
+    numbers: list[float],
+    target: int,
+    live_target: bool,
+    vocab_size: int,
+    phase: int,
+    first_column: int,
+    with_statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, statistics) of `opd::divergence_phase_`: empty but for the last phase."""
+    packed = pack(
+        student_logits, teacher_logits, reference_logits,
+        student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
+        token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids,
+        divergences, params, numbers, target, live_target, vocab_size,
+    )  # fmt: skip
+    if packed.needs_whole_rows and phase in (LSE, ROW_SUMS, TERMS):
+        raise RuntimeError("divergence: adaptive_kl sorts the teacher's law and needs whole rows")
+    finishes = phase == FINISH
+    num_tokens = student_logits.shape[0]
+    loss = student_logits.new_empty(num_tokens if finishes else 0, dtype=torch.float32)
+    statistics = loss.new_empty(NUM_STATISTICS, num_tokens if finishes and with_statistics else 0)
+    if phase == OPEN:
+        _open(state)
+    elif phase == CLOSE_LSE:
+        _close_lse(state, token_weights)
+    else:
+        _launch_phase(packed, phase, state, first_column, loss, statistics, with_statistics)
+    return loss, statistics
+
+
+def _open(state: Tensor) -> None:
+    state.zero_()
+    state[:, STUDENT_LARGEST.value : STUDENT_LARGEST.value + 2] = float("-inf")
+    state[:, STUDENT_ARGMAX.value : STUDENT_ARGMAX.value + 2] = -1.0
+
+
+def _close_lse(state: Tensor, token_weights: Tensor | None) -> None:
+    lse = state[:, STUDENT_LSE.value : STUDENT_LSE.value + 2]
+    closed = state[:, STUDENT_LARGEST.value : STUDENT_LARGEST.value + 2] + lse.log()
+    if token_weights is not None:
+        closed = torch.where((token_weights == 0).unsqueeze(1), lse, closed)
+    lse.copy_(closed)
+
+
+def _launch_phase(
+    packed: Packed, phase: int, state: Tensor, first_column: int, loss: Tensor,
+    statistics: Tensor, with_statistics: bool,
+) -> None:  # fmt: skip
+    constants = packed.constants
+    chosen = {name: constants[name] for name in ("COMPONENTS", "TARGET", "BLOCK_V")}
+    if phase == LSE:
+        launch(
+            _lse_kernel, state, packed.num_warps, packed.laws, packed.loss, state, first_column,
+            WITH_STATISTICS=with_statistics, **chosen,
+        )  # fmt: skip
+    elif phase == ROW_SUMS and has_row_sums(packed.components):
+        launch(_row_sums_kernel, state, packed.num_warps, packed.laws, packed.loss, state, **chosen)
+    elif phase == TERMS:
+        launch(
+            _terms_kernel, state, packed.num_warps, *packed[:3], state, first_column,
+            WITH_STATISTICS=with_statistics, **constants,
+        )  # fmt: skip
+    elif phase == FINISH:
+        launch(
+            _finish_kernel, state, 1, packed.loss, state, loss, statistics,
+            COMPONENTS=packed.components, WITH_STATISTICS=with_statistics,
+        )  # fmt: skip
+
+
+def divergence_bwd_(
+    student_logits: Tensor,
+    grad_loss: Tensor,
+    state: Tensor,
+    teacher_logits: Tensor,
+    reference_logits: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    reference_bias: Tensor | None,
+    student_temperatures: Tensor | None,
+    teacher_temperatures: Tensor | None,
+    token_weights: Tensor | None,
+    coefficients: Tensor | None,
+    mixture_weights: Tensor | None,
+    labels: Tensor | None,
+    label_weights: Tensor | None,
+    token_ids: Tensor | None,
+    topk_ids: Tensor | None,
+    divergences: list[int],
+    params: list[float],
+    numbers: list[float],
+    target: int,
+    live_target: bool,
+    vocab_size: int,
+    first_column: int,
+) -> None:
+    """`opd::divergence_bwd_`: the gradient overwrites the float32 student logits."""
+    packed = pack(
+        student_logits, teacher_logits, reference_logits,
+        student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
+        token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids,
+        divergences, params, numbers, target, live_target, vocab_size,
+    )  # fmt: skip
+    launch_bwd(packed, grad_loss, state, student_logits, first_column)

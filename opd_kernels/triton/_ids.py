@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single columns of a row: labels of cross_entropy, and the ids that statistics are asked for.
+
+An id outside of the columns [first_column, first_column + vocab_size) of a call adds nothing; a
+negative one is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ._components import CROSS_ENTROPY
+from ._laws import load_side, load_target
+from ._math import exp
+
+
+class Ids(NamedTuple):
+    """Pointers of [T] and [T, num_topk], or None."""
+
+    token_ids: Any
+    topk_ids: Any
+    num_topk: Any
+
+
+@triton.jit
+def _columns_of(ids_ptr, row, count, first_column, vocab_size, BLOCK: tl.constexpr):
+    """(columns, whether they are here) of the ids of a row."""
+    k = tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + row * count + k, mask=k < count, other=-1)
+    columns = ids - first_column
+    return columns, (ids >= 0) & (columns >= 0) & (columns < vocab_size)
+
+
+@triton.jit
+def _logprobs_at(laws, shifts, columns, inside, TARGET: tl.constexpr):
+    """(log q, log p) of some columns."""
+    student = load_side(laws.student, columns, inside)
+    target = load_target(laws, student, columns, inside, TARGET)
+    lq = (student - shifts.student_high) - shifts.student_low
+    return lq, (target - shifts.teacher_high) - shifts.teacher_low
+
+
+@triton.jit
+def _sum_where(inside, values):
+    return tl.sum(tl.where(inside, values, 0.0).to(tl.float64), 0)
+
+
+@triton.jit
+def id_statistics(
+    laws, ids, shifts, row, first_column, TARGET: tl.constexpr, BLOCK_TOPK: tl.constexpr
+):
+    """What these columns add to log q and log p of token_ids and to the masses of topk_ids."""
+    zero = tl.full((), 0.0, tl.float64)
+    lq, lp, q, p = zero, zero, zero, zero
+    if ids.token_ids is not None:
+        columns, inside = _columns_of(ids.token_ids, row, 1, first_column, laws.vocab_size, 1)
+        log_q, log_p = _logprobs_at(laws, shifts, columns, inside, TARGET)
+        lq, lp = _sum_where(inside, log_q), _sum_where(inside, log_p)
+    if ids.topk_ids is not None:
+        columns, inside = _columns_of(
+            ids.topk_ids, row, ids.num_topk, first_column, laws.vocab_size, BLOCK_TOPK
+        )
+        log_q, log_p = _logprobs_at(laws, shifts, columns, inside, TARGET)
+        q, p = _sum_where(inside, exp(log_q)), _sum_where(inside, exp(log_p))
+    return lq, lp, q, p
+
+
+@triton.jit
+def _label_weights(loss, row, BLOCK_LABELS: tl.constexpr):
+    k = tl.arange(0, BLOCK_LABELS)
+    weights = tl.full((BLOCK_LABELS,), 1.0, tl.float32)
+    if loss.label_weights is not None:
+        at = row * loss.num_labels + k
+        weights = tl.load(loss.label_weights + at, mask=k < loss.num_labels, other=0.0)
+    return weights
+
+
+@triton.jit
+def cross_entropy_of(
+    laws, loss, shifts, row, first_column, TARGET: tl.constexpr, BLOCK_LABELS: tl.constexpr
+):
+    """What these columns add to -sum_k weight_k log q(label_k)."""
+    total = tl.full((), 0.0, tl.float64)
+    if loss.labels is not None:
+        columns, inside = _columns_of(
+            loss.labels, row, loss.num_labels, first_column, laws.vocab_size, BLOCK_LABELS
+        )
+        weights = _label_weights(loss, row, BLOCK_LABELS)
+        inside = inside & (weights != 0.0)
+        lq, _ = _logprobs_at(laws, shifts, columns, inside, TARGET)
+        total -= _sum_where(inside, weights.to(tl.float64) * lq.to(tl.float64))
+    return total
+
+
+@triton.jit
+def label_coefficient(coefficients, COMPONENTS: tl.constexpr):
+    """The coefficient of cross_entropy in the loss, summed; None where it is no part of it."""
+    out = None
+    for j in tl.static_range(len(COMPONENTS)):
+        if COMPONENTS[j] == CROSS_ENTROPY:
+            one = 1.0
+            if len(coefficients) > 0:
+                one = coefficients[j]
+            out = one if out is None else out + one
+    return out
+
+
+@triton.jit
+def label_sum(loss, coefficient, row, BLOCK_LABELS: tl.constexpr):
+    """Sum of what the labels take from dterm: all of them, whichever columns are here."""
+    k = tl.arange(0, BLOCK_LABELS)
+    inside = k < loss.num_labels
+    labels = tl.load(loss.labels + row * loss.num_labels + k, mask=inside, other=-1)
+    weights = _label_weights(loss, row, BLOCK_LABELS)
+    return coefficient * tl.sum(tl.where(labels >= 0, weights, 0.0).to(tl.float64), 0)
+
+
+@triton.jit
+def subtract_labels(loss, coefficient, row, columns, first_column, dterm):
+    """dterm of a block of columns, with the labels' part."""
+    if coefficient is None:
+        return dterm
+    else:
+        for k in range(0, loss.num_labels):
+            at = row * loss.num_labels + k
+            label = tl.load(loss.labels + at)
+            weight = coefficient
+            if loss.label_weights is not None:
+                weight = coefficient * tl.load(loss.label_weights + at)
+            # NaN * 0, of an ignored slot or a coefficient of 0, must not arise
+            is_label = (columns + first_column == label) & (weight != 0.0)
+            dterm = tl.where(is_label, dterm - weight, dterm)
+        return dterm
