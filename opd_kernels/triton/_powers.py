@@ -66,9 +66,9 @@ def renyi_form(e, alpha, rest, log_mass):
 
 
 @triton.jit
-def alpha_beta_sum(e, c):
-    """term, from the constants in their order."""
-    x = e.gap
+def alpha_beta_sum(e, c, offset):
+    """term, from the constants in their order; offset is the common error of the gaps."""
+    x = e.gap - offset
     ps = exp_unbounded(exponent_times(c[2], e.lp))
     qs = exp_unbounded(exponent_times(c[2], e.lq))
     cross = exp_unbounded(exponent_times(c[8], e.lp) + exponent_times(c[9], e.lq))
@@ -83,9 +83,9 @@ def alpha_beta_sum(e, c):
 
 
 @triton.jit
-def alpha_beta_form(e, a, b, s, inverse_a):
+def alpha_beta_form(e, a, b, s, inverse_a, offset):
     """(q^s - p^a q^b) / a; q^s gap where a = 0."""
-    x = e.gap
+    x = e.gap - offset
     # finite, so that y is 0 where a is
     bounded = tl.where(x > 1e30, 1e30, tl.where(x < -1e30, -1e30, x))
     y = -a * bounded

@@ -15,8 +15,8 @@ from ._math import softcap_slope
 
 @triton.jit
 def statistics_of(
-    laws, ids, shifts, row, first_column, TARGET: tl.constexpr, WITH_STATISTICS: tl.constexpr,
-    BLOCK_TOPK: tl.constexpr, BLOCK_V: tl.constexpr,
+    laws, ids, shifts, row, first_column, WHOLE: tl.constexpr, TARGET: tl.constexpr,
+    WITH_STATISTICS: tl.constexpr, BLOCK_TOPK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What these columns add to entropies, KLs, log-probabilities and masses; or nothing."""
     if WITH_STATISTICS:
@@ -31,7 +31,9 @@ def statistics_of(
             teacher_entropy -= tl.where(e.p == 0.0, 0.0, e.p * e.lp)
             forward_kl += forward_kl_term(e, (), ())
             reverse_kl += reverse_kl_term(e, (), ())
-        lq, lp, q, p = id_statistics(laws, ids, shifts, row, first_column, TARGET, BLOCK_TOPK)
+        lq, lp, q, p = id_statistics(
+            laws, ids, shifts, row, first_column, WHOLE, TARGET, BLOCK_TOPK
+        )
         return (
             total_of(student_entropy), total_of(teacher_entropy), total_of(forward_kl),
             total_of(reverse_kl), lq, lp, q, p,

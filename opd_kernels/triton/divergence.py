@@ -80,9 +80,9 @@ def _open_row(
     student_lse = student + tl.log(student_total)
     teacher_lse = teacher + tl.log(teacher_total)
     shifts = shifts_of(student_lse, teacher_lse)
-    cross_entropy = cross_entropy_of(laws, loss, shifts, row, 0, TARGET, BLOCK_LABELS)
+    cross_entropy = cross_entropy_of(laws, loss, shifts, row, 0, True, TARGET, BLOCK_LABELS)
     statistics = statistics_of(
-        laws, ids, shifts, row, 0, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
+        laws, ids, shifts, row, 0, True, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
     )
     store_statistics(
         statistics, student_lse, teacher_lse, student_argmax, teacher_argmax, statistics_ptr, row,
@@ -231,7 +231,7 @@ def divergence_fwd(
     state = loss.new_empty(num_tokens, packed.state_size, dtype=torch.float64)
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)
     launch(
-        _divergence_fwd_kernel, student_logits, packed.num_warps, *packed[:3], state, loss,
+        _divergence_fwd_kernel, num_tokens, packed.num_warps, *packed[:3], state, loss,
         statistics, WITH_STATISTICS=with_statistics, **packed.constants,
     )  # fmt: skip
     return loss, state, statistics
@@ -309,7 +309,7 @@ def divergence_fwd_grad_(
     loss = student_logits.new_empty(num_tokens, dtype=torch.float32)
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)
     launch(
-        _divergence_fwd_grad_kernel, student_logits, packed.num_warps, *packed[:3], loss,
+        _divergence_fwd_grad_kernel, num_tokens, packed.num_warps, *packed[:3], loss,
         statistics, WITH_STATISTICS=with_statistics, OVERWRITES_TWICE=packed.overwrites_twice,
         **packed.constants,
     )  # fmt: skip
