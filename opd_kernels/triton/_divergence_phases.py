@@ -191,8 +191,8 @@ def launch_bwd(
     """Writes the gradient of the call's columns, and zeros beyond them."""
     names = ("COMPONENTS", "TARGET", "LIVE", "BLOCK_V", "BLOCK_LABELS")
     launch(
-        _divergence_bwd_kernel, grad.shape[0], packed.num_warps, packed.laws, packed.loss, grad_loss,
-        state, grad, grad.stride(0), grad.shape[1], first_column,
+        _divergence_bwd_kernel, grad.shape[0], packed.num_warps, packed.laws, packed.loss,
+        grad_loss, state, grad, grad.stride(0), grad.shape[1], first_column,
         **{name: packed.constants[name] for name in names},
     )  # fmt: skip
 
@@ -268,8 +268,8 @@ def _launch_phase(
     chosen = {name: constants[name] for name in ("COMPONENTS", "TARGET", "BLOCK_V")}
     if phase == LSE:
         launch(
-            _lse_kernel, state.shape[0], packed.num_warps, packed.laws, packed.loss, state, first_column,
-            WITH_STATISTICS=with_statistics, **chosen,
+            _lse_kernel, state.shape[0], packed.num_warps, packed.laws, packed.loss, state,
+            first_column, WITH_STATISTICS=with_statistics, **chosen,
         )  # fmt: skip
     elif phase == ROW_SUMS and has_row_sums(packed.components):
         launch(

@@ -144,7 +144,5 @@ def subtract_labels(loss, coefficient, row, columns, first_column, dterm):
             weight = coefficient
             if loss.label_weights is not None:
                 weight = coefficient * tl.load(loss.label_weights + at)
-            # NaN * 0, of an ignored slot or a coefficient of 0, must not arise
-            is_label = (columns + first_column == label) & (weight != 0.0)
-            dterm = tl.where(is_label, dterm - weight, dterm)
+            dterm = tl.where(columns + first_column == label, dterm - weight, dterm)
         return dterm
