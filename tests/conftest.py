@@ -74,7 +74,7 @@ def _round_to_bfloat16_as_hardware_does(patch: pytest.MonkeyPatch) -> None:
 def _patch_the_language_once_per_launch(patch: pytest.MonkeyPatch) -> None:
     """The interpreter patches triton.language anew in each call of a device function.
 
-    That is half of its time. Once per launch and module is enough: all of a launch see the same modules.
+    That is half of its time. Once per launch is enough, for each of the two modules.
     """
     import triton.language as tl
     from triton.runtime import interpreter

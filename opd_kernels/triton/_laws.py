@@ -191,8 +191,7 @@ def mix_target(laws, e, TARGET: tl.constexpr):
         mix = mixture(e, weight, 1.0 - weight)
         lm = tl.where(e.gap <= 0.0, e.lp + mix.lm_lp, e.lq + mix.lm_lq)
         through = (1.0 - weight) * mix.q_over_m
-        # the ends apart, where the logarithm of 0 times something is no number; a scalar and a block
-        # are never and-ed, which the interpreter cannot
+        # the ends apart: the logarithm of 0 times something is no number
         is_absent = absent(e)
         lp = _of_ends(weight, e.lp, e.lq, tl.where(is_absent, e.lp, lm))
         p = _of_ends(weight, e.p, e.q, tl.where(is_absent, e.p, mix.m))
