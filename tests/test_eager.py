@@ -26,7 +26,7 @@ from tests.checks import (
 from tests.options import OPTIONS, options_of, reference_model_of
 
 EVERY = list(dict.fromkeys((*SPECS, *LIMIT_SPECS)))
-SMALL = [case for case in CASES if case.vocab_size <= 4000 and case.num_tokens <= 127]
+SMALL = [case for case in CASES if case.vocab_size <= 4000 and 0 < case.num_tokens <= 127]
 WITH_OPTIONS = [
     pytest.param(option, divergence, id=f"{option}-{divergence}")
     for option in OPTIONS
@@ -51,18 +51,15 @@ def assert_same(actual, expected, what):
         assert bool((error <= bound)[finite].all()), what
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 @pytest.mark.parametrize("divergence", EVERY, ids=str)
-def test_eager_is_the_reference_in_float64(divergence, case):
-    logits = logits_of(case, F64)
-    if case.num_tokens == 0:
-        assert eager.divergence(logits.student, logits.teacher, divergence=divergence).shape == (0,)
-        return
-    truth = run(reference.divergence, logits, F64, divergence=divergence)
-    actual = run(eager.divergence, logits, F64, divergence=divergence)
-    finite = truth[0].isfinite()
-    assert bool((actual[0].isfinite() == finite).all())
-    assert_same([x[finite] for x in actual], [x[finite] for x in truth], (divergence, case.name))
+def test_eager_is_the_reference_in_float64(divergence):
+    for case in SMALL:
+        logits = logits_of(case, F64)
+        truth = run(reference.divergence, logits, F64, divergence=divergence)
+        actual = run(eager.divergence, logits, F64, divergence=divergence)
+        finite = truth[0].isfinite()
+        assert bool((actual[0].isfinite() == finite).all()), case.name
+        assert_same([x[finite] for x in actual], [x[finite] for x in truth], case.name)
 
 
 @pytest.mark.parametrize(("option", "divergence"), WITH_OPTIONS)
@@ -80,12 +77,14 @@ def test_eager_is_the_reference_in_float64_with_options(option, divergence):
     assert_same(actual, truth, str(option))
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 @pytest.mark.parametrize("divergence", EVERY, ids=str)
-def test_eager_is_good_in_float32(divergence, case):
+def test_eager_is_good_in_float32(divergence):
+    for case in SMALL:
+        check_float32(divergence, case)
+
+
+def check_float32(divergence, case):
     logits = logits_of(case, F32)
-    if case.num_tokens == 0 or case.vocab_size == 1:
-        return
     truth = run(reference.divergence, logits, F64, divergence=divergence)
     actual = run(eager.divergence, logits, F32, divergence=divergence)
     names = {divergence.name}
@@ -108,7 +107,7 @@ def test_eager_is_good_in_float32(divergence, case):
     for got, exact in zip(actual, truth, strict=True):
         if bool(held.any()):
             error = (got[held].double() - exact[held]).abs().max()
-            assert bool(error <= 1e-3 * exact[held].abs().max().clamp_min(1e-2))
+            assert bool(error <= 1e-3 * exact[held].abs().max().clamp_min(1e-2)), case.name
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "check.h"
 #include "divergence_row.h"
@@ -445,7 +446,8 @@ OPD_IVDEP
 void check_side(const char* name, const opd_logits_t& side, int64_t num_tokens) {
   check_dtype(kOp, name, side.matrix.dtype);
   check_logits(kOp, name, side.matrix, num_tokens);
-  if (!side.temperatures) check_temperature(kOp, name, side.temperature);
+  const std::string temperature = std::string("temperature of ") + name;
+  if (!side.temperatures) check_temperature(kOp, temperature.c_str(), side.temperature);
   OPD_CHECK(std::isfinite(side.scale) && side.scale != 0.0, kOp, ": ", name,
             " scale must be finite and not 0, got ", side.scale);
   OPD_CHECK(std::isfinite(side.softcap) && side.softcap >= 0.0, kOp, ": ", name,

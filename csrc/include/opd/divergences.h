@@ -261,6 +261,15 @@ struct TotalVariation : Separable {
   }
 };
 
+// log(p^alpha q^(1 - alpha)): from one log-probability and the gap, which is the more exact of the
+// two, or from both where one of the laws rules the token out.
+template <class T>
+OPD_HD T log_geometric(const Entry<T>& e, double alpha) {
+  const T by_gap = e.lp + T(1 - alpha) * e.gap;
+  const T by_both = T(alpha) * e.lp + T(1 - alpha) * e.lq;
+  return e.gap - e.gap == T(0) ? by_gap : by_both;
+}
+
 // scale (sum r - 1) / (alpha (alpha - 1)), r = p^alpha q^(1 - alpha), alpha neither 0 nor 1.
 // dterm = scale (q - r) / alpha.  term = scale (r - alpha p - (1-alpha) q) / (alpha (alpha - 1)).
 // alpha 1/2 and scale 1/4 is the squared Hellinger distance, 2 and 2 Pearson's chi^2 (over the
@@ -275,8 +284,7 @@ struct Alpha : Separable {
 
   template <class T>
   OPD_HD T geometric(const Entry<T>& e) const {
-    const T r = exp(T(alpha) * e.lp + T(1 - alpha) * e.lq);
-    return select(e.absent(), T(0), r);
+    return select(e.absent(), T(0), exp(log_geometric(e, alpha)));
   }
   // whether gap, alpha gap and (1 - alpha) gap are all within the series' reach
   template <class T>
@@ -343,7 +351,7 @@ struct Renyi : Separable {
   OPD_HD T dterm(const Entry<T>& e) const {
     const T y = T(-alpha) * e.gap - T(log_mass);
     const T by_series = -e.q * (y + (y * y) * phi_over_square(y));
-    const T r = exp((T(alpha) * e.lp + T(1 - alpha) * e.lq) - T(log_mass));
+    const T r = exp(log_geometric(e, alpha) - T(log_mass));
     const T value = (y < T(1)) & (y > T(-1)) ? by_series : e.q - r;
     return select(e.absent(), T(0), value);
   }
@@ -546,8 +554,12 @@ struct ConcreteScore : Separable {
     return out;
   }
   OPD_HD double value(double sum) const {
+    // an infinite gap makes its own mean infinite, and inf - inf would hide it
+    const double infinity = std::numeric_limits<double>::infinity();
+    const bool finite = mean_first - mean_first == 0 && mean_second - mean_second == 0;
+    const bool defined = mean_first == mean_first && mean_second == mean_second;
     const double apart = mean_first - mean_second;
-    return sum + 0.5 * apart * apart;
+    return finite || !defined ? sum + 0.5 * apart * apart : infinity;
   }
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
