@@ -174,13 +174,13 @@ def _divergence_bwd_kernel(
     coefficients = coefficients_of(loss, row, COMPONENTS)
     label_weight = label_coefficient(coefficients, COMPONENTS)
     rows = rows_of(loss, load_row_sums(state_row_ptr, COMPONENTS), COMPONENTS)
-    grad_sum = full_grad_sum(
+    grad_sums = full_grad_sum(
         loss, label_weight, tl.load(state_row_ptr + GRAD_SUM), row, BLOCK_LABELS
     )
     teacher_grad_sum = tl.load(state_row_ptr + TEACHER_GRAD_SUM).to(tl.float32)
     store_gradient(
         here, loss, coefficients, label_weight, rows, _shifts_of_row(state_row_ptr), row,
-        first_column, grad_sum, teacher_grad_sum, student_slope(here, weight * grad_loss),
+        first_column, grad_sums, teacher_grad_sum, student_slope(here, weight * grad_loss),
         grad_ptr + row * stride_grad, grad_width, COMPONENTS, TARGET, LIVE, BLOCK_V,
     )  # fmt: skip
 

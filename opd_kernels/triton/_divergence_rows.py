@@ -163,8 +163,13 @@ def divergence_value(c, total, sums, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == 9:
         return renyi_log_mass(c[4], sums) * c[5]
     elif DIVERGENCE == 15:
-        apart = _mean(sums[0], c[2], sums[2]) - _mean(sums[1], c[5], sums[2])
-        return total + 0.5 * apart * apart
+        first, second = _mean(sums[0], c[2], sums[2]), _mean(sums[1], c[5], sums[2])
+        apart = first - second
+        # an infinite gap makes its own mean infinite, and inf - inf would hide it
+        is_infinite = (tl.abs(first) == float("inf")) | (tl.abs(second) == float("inf"))
+        is_defined = (first == first) & (second == second)
+        value = total + 0.5 * apart * apart
+        return tl.where(is_infinite & is_defined, float("inf"), value)
     else:
         return total
 

@@ -17,9 +17,17 @@ from ._math import (
 
 
 @triton.jit
+def _log_geometric(e, alpha, rest):
+    """log(p^alpha q^rest), rest = 1 - alpha: from one log-probability and the gap, which is the
+    more exact of the two, or from both where one of the laws rules the token out."""
+    by_both = alpha * e.lp + rest * e.lq
+    return tl.where(e.gap - e.gap == 0.0, e.lp + rest * e.gap, by_both)
+
+
+@triton.jit
 def geometric(e, alpha, rest):
-    """p^alpha q^(1 - alpha)."""
-    return tl.where(absent(e), 0.0, exp_unbounded(alpha * e.lp + rest * e.lq))
+    """p^alpha q^rest."""
+    return tl.where(absent(e), 0.0, exp_unbounded(_log_geometric(e, alpha, rest)))
 
 
 @triton.jit
@@ -60,7 +68,7 @@ def renyi_form(e, alpha, rest, log_mass):
     """q - r / sum r."""
     y = -alpha * e.gap - log_mass
     by_series = -e.q * (y + (y * y) * phi_over_square(y))
-    directly = e.q - exp_unbounded((alpha * e.lp + rest * e.lq) - log_mass)
+    directly = e.q - exp_unbounded(_log_geometric(e, alpha, rest) - log_mass)
     near = (y < 1.0) & (y > -1.0)
     return tl.where(absent(e), 0.0, tl.where(near, by_series, directly))
 

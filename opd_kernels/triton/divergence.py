@@ -41,6 +41,7 @@ from ._state import (
 )
 from ._whole_rows import (
     full_grad_sum,
+    minus_share,
     statistics_of,
     store_gradient,
     store_loss,
@@ -177,7 +178,7 @@ def _divergence_fwd_grad_kernel(
             loss, coefficients, terms, sums, cross_entropy, weight, loss_ptr, row, COMPONENTS
         )
         scale = student_slope(here, weight)
-        grad_sum = full_grad_sum(loss, label_weight, grad_sum, row, BLOCK_LABELS)
+        grad_sums = full_grad_sum(loss, label_weight, grad_sum, row, BLOCK_LABELS)
         # the thread that reads a column may not be the one that wrote it
         tl.debug_barrier()
         if OVERWRITES_TWICE:
@@ -186,10 +187,12 @@ def _divergence_fwd_grad_kernel(
                 inside = columns < laws.vocab_size
                 dterm = tl.load(student_row_ptr + columns, mask=inside, other=0.0)
                 q = tl.load(here.teacher.logits + columns, mask=inside, other=0.0)
-                tl.store(student_row_ptr + columns, scale * (dterm - q * grad_sum), mask=inside)
+                tl.store(
+                    student_row_ptr + columns, scale * minus_share(dterm, q, grad_sums), mask=inside
+                )
         else:
             store_gradient(
-                here, loss, coefficients, label_weight, rows, shifts, row, 0, grad_sum,
+                here, loss, coefficients, label_weight, rows, shifts, row, 0, grad_sums,
                 teacher_grad_sum.to(tl.float32), scale, student_row_ptr, laws.vocab_size,
                 COMPONENTS, TARGET, LIVE, BLOCK_V,
             )  # fmt: skip

@@ -257,15 +257,17 @@ def test_triton_divergence_compiles_without_a_graph_break():
 
 def test_triton_fused_linear_divergence_opcheck():
     inputs = fused_of(FusedCase("triton", 3, 40, 8, 8), F32)
-    trained = [leaf(x) for x in inputs.tensors()[:2]]
-    tensors = [*trained, *inputs.tensors()[2:], None, None, None, None]
-    laws = laws_of(inputs.student_hidden, 40, divergence=D.jsd(0.3))
+    laws = laws_of(inputs.student_hidden, 40, biases=(torch.randn(40), None, None))
+    pair = torch.randn(2, 8), torch.randn(40, 2)
+    tensors = [*inputs.tensors(), None, None, *pair]
+    trained = [leaf(x) if i in (0, 1, 6, 7) else x for i, x in enumerate(tensors)]
+    live = laws._replace(student_bias=leaf(laws.student_bias))
     rest = ("", 0.0, "triton")
     ops = torch.ops.opd
     torch.library.opcheck(
-        ops.fused_linear_divergence_sum, (*tensors, *laws, 1 << 20, [True] * 5, True, *rest)
+        ops.fused_linear_divergence_sum, (*trained, *live, 1 << 20, [True] * 5, True, *rest)
     )
-    torch.library.opcheck(ops.fused_linear_divergence_fwd, (*tensors, *laws, 1 << 20, True, *rest))
+    torch.library.opcheck(ops.fused_linear_divergence_fwd, (*trained, *live, 1 << 20, True, *rest))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
