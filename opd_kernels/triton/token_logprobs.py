@@ -85,7 +85,7 @@ def token_logprobs_fwd(
     entropy = torch.empty_like(logprobs)
     block_v, num_warps = tile(vocab_size)
     launch(
-        _token_logprobs_fwd_kernel, logits, num_warps,
+        _token_logprobs_fwd_kernel, num_tokens, num_warps,
         logits, token_ids, logprobs, lse, entropy, vocab_size, logits.stride(0), temperature,
         HAS_TEMPERATURE=temperature != 1, BLOCK_V=block_v,
     )  # fmt: skip
@@ -134,10 +134,10 @@ def _launch_bwd(
     grad_logprobs, grad_lse, grad_entropy, logits, token_ids, lse, entropy, grad_logits,
     temperature, vocab_size,
 ) -> None:  # fmt: skip
-    grad_width = logits.shape[1]
+    num_tokens, grad_width = logits.shape
     block_v, num_warps = tile(vocab_size)
     launch(
-        _token_logprobs_bwd_kernel, logits, num_warps,
+        _token_logprobs_bwd_kernel, num_tokens, num_warps,
         grad_logprobs, grad_lse, grad_entropy, logits, token_ids, lse, entropy, grad_logits,
         vocab_size, grad_width, logits.stride(0), grad_logits.stride(0), temperature,
         HAS_TEMPERATURE=temperature != 1, BLOCK_V=block_v,
