@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opd_kernels.triton import _divergences, divergence, token_logprobs
+from opd_kernels.triton import _divergences, divergence, sparse_gradient, token_logprobs
 from opd_kernels.triton._rows import tile
 
 SM_90 = 90
@@ -28,9 +28,13 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FLOAT64 = ("student_lse_ptr", "teacher_lse_ptr", "lse_ptr", "grad_lse_ptr")
 _FLOAT32 = (
     "loss_ptr", "grad_sum_ptr", "statistics_ptr", "token_weights_ptr", "grad_loss_ptr",
-    "logprobs_ptr", "entropy_ptr", "grad_logprobs_ptr", "grad_entropy_ptr",
+    "logprobs_ptr", "entropy_ptr", "grad_logprobs_ptr", "grad_entropy_ptr", "dropped_ptr",
 )  # fmt: skip
-_REAL = ("student_temperature", "teacher_temperature", "temperature", "weight", "rest", "live")
+_INT64, _UINT8 = ("token_ids_ptr", "columns_ptr"), ("kept_ptr",)
+_REAL = (
+    "student_temperature", "teacher_temperature", "temperature", "weight", "rest", "live",
+    "tolerance",
+)  # fmt: skip
 
 
 def variants():
@@ -47,12 +51,17 @@ def variants():
     for dtype in ("bf16", "fp32"):
         yield token_logprobs._token_logprobs_fwd_kernel, dtype, {"HAS_TEMPERATURE": True}
         yield token_logprobs._token_logprobs_bwd_kernel, dtype, {"HAS_TEMPERATURE": True}
+    marks = {"BLOCK_T": sparse_gradient._MARK_ROWS, "BLOCK_V": sparse_gradient._MARK_COLUMNS}
+    weights = {"HAS_WEIGHTS": True}
+    yield sparse_gradient._sparse_gradient_mark_kernel, "fp32", {**weights, **marks}
+    yield sparse_gradient._sparse_gradient_pack_kernel, "fp32", weights
+    yield sparse_gradient._sparse_gradient_add_kernel, "fp32", {}
 
 
 def compile_for(kernel, dtype: str, constants: dict, capability: int) -> dict:
     """Registers, spilled bytes and vector loads of one variant, compiled at V = VOCAB_SIZE."""
     block_v, num_warps = tile(VOCAB_SIZE)
-    constants = {**constants, "BLOCK_V": block_v}
+    constants = {"BLOCK_V": block_v, **constants}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -61,8 +70,10 @@ def compile_for(kernel, dtype: str, constants: dict, capability: int) -> dict:
             signature[name] = "*fp64"
         elif name in _FLOAT32:
             signature[name] = "*fp32"
-        elif name == "token_ids_ptr":
+        elif name in _INT64:
             signature[name] = "*i64"
+        elif name in _UINT8:
+            signature[name] = "*u8"
         elif name.endswith("_ptr"):
             signature[name] = f"*{dtype}"
         else:
