@@ -21,7 +21,7 @@ from . import _linear
 from ._registration import register
 
 # beyond this share of the columns, packing them costs what the shorter GEMMs save
-LARGEST_SHARE = 0.6
+LARGEST_SHARE = 0.75
 # as many rows of the head at least, or a GEMM would cost what gathering them costs
 _FEWEST_ROWS = 16
 _ALIGNMENT = 16

@@ -151,7 +151,11 @@ def test_a_gradient_tolerance_learns_the_same(values, tmp_path):
     values["rollouts"] = {"kind": "dataset", "max_completion_length": 24}
     losses, dropped = {}, {}
     for tolerance in (None, 1e-4, 1e-2):
-        objective = {**values["objective"], "teacher_temperature": 0.7, "gradient_tolerance": tolerance}
+        objective = {
+            **values["objective"],
+            "teacher_temperature": 0.7,
+            "gradient_tolerance": tolerance,
+        }
         output_dir = tmp_path / str(tolerance)
         changes = {"objective": objective, "learning_rate": 1e-3, "max_steps": 8}
         _run(values, output_dir=str(output_dir), **changes)
