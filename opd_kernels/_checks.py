@@ -198,9 +198,17 @@ def lora(rows, value: object, head: Tensor) -> tuple[Tensor | None, Tensor | Non
     return down * scaling, up
 
 
-def gradient_tolerance(op: str, value: float | None) -> float:
+def gradient_tolerance(op: str, value: float | None, reduction: str) -> float:
     """A positive number; None is 0, exact."""
-    return 0.0 if value is None else temperature(op, "gradient_tolerance", value)
+    if value is None:
+        return 0.0
+    if reduction == "none":
+        raise ValueError(
+            f"{op}: gradient_tolerance must be None with reduction='none', got {value!r}: the "
+            "gradient is formed in backward, when the statistics that say what it dropped are "
+            "returned already. Pass the weights as token_weights and reduction='sum'."
+        )
+    return temperature(op, "gradient_tolerance", value)
 
 
 def bias(rows, name: str, value: Tensor, vocab_size: int) -> Tensor:

@@ -2,8 +2,8 @@
 """Compiles the Triton kernels for a GPU that is not there, and reads registers and spills.
 
 `TRITON_INTERPRET=0 python -m tests.triton_offline` prints one JSON list; its tools (ptxas,
-cuobjdump) are those inside the triton package. The launchers run as they are, up to the launch: what
-is compiled is what a call on a GPU would compile. A process of its own, because triton.jit decides
+cuobjdump) are those inside the triton package. The launchers run as they are, up to the launch:
+what is compiled is what a call on a GPU would compile. A process of its own, because triton.jit decides
 at decoration whether a kernel is compiled or interpreted.
 """
 
@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from opd_kernels import divergences as D
 from opd_kernels import targets
 from opd_kernels.divergence import FINISH, LSE, ROW_SUMS, TERMS
-from opd_kernels.triton import _divergence_phases, divergence, token_logprobs
+from opd_kernels.triton import _divergence_phases, divergence, sparse_gradient, token_logprobs
 from opd_kernels.triton._divergences import DIVERGENCES
 from tests.checks import laws_of
 
@@ -66,9 +66,9 @@ def compile_all(capability: int) -> list[dict]:
             }
         )
 
-    for module in (divergence, _divergence_phases, token_logprobs):
+    for module in (divergence, _divergence_phases, sparse_gradient, token_logprobs):
         module.launch = launch
-    for described, call in calls():
+    for described, call in calls():  # noqa: B007 - launch() reads it
         call()
     return rows
 
@@ -102,6 +102,7 @@ def calls():
     for dtype in (torch.bfloat16, torch.float32):
         chosen = {"options": PLAIN, "divergence": None, "dtype": _name(dtype)}
         yield chosen, lambda dtype=dtype: _token_logprobs(dtype)
+    yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
 def call_of(dtype: torch.dtype, **keywords):
@@ -159,6 +160,15 @@ def _token_logprobs(dtype: torch.dtype) -> None:
     token_logprobs.token_logprobs_bwd(
         ones, ones.double(), ones, logits, ids, lse, entropy, 0.7, VOCAB_SIZE
     )
+
+
+def _sparse_gradient() -> None:
+    grad_logits, weights = torch.empty(2, VOCAB_SIZE), torch.ones(2)
+    kept = sparse_gradient.sparse_gradient_mark(grad_logits, weights, 1e-4)
+    columns = torch.arange(3)
+    packed = torch.empty(2, 3)
+    sparse_gradient.sparse_gradient_pack_(packed, grad_logits, weights, columns, kept)
+    sparse_gradient.sparse_gradient_add_(torch.empty(VOCAB_SIZE, 64), columns, torch.empty(3, 64))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -75,6 +75,14 @@ STABLE_TORCH_LIBRARY(opd, m) {
       "segment_scan_group_statistics(Tensor values, Tensor? mask, Tensor offsets, "
       "int correction) -> (Tensor count, Tensor mean, Tensor std, Tensor leave_one_out_mean)");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
+  // the columns of a chunk's gradient that some token needs, and what the others sum to
+  m.def(
+      "sparse_gradient_mark(Tensor grad_logits, Tensor? token_weights, float tolerance) -> "
+      "Tensor kept");
+  m.def(
+      "sparse_gradient_pack_(Tensor(a!) packed, Tensor grad_logits, Tensor? token_weights, "
+      "Tensor columns, Tensor kept) -> Tensor dropped");
+  m.def("sparse_gradient_add_(Tensor(a!) target, Tensor columns, Tensor rows) -> ()");
   // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
   m.def("fused_linear_divergence_sum(" OPD_HIDDEN OPD_LAWS
         ", int workspace_bytes, bool[] with_grads, bool with_statistics, str process_group, "
@@ -82,12 +90,11 @@ STABLE_TORCH_LIBRARY(opd, m) {
         "Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
         "Tensor grad_student_lora_a, Tensor grad_student_lora_b, Tensor statistics)");
   m.def("fused_linear_divergence_fwd(" OPD_HIDDEN OPD_LAWS
-        ", int workspace_bytes, bool with_statistics, str process_group, "
-        "float gradient_tolerance, str backend) -> (Tensor loss, Tensor statistics)");
+        ", int workspace_bytes, bool with_statistics, str process_group, str backend) -> "
+        "(Tensor loss, Tensor statistics)");
   m.def("fused_linear_divergence_bwd(Tensor grad_loss, " OPD_HIDDEN OPD_LAWS
-        ", int workspace_bytes, bool[] with_grads, str process_group, "
-        "float gradient_tolerance, str backend) -> (Tensor grad_student_hidden, "
-        "Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
+        ", int workspace_bytes, bool[] with_grads, str process_group, str backend) -> "
+        "(Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
         "Tensor grad_student_lora_a, Tensor grad_student_lora_b)");
   m.def(
       "fused_linear_token_logprobs_fwd(Tensor hidden, Tensor lm_head_weight, Tensor token_ids, "
@@ -564,6 +571,70 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_scan_group_statistics(
   return {count, mean, std_, leave_one_out_mean};
 }
 
+// ---- sparse gradients ----
+
+opd_sparse_gradient_args_t sparse_gradient_args(const Tensor& grad_logits,
+                                                const Optional& token_weights) {
+  require(grad_logits.dim() == 2 && grad_logits.size(1) > 0,
+          "opd: grad_logits must have two dimensions and at least one column");
+  check_logits(grad_logits, grad_logits.size(0), grad_logits.size(1));
+  if (token_weights) check_rows(*token_weights, grad_logits.size(0), real_of(grad_logits));
+  opd_sparse_gradient_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_tokens = grad_logits.size(0);
+  args.vocab_size = grad_logits.size(1);
+  args.parallel_for = &parallel_for;
+  args.grad_logits = const_matrix(grad_logits);
+  args.token_weights = data_or_null(token_weights);
+  return args;
+}
+
+Tensor sparse_gradient_mark(Tensor grad_logits, Optional token_weights, double tolerance) {
+  opd_sparse_gradient_args_t args = sparse_gradient_args(grad_logits, token_weights);
+  Tensor kept = torch::stable::new_empty(grad_logits, {args.vocab_size}, ScalarType::Byte);
+  args.tolerance = tolerance;
+  args.kept = static_cast<uint8_t*>(kept.data_ptr());
+  check(opd_sparse_gradient_mark_cpu(&args));
+  return kept;
+}
+
+Tensor sparse_gradient_pack_(Tensor packed, Tensor grad_logits, Optional token_weights,
+                             Tensor columns, Tensor kept) {
+  opd_sparse_gradient_args_t args = sparse_gradient_args(grad_logits, token_weights);
+  check_rows(columns, columns.numel(), ScalarType::Long);
+  check_rows(kept, args.vocab_size, ScalarType::Byte);
+  require(packed.dim() == 2 && packed.size(0) == args.num_tokens &&
+              packed.size(1) == columns.numel() &&
+              packed.scalar_type() == grad_logits.scalar_type() && packed.is_contiguous(),
+          "opd: packed must be contiguous [T, columns], in the dtype of grad_logits");
+  Tensor dropped = torch::stable::new_empty(grad_logits, {args.num_tokens}, real_of(grad_logits));
+  args.kept = static_cast<uint8_t*>(kept.data_ptr());
+  args.columns = static_cast<const int64_t*>(columns.data_ptr());
+  args.num_columns = columns.numel();
+  args.packed = matrix(packed);
+  args.dropped = dropped.data_ptr();
+  check(opd_sparse_gradient_pack_cpu(&args));
+  return dropped;
+}
+
+void sparse_gradient_add_(Tensor target, Tensor columns, Tensor rows) {
+  check_rows(columns, columns.numel(), ScalarType::Long);
+  require(target.dim() == 2 && rows.dim() == 2 && rows.size(0) == columns.numel() &&
+              rows.size(1) == target.size(1) && rows.is_contiguous() &&
+              (target.numel() == 0 || target.size(1) == 1 || target.stride(1) == 1),
+          "opd: rows must be contiguous, one per column, as wide as the target");
+  opd_sparse_gradient_add_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_columns = columns.numel();
+  args.vocab_size = target.size(0);
+  args.width = target.size(1);
+  args.parallel_for = &parallel_for;
+  args.columns = static_cast<const int64_t*>(columns.data_ptr());
+  args.rows = const_matrix(rows);
+  args.target = matrix(target);
+  check(opd_sparse_gradient_add_cpu(&args));
+}
+
 // A large fresh buffer is touched for the first time by the GEMM that fills it; in 4 KiB pages those
 // faults cost as much as a row kernel. Only whole huge pages inside the buffer are asked for, so
 // that no memory beyond it is taken. A kernel that declines loses time, never correctness.
@@ -595,5 +666,8 @@ STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
   m.impl("segment_scan_reduce", TORCH_BOX(&segment_scan_reduce));
   m.impl("segment_scan_broadcast", TORCH_BOX(&segment_scan_broadcast));
   m.impl("segment_scan_group_statistics", TORCH_BOX(&segment_scan_group_statistics));
+  m.impl("sparse_gradient_mark", TORCH_BOX(&sparse_gradient_mark));
+  m.impl("sparse_gradient_pack_", TORCH_BOX(&sparse_gradient_pack_));
+  m.impl("sparse_gradient_add_", TORCH_BOX(&sparse_gradient_add_));
   m.impl("advise_huge_pages_", TORCH_BOX(&advise_huge_pages_));
 }

@@ -220,6 +220,45 @@ typedef struct opd_token_logprobs_bwd_args_t {
 
 OPD_API opd_status_t opd_token_logprobs_bwd_cpu(const opd_token_logprobs_bwd_args_t* args);
 
+/* A gradient [T, V] on the columns that some row needs. A row's entries count relative to the size of
+ * its token weight, which the gradient carries; a NaN or an infinity is always needed. Rows of weight
+ * 0 are not read. Both calls read grad_logits (float32 or float64) once. */
+typedef struct opd_sparse_gradient_args_t {
+  uint32_t struct_size;
+  int64_t num_tokens;
+  int64_t vocab_size;
+  opd_parallel_for_fn parallel_for;
+  opd_const_matrix_t grad_logits;
+  const void* token_weights; /* [T] real, or NULL for ones */
+  double tolerance;          /* >= 0 */
+  uint8_t* kept;             /* [V] */
+  const int64_t* columns;    /* [num_columns], ascending */
+  int64_t num_columns;
+  opd_matrix_t packed;       /* [T, num_columns] out, in the dtype of grad_logits */
+  void* dropped;             /* [T] real, out */
+} opd_sparse_gradient_args_t;
+
+/* Out: kept[v] = 1 where |grad_logits[t, v]| > tolerance * |token_weights[t]| for any t, else 0. */
+OPD_API opd_status_t opd_sparse_gradient_mark_cpu(const opd_sparse_gradient_args_t* args);
+
+/* Out: packed[t, k] = grad_logits[t, columns[k]], and dropped[t], the sum of
+ * |grad_logits[t, v]| / |token_weights[t]| over the v with kept[v] = 0, added up in float64. */
+OPD_API opd_status_t opd_sparse_gradient_pack_cpu(const opd_sparse_gradient_args_t* args);
+
+/* target[columns[k], :] += rows[k, :]. */
+typedef struct opd_sparse_gradient_add_args_t {
+  uint32_t struct_size;
+  int64_t num_columns;
+  int64_t vocab_size;     /* rows of target */
+  int64_t width;          /* columns of both */
+  opd_parallel_for_fn parallel_for;
+  const int64_t* columns; /* [num_columns], ascending */
+  opd_const_matrix_t rows;
+  opd_matrix_t target;    /* in, out; float32 or float64, as rows */
+} opd_sparse_gradient_add_args_t;
+
+OPD_API opd_status_t opd_sparse_gradient_add_cpu(const opd_sparse_gradient_add_args_t* args);
+
 /* term, dterm and dterm_teacher of the n entries of one row, float64: what any port of a divergence
  * can be checked against. Entry i has log-probabilities teacher_logprob[i], student_logprob[i].
  * value: of the divergence; each output may be NULL. */

@@ -171,6 +171,27 @@ def test_statistics_are_per_token_and_carry_no_graph(student, teacher, batch):
     assert signal.loss.item() == pytest.approx(float(signal.statistics["reverse_kl"].mean()))
 
 
+def test_a_gradient_tolerance_drops_only_what_it_counts(hf_model, make_trajectories):
+    pair = hf_model(seed=1, vocab_size=900), hf_model(seed=2, vocab_size=900)
+    student, teacher = LanguageModel(pair[0]), LocalTeacher(pair[1], name="teacher")
+    batch = collate(make_trajectories([(2, 6)] * 4, vocab_size=900), pad_id=0)
+    exact, _ = _loss(FullVocab(), student, teacher, [batch], batch.num_tokens)
+    head = student.model.get_output_embeddings().weight
+    truth = head.grad
+    objective = FullVocab(gradient_tolerance=1e-2)
+    loss, _ = _loss(objective, student, teacher, [batch], batch.num_tokens)
+    assert loss == exact
+    law = student.law(batch)
+    signal = objective(law, teacher.law(batch), batch, batch.num_tokens)
+    dropped = signal.statistics["gradient_dropped_l1"]
+    assert dropped.shape == (batch.num_tokens,)
+    assert dropped.max() > 0
+    # what the head's gradient may have lost, by the certificate
+    bound = float((dropped * law.hidden().detach().norm(dim=1)).sum()) / batch.num_tokens
+    error = float((head.grad - truth).norm(dim=1).sum())
+    assert 0 < error <= bound * (1 + 1e-4)
+
+
 class _Largest(TorchDispatchMode):
     """Notes the elements of the largest tensor that any operation returns."""
 
