@@ -3,8 +3,8 @@
 
 `TRITON_INTERPRET=0 python -m tests.triton_offline` prints one JSON list; its tools (ptxas,
 cuobjdump) are those inside the triton package. The launchers run as they are, up to the launch:
-what is compiled is what a call on a GPU would compile. A process of its own, because triton.jit decides
-at decoration whether a kernel is compiled or interpreted.
+what is compiled is what a call on a GPU would compile. A process of its own, because triton.jit
+decides at decoration whether a kernel is compiled or interpreted.
 """
 
 from __future__ import annotations
