@@ -72,27 +72,36 @@ def _round_to_bfloat16_as_hardware_does(patch: pytest.MonkeyPatch) -> None:
 
 
 def _patch_the_language_once_per_launch(patch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches triton.language again in each call of a device function: half its time.
+    """The interpreter patches triton.language anew in each call of a device function.
 
-    What it patches is the same module, already patched by the launch.
+    That is half of its time. Once per launch is enough, for each of the two modules.
     """
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patch_language = interpreter._patch_lang
-    launches = []
+    patched = set()
 
     def patch_once(function):
-        if launches:
+        modules = (tl, tl.core)
+        names = frozenset(
+            module.__name__
+            for module in modules
+            if any(value is module for value in function.__globals__.values())
+        )
+        if names in patched:
             return None
+        is_launch = not patched
+        patched.add(names)
         scope = patch_language(function)
-        restore = scope.restore
+        if is_launch:
+            restore = scope.restore
 
-        def restore_and_forget():
-            launches.clear()
-            restore()
+            def restore_and_forget():
+                patched.clear()
+                restore()
 
-        launches.append(function)
-        scope.restore = restore_and_forget
+            scope.restore = restore_and_forget
         return scope
 
     patch.setattr(interpreter, "_patch_lang", patch_once)
