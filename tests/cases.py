@@ -166,10 +166,12 @@ CASES = (
     Case("odd_width", 41, 1271, dtypes=(F32, F16)),  # H6
     Case("odd_both", 9, 1423, dtypes=(F32, BF16)),  # H2
     Case("vocab_32000", 3, 32000),
+    Case("vocab_50257", 2, 50257, dtypes=(F32,)),
     Case("vocab_50264", 2, 50264, dtypes=(F32, BF16)),  # H10
     Case("vocab_100000", 2, 100000, dtypes=(F32, F16)),  # H11
     Case("vocab_128256", 2, 128256, dtypes=(F32,)),  # H7
     Case("vocab_151936", 3, 151936, dtypes=(F64, F32, BF16)),
+    Case("vocab_262144", 1, 262144, dtypes=(F32,)),
     Case("tokens_by_32000", 127, 32000, dtypes=(F32, BF16), slow=True),
     # layouts: padded columns hold NaN and +30
     Case("strided_rows", 5, 257, row_gap=7),

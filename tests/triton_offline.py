@@ -2,8 +2,9 @@
 """Compiles the Triton kernels for a GPU that is not there, and reads registers and spills.
 
 `TRITON_INTERPRET=0 python -m tests.triton_offline` prints one JSON list; its tools (ptxas,
-cuobjdump) are those inside the triton package. A process of its own, because triton.jit decides at
-decoration whether a kernel is compiled or interpreted.
+cuobjdump) are those inside the triton package. The launchers run as they are, up to the launch: what
+is compiled is what a call on a GPU would compile. A process of its own, because triton.jit decides
+at decoration whether a kernel is compiled or interpreted.
 """
 
 from __future__ import annotations
@@ -14,78 +15,160 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from opd_kernels.triton import _divergences, divergence, token_logprobs
-from opd_kernels.triton._rows import tile
+from opd_kernels import divergences as D
+from opd_kernels import targets
+from opd_kernels.divergence import FINISH, LSE, ROW_SUMS, TERMS
+from opd_kernels.triton import _divergence_phases, divergence, token_logprobs
+from opd_kernels.triton._divergences import DIVERGENCES
+from tests.checks import laws_of
 
 SM_90 = 90
 VOCAB_SIZE = 151936
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-_FLOAT64 = ("student_lse_ptr", "teacher_lse_ptr", "lse_ptr", "grad_lse_ptr")
-_FLOAT32 = (
-    "loss_ptr", "grad_sum_ptr", "statistics_ptr", "token_weights_ptr", "grad_loss_ptr",
-    "logprobs_ptr", "entropy_ptr", "grad_logprobs_ptr", "grad_entropy_ptr",
-)  # fmt: skip
-_REAL = ("student_temperature", "teacher_temperature", "temperature", "weight", "rest", "live")
+PLAIN, EVERYTHING = "plain", "everything"
 
 
-def variants():
-    """(kernel, logits dtype, constexpr values): every kernel, every divergence, both widths."""
-    flags = {"HAS_TEMPERATURE": True, "HAS_WEIGHTS": True}
-    statistics = {"WITH_STATISTICS": True}
-    for number, name in enumerate(_divergences.DIVERGENCES):
-        chosen = {"DIVERGENCE": number, **flags}
-        yield divergence._divergence_fwd_grad_kernel, "fp32", {**chosen, **statistics}
-        # the two with the most live values stand for the rest
-        if name in ("jsd", "skew_reverse_kl"):
-            yield divergence._divergence_fwd_kernel, "bf16", {**chosen, **statistics}
-            yield divergence._divergence_bwd_kernel, "bf16", chosen
-    for dtype in ("bf16", "fp32"):
-        yield token_logprobs._token_logprobs_fwd_kernel, dtype, {"HAS_TEMPERATURE": True}
-        yield token_logprobs._token_logprobs_bwd_kernel, dtype, {"HAS_TEMPERATURE": True}
+class _AbsentGpu:
+    """What triton asks the driver for before it launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
 
 
-def compile_for(kernel, dtype: str, constants: dict, capability: int) -> dict:
-    """Registers, spilled bytes and vector loads of one variant, compiled at V = VOCAB_SIZE."""
-    block_v, num_warps = tile(VOCAB_SIZE)
-    constants = {**constants, "BLOCK_V": block_v}
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in _FLOAT64:
-            signature[name] = "*fp64"
-        elif name in _FLOAT32:
-            signature[name] = "*fp32"
-        elif name == "token_ids_ptr":
-            signature[name] = "*i64"
-        elif name.endswith("_ptr"):
-            signature[name] = f"*{dtype}"
-        else:
-            signature[name] = "fp32" if name in _REAL else "i32"
-        # what the launcher finds at V = 151,936 in contiguous rows: everything divisible by 16
-        if name.endswith("_ptr") or signature[name] == "i32":
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
-    )
-    usage = resource_usage(compiled.asm["ptx"], capability)
+def compile_all(capability: int) -> list[dict]:
+    """Registers, spilled bytes and vector loads of every variant, compiled at V = VOCAB_SIZE."""
+    triton.runtime.driver.set_active(_AbsentGpu(capability))
+    rows = []
+
+    def launch(kernel, num_programs, num_warps, *args, **constants):
+        compiled = kernel.warmup(*args, **constants, num_warps=num_warps, grid=(1,))
+        loads = re.findall(r"ld\.global\S*\.v[48]\.", compiled.asm["ptx"])
+        rows.append(
+            {
+                "kernel": kernel.__name__,
+                **described,
+                "num_warps": num_warps,
+                "vector_loads": len(loads),
+                **resource_usage(compiled.asm["ptx"], capability),
+            }
+        )
+
+    for module in (divergence, _divergence_phases, token_logprobs):
+        module.launch = launch
+    for described, call in calls():
+        call()
+    return rows
+
+
+def calls():
+    """(what it is, a call of a launcher): every kernel, every divergence, both widths."""
+    for number, name in enumerate(DIVERGENCES):
+        chosen = {"options": PLAIN, "divergence": number}
+        plain = {
+            "divergence": name,
+            "temperature": (0.7, 1.3),
+            "token_weights": torch.ones(2),
+        }
+        logits, laws = call_of(torch.float32, **plain)
+        yield (
+            {**chosen, "dtype": "fp32"},
+            lambda logits=logits, laws=laws: divergence.divergence_fwd_grad_(*logits, *laws, True),
+        )
+        # those with the most live values stand for the rest
+        if name in ("jsd", "skew_reverse_kl", "alpha_beta"):
+            logits, laws = call_of(torch.bfloat16, **plain)
+            yield (
+                {**chosen, "dtype": "bf16"},
+                lambda logits=logits, laws=laws: both_ways(logits, laws, True),
+            )
+    yield from _phases()
+    logits, laws = call_of(torch.float32, **everything())
+    chosen = {"options": EVERYTHING, "divergence": None, "dtype": "fp32"}
+    yield chosen, lambda: divergence.divergence_fwd_grad_(*logits, *laws, True)
+    yield chosen, lambda: both_ways(logits, laws, True)
+    for dtype in (torch.bfloat16, torch.float32):
+        for options in (PLAIN, EVERYTHING):
+            chosen = {"options": options, "divergence": None, "dtype": _name(dtype)}
+            yield chosen, lambda dtype=dtype, options=options: _token_logprobs(dtype, options)
+
+
+def call_of(dtype: torch.dtype, **keywords):
+    """([student, teacher, reference], laws) of two rows."""
+    has_reference = keywords.get("has_reference", False)
+    logits = [torch.empty(2, VOCAB_SIZE, dtype=dtype) for _ in range(2 + has_reference)]
+    return [*logits, None][:3], laws_of(logits[0], VOCAB_SIZE, **keywords)
+
+
+def everything() -> dict:
+    """Every option of a call at once."""
+    rows, ids = torch.ones(2), torch.zeros(2, 4, dtype=torch.int64)
     return {
-        "kernel": kernel.__name__,
-        "dtype": dtype,
-        "divergence": constants.get("DIVERGENCE"),
-        "num_warps": num_warps,
-        "vector_loads": len(re.findall(r"ld\.global\S*\.v[48]\.", compiled.asm["ptx"])),
-        **usage,
+        "divergence": [
+            (rows, D.renyi(0.3)),
+            (0.5, "cross_entropy"),
+            (1.0, "concrete_score"),
+            (0.7, D.skew_forward_kl(0.2)),
+        ],
+        "temperature": (rows, 2.0),
+        "token_weights": rows,
+        "target": targets.geometric(0.3, 0.5, 0.2, detach=False),
+        "has_reference": True,
+        "softcaps": (5.0, 4.0, 3.0),
+        "logit_scales": (0.5, 1.5, 2.0),
+        "biases": tuple(torch.empty(VOCAB_SIZE) for _ in range(3)),
+        "labels": ids[:, :2],
+        "label_weights": torch.ones(2, 2),
+        "token_ids": ids[:, 0].contiguous(),
+        "topk_ids": ids,
     }
 
 
+def both_ways(logits, laws, with_statistics: bool) -> None:
+    _, state, _ = divergence.divergence_fwd(*logits, *laws, with_statistics)
+    divergence.divergence_bwd(torch.ones(2), state, *logits, *laws)
+
+
+def _phases():
+    logits, laws = call_of(torch.float32, divergence="skew_forward_kl")
+    state = torch.empty(2, laws.state_size, dtype=torch.float64)
+    for phase in (LSE, ROW_SUMS, TERMS, FINISH):
+        yield (
+            {"options": PLAIN, "divergence": 3, "dtype": "fp32"},
+            lambda phase=phase: divergence.divergence_phase_(
+                state, *logits, *laws, phase, 16, True
+            ),
+        )
+
+
+def _token_logprobs(dtype: torch.dtype, options: str) -> None:
+    logits, ids = torch.empty(2, VOCAB_SIZE, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    ones = torch.ones(2)
+    law = (None, None, [1.0, 0.0, 0.7], VOCAB_SIZE)
+    if options == EVERYTHING:
+        law = (torch.empty(VOCAB_SIZE), ones, [0.5, 30.0, 1.0], VOCAB_SIZE)
+    _, lse, entropy = token_logprobs.token_logprobs_fwd(logits, ids, *law)
+    token_logprobs.token_logprobs_bwd(ones, ones.double(), ones, logits, ids, lse, entropy, *law)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
 def resource_usage(ptx: str, capability: int) -> dict[str, int]:
+    """Registers and spilled bytes, from the assembler's own report."""
     arch = f"sm_{capability}a" if capability >= SM_90 else f"sm_{capability}"
     assembler = "ptxas-blackwell" if capability >= 100 else "ptxas"
     with tempfile.TemporaryDirectory() as folder:
@@ -107,4 +190,4 @@ def resource_usage(ptx: str, capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_for(*variant, SM_90) for variant in variants()], indent=1))
+    print(json.dumps(compile_all(SM_90), indent=1))

@@ -101,10 +101,11 @@ class Row {
     Block<T> term, dterm, part;
     for_each_entries<true>([&](int64_t begin, int count, Entries<T>& e) {
       const int padded = round_up_to_lanes(count);
-      terms(e, padded, term, dterm, part, [&](int j) {
+      terms(e, padded, term, dterm, part, [&](int j, const Block<T>& own) {
         component_state(j)[kTermSum] += lane_sum(term.values, padded);
+        if (is_centred(args_.components[j]) && !is_live_mixture()) return;
+        state_[kGradSum] += static_cast<double>(coefficient(j)) * lane_sum(own.values, padded);
       });
-      state_[kGradSum] += lane_sum(dterm.values, padded);
       if (is_live_geometric()) {
         state_[kTeacherGradSum] += lane_sum(part.values, padded);
       }
@@ -121,7 +122,7 @@ class Row {
     const T teacher_grad_sum = static_cast<T>(state_[kTeacherGradSum]);
     const T through_target = static_cast<T>(args_.target_student);
     for_each_entries([&](int64_t begin, int count, Entries<T>& e) {
-      terms(e, round_up_to_lanes(count), term, dterm, part, [](int) {});
+      terms(e, round_up_to_lanes(count), term, dterm, part, [](int, const Block<T>&) {});
 OPD_IVDEP
       for (int i = 0; i < count; ++i) dterm.values[i] -= e.q.values[i] * grad_sum;
       if (is_live_geometric()) {
@@ -164,6 +165,10 @@ OPD_IVDEP
   bool is_live_geometric() const {
     return args_.target == OPD_TARGET_GEOMETRIC && args_.live_target &&
            args_.target_student != 0.0;
+  }
+
+  bool is_live_mixture() const {
+    return args_.target == OPD_TARGET_MIXTURE && args_.live_target;
   }
 
   // sum of dterm, the labels' part included
@@ -228,7 +233,7 @@ OPD_IVDEP
       laws_.blocks(begin, count, staged, &s, &t);
       const int padded = round_up_to_lanes(count);
       entry_block(s, t, shifts, padded, e.lp.values, e.lq.values, e.p.values, e.q.values,
-                  e.gap.values);
+                  e.gap.values, e.lp_low.values, e.lq_low.values);
       if (kWithStatistics && args_.with_statistics) add_statistics(e, padded);
       if (args_.target == OPD_TARGET_MIXTURE) mix_target(mixture_weights[row_], padded, e);
       fn(begin, count, e);
@@ -236,11 +241,12 @@ OPD_IVDEP
   }
 
   // dterm of the sum of all components; `part` is that of dterm_teacher for a live geometric target
-  // and scratch otherwise. on_term(j) is called while `term` is that of component j.
+  // and scratch otherwise. on_term(j, dterm) is called while `term` is that of component j; its dterm
+  // is not yet multiplied by the coefficient.
   template <class OnTerm>
   void terms(const Entries<T>& e, int padded, Block<T>& term, Block<T>& dterm, Block<T>& part,
              OnTerm&& on_term) const {
-    const bool live_mixture = args_.target == OPD_TARGET_MIXTURE && args_.live_target;
+    const bool live_mixture = is_live_mixture();
     const bool live_geometric = is_live_geometric();
     Block<T> own, teacher;
     bool first = true;
@@ -251,7 +257,6 @@ OPD_IVDEP
       const T c = coefficient(j);
       Block<T>& out = first && c == T(1) ? dterm : own;
       component_terms(component, component_state(j), e, padded, term.values, out.values);
-      on_term(j);
       if (live_mixture || live_geometric) {
         component_dterm_teacher(component, component_state(j), e, padded, teacher.values);
       }
@@ -259,6 +264,7 @@ OPD_IVDEP
 OPD_IVDEP
         for (int i = 0; i < padded; ++i) out.values[i] += e.through.values[i] * teacher.values[i];
       }
+      on_term(j, out);
       if (live_geometric) {
 OPD_IVDEP
         for (int i = 0; i < padded; ++i) part.values[i] += c * teacher.values[i];

@@ -108,10 +108,19 @@ def _terms_kernel(
         shifts = _shifts_of_row(state_row_ptr)
         rows = rows_of(loss, load_row_sums(state_row_ptr, COMPONENTS), COMPONENTS)
         cross_entropy = cross_entropy_of(
-            here, loss, shifts, row, first_column, TARGET, BLOCK_LABELS
+            here, loss, shifts, row, first_column, False, TARGET, BLOCK_LABELS
         )
         statistics = statistics_of(
-            here, ids, shifts, row, first_column, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
+            here,
+            ids,
+            shifts,
+            row,
+            first_column,
+            False,
+            TARGET,
+            WITH_STATISTICS,
+            BLOCK_TOPK,
+            BLOCK_V,
         )
         put_statistics(state_row_ptr, statistics, cross_entropy, True)
         terms, grad_sum, teacher_grad_sum = terms_of(
@@ -165,13 +174,13 @@ def _divergence_bwd_kernel(
     coefficients = coefficients_of(loss, row, COMPONENTS)
     label_weight = label_coefficient(coefficients, COMPONENTS)
     rows = rows_of(loss, load_row_sums(state_row_ptr, COMPONENTS), COMPONENTS)
-    grad_sum = full_grad_sum(
+    grad_sums = full_grad_sum(
         loss, label_weight, tl.load(state_row_ptr + GRAD_SUM), row, BLOCK_LABELS
     )
     teacher_grad_sum = tl.load(state_row_ptr + TEACHER_GRAD_SUM).to(tl.float32)
     store_gradient(
         here, loss, coefficients, label_weight, rows, _shifts_of_row(state_row_ptr), row,
-        first_column, grad_sum, teacher_grad_sum, student_slope(here, weight * grad_loss),
+        first_column, grad_sums, teacher_grad_sum, student_slope(here, weight * grad_loss),
         grad_ptr + row * stride_grad, grad_width, COMPONENTS, TARGET, LIVE, BLOCK_V,
     )  # fmt: skip
 
@@ -182,8 +191,8 @@ def launch_bwd(
     """Writes the gradient of the call's columns, and zeros beyond them."""
     names = ("COMPONENTS", "TARGET", "LIVE", "BLOCK_V", "BLOCK_LABELS")
     launch(
-        _divergence_bwd_kernel, grad, packed.num_warps, packed.laws, packed.loss, grad_loss,
-        state, grad, grad.stride(0), grad.shape[1], first_column,
+        _divergence_bwd_kernel, grad.shape[0], packed.num_warps, packed.laws, packed.loss,
+        grad_loss, state, grad, grad.stride(0), grad.shape[1], first_column,
         **{name: packed.constants[name] for name in names},
     )  # fmt: skip
 
@@ -259,19 +268,27 @@ def _launch_phase(
     chosen = {name: constants[name] for name in ("COMPONENTS", "TARGET", "BLOCK_V")}
     if phase == LSE:
         launch(
-            _lse_kernel, state, packed.num_warps, packed.laws, packed.loss, state, first_column,
-            WITH_STATISTICS=with_statistics, **chosen,
+            _lse_kernel, state.shape[0], packed.num_warps, packed.laws, packed.loss, state,
+            first_column, WITH_STATISTICS=with_statistics, **chosen,
         )  # fmt: skip
     elif phase == ROW_SUMS and has_row_sums(packed.components):
-        launch(_row_sums_kernel, state, packed.num_warps, packed.laws, packed.loss, state, **chosen)
+        launch(
+            _row_sums_kernel,
+            state.shape[0],
+            packed.num_warps,
+            packed.laws,
+            packed.loss,
+            state,
+            **chosen,
+        )
     elif phase == TERMS:
         launch(
-            _terms_kernel, state, packed.num_warps, *packed[:3], state, first_column,
+            _terms_kernel, state.shape[0], packed.num_warps, *packed[:3], state, first_column,
             WITH_STATISTICS=with_statistics, **constants,
         )  # fmt: skip
     elif phase == FINISH:
         launch(
-            _finish_kernel, state, 1, packed.loss, state, loss, statistics,
+            _finish_kernel, state.shape[0], 1, packed.loss, state, loss, statistics,
             COMPONENTS=packed.components, WITH_STATISTICS=with_statistics,
         )  # fmt: skip
 

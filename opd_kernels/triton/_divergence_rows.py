@@ -29,7 +29,7 @@ from ._powers import (
 )
 
 # id -> sums over the row that term and dterm need first
-NUM_ROW_SUMS = (0, 0, 0, 1, 0, 0, 0, 1, 1, 2, 1, 1, 0, 2, 0, 3, 0)
+NUM_ROW_SUMS = (0, 0, 0, 1, 0, 0, 0, 1, 1, 2, 1, 1, 0, 2, 1, 3, 0)
 ADAPTIVE_KL = 13
 # no divergence of two laws: the kernels add it from the labels
 CROSS_ENTROPY = 16
@@ -116,6 +116,8 @@ def divergence_row_sums(e, c, threshold, DIVERGENCE: tl.constexpr):
         distance = tl.abs(student_minus_teacher(e))
         in_head = e.lp >= threshold
         return (tl.where(in_head, distance, 0.0), tl.where(in_head, 0.0, distance))
+    elif DIVERGENCE == 14:
+        return (student_minus_teacher(e),)
     elif DIVERGENCE == 15:
         first, second = law_weight(e, c[0], c[1], c[2]), law_weight(e, c[3], c[4], c[5])
         is_entry = law_weight(e, 0.0, 0.0, 1.0)
@@ -132,7 +134,10 @@ def _mean(total, uniform, count):
 @triton.jit
 def divergence_row(c, sums, DIVERGENCE: tl.constexpr):
     """r of a row with these sums."""
-    if len(sums) == 1:
+    if DIVERGENCE == 14:
+        # the common error of the gaps
+        return (sums[0].to(tl.float32),)
+    elif len(sums) == 1:
         # whether the laws barely overlap
         return (sums[0] < 0.5,)
     elif DIVERGENCE == 9:
@@ -158,8 +163,13 @@ def divergence_value(c, total, sums, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == 9:
         return renyi_log_mass(c[4], sums) * c[5]
     elif DIVERGENCE == 15:
-        apart = _mean(sums[0], c[2], sums[2]) - _mean(sums[1], c[5], sums[2])
-        return total + 0.5 * apart * apart
+        first, second = _mean(sums[0], c[2], sums[2]), _mean(sums[1], c[5], sums[2])
+        apart = first - second
+        # an infinite gap makes its own mean infinite, and inf - inf would hide it
+        is_infinite = (tl.abs(first) == float("inf")) | (tl.abs(second) == float("inf"))
+        is_defined = (first == first) & (second == second)
+        value = total + 0.5 * apart * apart
+        return tl.where(is_infinite & is_defined, float("inf"), value)
     else:
         return total
 
@@ -218,6 +228,6 @@ def divergence_dterm_teacher(e, c, r, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == 13:
         return r[0] * _forward_kl(e) - r[1] * student_minus_teacher(e)
     elif DIVERGENCE == 14:
-        return alpha_beta_form(swapped(e), c[1], c[0], c[2], c[11])
+        return alpha_beta_form(swapped(e), c[1], c[0], c[2], c[11], -r[0])
     else:
         return -concrete_score_dterm(e, c, r)

@@ -204,12 +204,12 @@ def adaptive_kl_dterm(e, c, r):
 
 @triton.jit
 def alpha_beta_term(e, c, r):
-    return alpha_beta_sum(e, c)
+    return alpha_beta_sum(e, c, r[0])
 
 
 @triton.jit
 def alpha_beta_dterm(e, c, r):
-    return alpha_beta_form(e, c[0], c[1], c[2], c[10])
+    return alpha_beta_form(e, c[0], c[1], c[2], c[10], r[0])
 
 
 @triton.jit

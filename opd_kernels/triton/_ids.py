@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Single columns of a row: labels of cross_entropy, and the ids that statistics are asked for.
 
-An id outside of the columns [first_column, first_column + vocab_size) of a call adds nothing; a
-negative one is none.
+An id outside of the columns [first_column, first_column + vocab_size) of a slice adds nothing, a
+negative one is none. On whole rows an id beyond the vocabulary, the caller's error, gives NaN: a
+kernel cannot raise without a wait for the device.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ class Ids(NamedTuple):
 
 
 @triton.jit
-def _columns_of(ids_ptr, row, count, first_column, vocab_size, BLOCK: tl.constexpr):
-    """(columns, whether they are here) of the ids of a row."""
+def _columns_of(
+    ids_ptr, row, count, first_column, vocab_size, WHOLE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(columns, whether they are here, 0 or NaN for an error) of the ids of a row."""
     k = tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + row * count + k, mask=k < count, other=-1)
     columns = ids - first_column
-    return columns, (ids >= 0) & (columns >= 0) & (columns < vocab_size)
+    inside = (ids >= 0) & (columns >= 0) & (columns < vocab_size)
+    error = tl.zeros((BLOCK,), tl.float32)
+    if WHOLE:
+        error = tl.where(ids >= vocab_size, float("nan"), 0.0)
+    return columns, inside, error
 
 
 @triton.jit
@@ -44,27 +51,33 @@ def _logprobs_at(laws, shifts, columns, inside, TARGET: tl.constexpr):
 
 
 @triton.jit
-def _sum_where(inside, values):
-    return tl.sum(tl.where(inside, values, 0.0).to(tl.float64), 0)
+def _sum_where(inside, values, error):
+    return tl.sum(tl.where(inside, values, error).to(tl.float64), 0)
 
 
 @triton.jit
 def id_statistics(
-    laws, ids, shifts, row, first_column, TARGET: tl.constexpr, BLOCK_TOPK: tl.constexpr
-):
+    laws, ids, shifts, row, first_column, WHOLE: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK_TOPK: tl.constexpr,
+):  # fmt: skip
     """What these columns add to log q and log p of token_ids and to the masses of topk_ids."""
     zero = tl.full((), 0.0, tl.float64)
     lq, lp, q, p = zero, zero, zero, zero
     if ids.token_ids is not None:
-        columns, inside = _columns_of(ids.token_ids, row, 1, first_column, laws.vocab_size, 1)
+        columns, inside, error = _columns_of(
+            ids.token_ids, row, 1, first_column, laws.vocab_size, WHOLE, 1
+        )
+        if WHOLE:
+            error = tl.where(inside, 0.0, float("nan"))
         log_q, log_p = _logprobs_at(laws, shifts, columns, inside, TARGET)
-        lq, lp = _sum_where(inside, log_q), _sum_where(inside, log_p)
+        lq, lp = _sum_where(inside, log_q, error), _sum_where(inside, log_p, error)
     if ids.topk_ids is not None:
-        columns, inside = _columns_of(
-            ids.topk_ids, row, ids.num_topk, first_column, laws.vocab_size, BLOCK_TOPK
+        columns, inside, error = _columns_of(
+            ids.topk_ids, row, ids.num_topk, first_column, laws.vocab_size, WHOLE, BLOCK_TOPK
         )
         log_q, log_p = _logprobs_at(laws, shifts, columns, inside, TARGET)
-        q, p = _sum_where(inside, exp(log_q)), _sum_where(inside, exp(log_p))
+        q = _sum_where(inside, exp(log_q), error)
+        p = _sum_where(inside, exp(log_p), error)
     return lq, lp, q, p
 
 
@@ -80,18 +93,19 @@ def _label_weights(loss, row, BLOCK_LABELS: tl.constexpr):
 
 @triton.jit
 def cross_entropy_of(
-    laws, loss, shifts, row, first_column, TARGET: tl.constexpr, BLOCK_LABELS: tl.constexpr
-):
+    laws, loss, shifts, row, first_column, WHOLE: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr,
+):  # fmt: skip
     """What these columns add to -sum_k weight_k log q(label_k)."""
     total = tl.full((), 0.0, tl.float64)
     if loss.labels is not None:
-        columns, inside = _columns_of(
-            loss.labels, row, loss.num_labels, first_column, laws.vocab_size, BLOCK_LABELS
+        columns, inside, error = _columns_of(
+            loss.labels, row, loss.num_labels, first_column, laws.vocab_size, WHOLE, BLOCK_LABELS
         )
         weights = _label_weights(loss, row, BLOCK_LABELS)
         inside = inside & (weights != 0.0)
         lq, _ = _logprobs_at(laws, shifts, columns, inside, TARGET)
-        total -= _sum_where(inside, weights.to(tl.float64) * lq.to(tl.float64))
+        total -= _sum_where(inside, weights.to(tl.float64) * lq.to(tl.float64), error)
     return total
 
 
@@ -130,7 +144,5 @@ def subtract_labels(loss, coefficient, row, columns, first_column, dterm):
             weight = coefficient
             if loss.label_weights is not None:
                 weight = coefficient * tl.load(loss.label_weights + at)
-            # NaN * 0, of an ignored slot or a coefficient of 0, must not arise
-            is_label = (columns + first_column == label) & (weight != 0.0)
-            dterm = tl.where(is_label, dterm - weight, dterm)
+            dterm = tl.where(columns + first_column == label, dterm - weight, dterm)
         return dterm

@@ -179,6 +179,11 @@ def load_entry(laws, shifts, columns, inside, TARGET: tl.constexpr):
 
 
 @triton.jit
+def _of_ends(weight, of_teacher, of_student, between):
+    return tl.where(weight == 1.0, of_teacher, tl.where(weight == 0.0, of_student, between))
+
+
+@triton.jit
 def mix_target(laws, e, TARGET: tl.constexpr):
     """(e with the mixture as its teacher, d log mixture / d log q through the student in it)."""
     if TARGET == MIXTURE:
@@ -186,13 +191,12 @@ def mix_target(laws, e, TARGET: tl.constexpr):
         mix = mixture(e, weight, 1.0 - weight)
         lm = tl.where(e.gap <= 0.0, e.lp + mix.lm_lp, e.lq + mix.lm_lq)
         through = (1.0 - weight) * mix.q_over_m
-        # the ends, where the logarithm of 0 times something is no number
-        keep = (weight == 1.0) | ((weight != 0.0) & absent(e))
-        only_student = weight == 0.0
-        lp = tl.where(keep, e.lp, tl.where(only_student, e.lq, lm))
-        p = tl.where(keep, e.p, tl.where(only_student, e.q, mix.m))
-        gap = tl.where(keep, e.gap, tl.where(only_student, 0.0, -mix.lm_lq))
-        through = tl.where(keep, 0.0, tl.where(only_student, 1.0, through))
+        # the ends apart: the logarithm of 0 times something is no number
+        is_absent = absent(e)
+        lp = _of_ends(weight, e.lp, e.lq, tl.where(is_absent, e.lp, lm))
+        p = _of_ends(weight, e.p, e.q, tl.where(is_absent, e.p, mix.m))
+        gap = _of_ends(weight, e.gap, 0.0, tl.where(is_absent, e.gap, -mix.lm_lq))
+        through = _of_ends(weight, 0.0, 1.0, tl.where(is_absent, 0.0, through))
         return Entry(lp, e.lq, p, e.q, gap), through
     else:
         return e, 0.0

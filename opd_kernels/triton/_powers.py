@@ -17,9 +17,17 @@ from ._math import (
 
 
 @triton.jit
+def _log_geometric(e, alpha, rest):
+    """log(p^alpha q^rest), rest = 1 - alpha: from one log-probability and the gap, which is the
+    more exact of the two, or from both where one of the laws rules the token out."""
+    by_both = alpha * e.lp + rest * e.lq
+    return tl.where(e.gap - e.gap == 0.0, e.lp + rest * e.gap, by_both)
+
+
+@triton.jit
 def geometric(e, alpha, rest):
-    """p^alpha q^(1 - alpha)."""
-    return tl.where(absent(e), 0.0, exp_unbounded(alpha * e.lp + rest * e.lq))
+    """p^alpha q^rest."""
+    return tl.where(absent(e), 0.0, exp_unbounded(_log_geometric(e, alpha, rest)))
 
 
 @triton.jit
@@ -60,15 +68,15 @@ def renyi_form(e, alpha, rest, log_mass):
     """q - r / sum r."""
     y = -alpha * e.gap - log_mass
     by_series = -e.q * (y + (y * y) * phi_over_square(y))
-    directly = e.q - exp_unbounded((alpha * e.lp + rest * e.lq) - log_mass)
+    directly = e.q - exp_unbounded(_log_geometric(e, alpha, rest) - log_mass)
     near = (y < 1.0) & (y > -1.0)
     return tl.where(absent(e), 0.0, tl.where(near, by_series, directly))
 
 
 @triton.jit
-def alpha_beta_sum(e, c):
-    """term, from the constants in their order."""
-    x = e.gap
+def alpha_beta_sum(e, c, offset):
+    """term, from the constants in their order; offset is the common error of the gaps."""
+    x = e.gap - offset
     ps = exp_unbounded(exponent_times(c[2], e.lp))
     qs = exp_unbounded(exponent_times(c[2], e.lq))
     cross = exp_unbounded(exponent_times(c[8], e.lp) + exponent_times(c[9], e.lq))
@@ -83,9 +91,9 @@ def alpha_beta_sum(e, c):
 
 
 @triton.jit
-def alpha_beta_form(e, a, b, s, inverse_a):
+def alpha_beta_form(e, a, b, s, inverse_a, offset):
     """(q^s - p^a q^b) / a; q^s gap where a = 0."""
-    x = e.gap
+    x = e.gap - offset
     # finite, so that y is 0 where a is
     bounded = tl.where(x > 1e30, 1e30, tl.where(x < -1e30, -1e30, x))
     y = -a * bounded

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -61,11 +62,19 @@ def split(lse):
     return high, tl.where(tl.abs(high) == float("inf"), 0.0, low)
 
 
-def launch(kernel, like: torch.Tensor, num_warps: int, *args, **constants) -> None:
-    """Runs one program per row of `like`, on its device; no row, no launch."""
-    num_tokens, device = like.shape[0], like.device
-    if num_tokens == 0:
+def launch(kernel, num_programs: int, num_warps: int, *args, **constants) -> None:
+    """Runs the programs on the device of the first tensor in the arguments; none, no launch."""
+    if num_programs == 0:
         return
+    device = next(_tensors(args)).device
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:
-        kernel[(num_tokens,)](*args, **constants, num_warps=num_warps)
+        kernel[(num_programs,)](*args, **constants, num_warps=num_warps)
+
+
+def _tensors(args: tuple) -> Iterator[torch.Tensor]:
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)

@@ -11,12 +11,13 @@ from ._divergences import forward_kl_term, reverse_kl_term
 from ._ids import id_statistics, label_sum, subtract_labels
 from ._laws import GEOMETRIC, load_entry, load_mixed_entry, load_uncapped
 from ._math import softcap_slope
+from ._rows import split
 
 
 @triton.jit
 def statistics_of(
-    laws, ids, shifts, row, first_column, TARGET: tl.constexpr, WITH_STATISTICS: tl.constexpr,
-    BLOCK_TOPK: tl.constexpr, BLOCK_V: tl.constexpr,
+    laws, ids, shifts, row, first_column, WHOLE: tl.constexpr, TARGET: tl.constexpr,
+    WITH_STATISTICS: tl.constexpr, BLOCK_TOPK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What these columns add to entropies, KLs, log-probabilities and masses; or nothing."""
     if WITH_STATISTICS:
@@ -31,7 +32,9 @@ def statistics_of(
             teacher_entropy -= tl.where(e.p == 0.0, 0.0, e.p * e.lp)
             forward_kl += forward_kl_term(e, (), ())
             reverse_kl += reverse_kl_term(e, (), ())
-        lq, lp, q, p = id_statistics(laws, ids, shifts, row, first_column, TARGET, BLOCK_TOPK)
+        lq, lp, q, p = id_statistics(
+            laws, ids, shifts, row, first_column, WHOLE, TARGET, BLOCK_TOPK
+        )
         return (
             total_of(student_entropy), total_of(teacher_entropy), total_of(forward_kl),
             total_of(reverse_kl), lq, lp, q, p,
@@ -77,15 +80,21 @@ def terms_of(
 
 @triton.jit
 def full_grad_sum(loss, label_weight, grad_sum, row, BLOCK_LABELS: tl.constexpr):
-    """Sum of dterm, the labels' part included, as the gradient reads it."""
+    """Sum of dterm, the labels' part included, as two float32: near a sum of 1 or 1/2, where the
+    student has all but one token ruled out, the gradient is what rounding would leave of it."""
     if label_weight is not None:
         grad_sum = grad_sum - label_sum(loss, label_weight, row, BLOCK_LABELS)
-    return grad_sum.to(tl.float32)
+    return split(grad_sum)
+
+
+@triton.jit
+def minus_share(dterm, q, grad_sums):
+    return (dterm - q * grad_sums[0]) - q * grad_sums[1]
 
 
 @triton.jit
 def store_gradient(
-    laws, loss, coefficients, label_weight, rows, shifts, row, first_column, grad_sum,
+    laws, loss, coefficients, label_weight, rows, shifts, row, first_column, grad_sums,
     teacher_grad_sum, scale, grad_row_ptr, grad_width, COMPONENTS: tl.constexpr,
     TARGET: tl.constexpr, LIVE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +106,7 @@ def store_gradient(
         dterm, teacher = block_dterms(
             loss, coefficients, rows, e, through, COMPONENTS, TARGET, LIVE
         )
-        gradient = dterm - e.q * grad_sum
+        gradient = minus_share(dterm, e.q, grad_sums)
         if LIVE and TARGET == GEOMETRIC:
             gradient += laws.from_student * (teacher - e.p * teacher_grad_sum)
         gradient = subtract_labels(loss, label_weight, row, columns, first_column, gradient)

@@ -41,6 +41,7 @@ from ._state import (
 )
 from ._whole_rows import (
     full_grad_sum,
+    minus_share,
     statistics_of,
     store_gradient,
     store_loss,
@@ -80,9 +81,9 @@ def _open_row(
     student_lse = student + tl.log(student_total)
     teacher_lse = teacher + tl.log(teacher_total)
     shifts = shifts_of(student_lse, teacher_lse)
-    cross_entropy = cross_entropy_of(laws, loss, shifts, row, 0, TARGET, BLOCK_LABELS)
+    cross_entropy = cross_entropy_of(laws, loss, shifts, row, 0, True, TARGET, BLOCK_LABELS)
     statistics = statistics_of(
-        laws, ids, shifts, row, 0, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
+        laws, ids, shifts, row, 0, True, TARGET, WITH_STATISTICS, BLOCK_TOPK, BLOCK_V
     )
     store_statistics(
         statistics, student_lse, teacher_lse, student_argmax, teacher_argmax, statistics_ptr, row,
@@ -177,7 +178,7 @@ def _divergence_fwd_grad_kernel(
             loss, coefficients, terms, sums, cross_entropy, weight, loss_ptr, row, COMPONENTS
         )
         scale = student_slope(here, weight)
-        grad_sum = full_grad_sum(loss, label_weight, grad_sum, row, BLOCK_LABELS)
+        grad_sums = full_grad_sum(loss, label_weight, grad_sum, row, BLOCK_LABELS)
         # the thread that reads a column may not be the one that wrote it
         tl.debug_barrier()
         if OVERWRITES_TWICE:
@@ -186,10 +187,12 @@ def _divergence_fwd_grad_kernel(
                 inside = columns < laws.vocab_size
                 dterm = tl.load(student_row_ptr + columns, mask=inside, other=0.0)
                 q = tl.load(here.teacher.logits + columns, mask=inside, other=0.0)
-                tl.store(student_row_ptr + columns, scale * (dterm - q * grad_sum), mask=inside)
+                tl.store(
+                    student_row_ptr + columns, scale * minus_share(dterm, q, grad_sums), mask=inside
+                )
         else:
             store_gradient(
-                here, loss, coefficients, label_weight, rows, shifts, row, 0, grad_sum,
+                here, loss, coefficients, label_weight, rows, shifts, row, 0, grad_sums,
                 teacher_grad_sum.to(tl.float32), scale, student_row_ptr, laws.vocab_size,
                 COMPONENTS, TARGET, LIVE, BLOCK_V,
             )  # fmt: skip
@@ -231,7 +234,7 @@ def divergence_fwd(
     state = loss.new_empty(num_tokens, packed.state_size, dtype=torch.float64)
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)
     launch(
-        _divergence_fwd_kernel, student_logits, packed.num_warps, *packed[:3], state, loss,
+        _divergence_fwd_kernel, num_tokens, packed.num_warps, *packed[:3], state, loss,
         statistics, WITH_STATISTICS=with_statistics, **packed.constants,
     )  # fmt: skip
     return loss, state, statistics
@@ -309,7 +312,7 @@ def divergence_fwd_grad_(
     loss = student_logits.new_empty(num_tokens, dtype=torch.float32)
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)
     launch(
-        _divergence_fwd_grad_kernel, student_logits, packed.num_warps, *packed[:3], loss,
+        _divergence_fwd_grad_kernel, num_tokens, packed.num_warps, *packed[:3], loss,
         statistics, WITH_STATISTICS=with_statistics, OVERWRITES_TWICE=packed.overwrites_twice,
         **packed.constants,
     )  # fmt: skip

@@ -106,7 +106,7 @@ def token_logprobs_fwd(
     entropy = torch.empty_like(logprobs)
     block_v, num_warps = tile(vocab_size)
     launch(
-        _token_logprobs_fwd_kernel, logits, num_warps,
+        _token_logprobs_fwd_kernel, num_tokens, num_warps,
         _side(logits, bias, numbers, temperatures), token_ids, logprobs, lse, entropy, vocab_size,
         BLOCK_V=block_v,
     )  # fmt: skip
@@ -158,9 +158,10 @@ def token_logprobs_bwd_(
 def _launch_bwd(
     law, grad_logprobs, grad_lse, grad_entropy, token_ids, lse, entropy, grad_logits, vocab_size
 ) -> None:
+    num_tokens, grad_width = grad_logits.shape
     block_v, num_warps = tile(vocab_size)
     launch(
-        _token_logprobs_bwd_kernel, grad_logits, num_warps,
+        _token_logprobs_bwd_kernel, num_tokens, num_warps,
         law, grad_logprobs, grad_lse, grad_entropy, token_ids, lse, entropy, grad_logits,
-        vocab_size, grad_logits.shape[1], grad_logits.stride(0), BLOCK_V=block_v,
+        vocab_size, grad_width, grad_logits.stride(0), BLOCK_V=block_v,
     )  # fmt: skip

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd_kernels import reference
+from opd_kernels import divergences as D
+from opd_kernels import reference, targets
 from opd_kernels.reference.divergence import statistics as reference_statistics
 from tests.cases import (
     BF16,
@@ -15,6 +16,7 @@ from tests.cases import (
     F16,
     F32,
     F64,
+    INF,
     INTERPRETED,
     NAN,
     SPECS,
@@ -24,17 +26,25 @@ from tests.cases import (
     logits_of,
     spec,
 )
-from tests.checks import check_divergence, check_fused_divergence, dtype_id, leaf, workspace_for
+from tests.checks import (
+    check_divergence,
+    check_fused_divergence,
+    dtype_id,
+    laws_of,
+    leaf,
+    workspace_for,
+)
+from tests.options import option_cases
 from tests.tolerance import assert_relative
 
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.usefixtures("interpreted_triton"),
     # -inf - -inf in masked lanes, which numpy reports and a GPU does not
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning"),
 ]
 
-ROWS = 3
+ROWS = 2
 # every divergence where the row or its layout is special, two of them elsewhere
 SPECIAL = {
     "two_words",
@@ -67,6 +77,14 @@ def test_triton_divergence_matches_reference(case, dtype, divergence):
     check_divergence(case, dtype, divergence, backend="triton", max_tokens=rows)
 
 
+OPTION_CASE = Case("triton_options", 3, 300, weights="random", teacher_padding=3)
+
+
+@pytest.mark.parametrize(("option", "divergence", "dtype"), option_cases(F32))
+def test_triton_divergence_options_match_reference(option, divergence, dtype):
+    check_divergence(OPTION_CASE, dtype, divergence, backend="triton", option=option)
+
+
 @pytest.mark.parametrize(("gap", "shift"), [(1e-2, 0.0), (1e-4, 0.0), (1e-3, 300.0)])
 @pytest.mark.parametrize("divergence", SPECS, ids=str)
 def test_triton_divergence_is_precise_when_the_laws_are_close(gap, shift, divergence):
@@ -82,39 +100,45 @@ def test_triton_divergence_is_precise_when_the_laws_are_close(gap, shift, diverg
     assert error < 1e-6, f"relative Frobenius error {error:.2e}"
 
 
-@pytest.mark.parametrize("divergence", SPECS, ids=str)
-@pytest.mark.parametrize("with_statistics", [True, False])
-def test_triton_fwd_grad_is_forward_and_backward_in_place(divergence, with_statistics):
-    # two blocks, the second of them partly filled
-    case = Case("in_place", 2, 2500, temperature=(0.7, 1.3), weights="some_zero", row_gap=5)
-    logits = logits_of(case, F32)
-    public = divergence.public()
-    numbers = (public.id, *public.kernel_params, *logits.temperatures(), case.vocab_size)
-    inputs = logits.student, logits.teacher, logits.token_weights
-    ops = torch.ops.opd_triton
-    expected = ops.divergence_fwd(*inputs, *numbers, with_statistics)
-    gradient = ops.divergence_bwd(torch.ones(2), *inputs, *expected[1:4], *numbers)
-    student, teacher = logits.student.clone(), logits.teacher.clone()
-    loss, statistics = ops.divergence_fwd_grad_(
-        student, teacher, logits.token_weights, *numbers, with_statistics
-    )
-    assert torch.equal(loss, expected[0])
-    assert torch.equal(statistics, expected[4])
-    torch.testing.assert_close(student, gradient, rtol=1e-6, atol=1e-9)
-    assert bool((student[logits.token_weights == 0] == 0).all())
+# -- statistics ------------------------------------------------------------------------------------
+
+STATISTICS = (
+    "student_entropy",
+    "teacher_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "top1_agreement",
+    "student_lse",
+    "teacher_lse",
+    "student_logprobs",
+    "teacher_logprobs",
+    "student_topk_mass",
+    "teacher_topk_mass",
+)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=dtype_id)
-def test_triton_statistics_match_reference(dtype):
+@pytest.mark.parametrize("target", [None, targets.geometric(0.4, 0.5), targets.mixture(0.3)])
+def test_triton_statistics_match_reference(dtype, target):
     case = Case("statistics", 3, 900, temperature=(1.5, 0.8), weights="some_zero")
     logits = logits_of(case, dtype)
-    truth = reference_statistics(logits.student, logits.teacher, **logits.keywords())
+    more = {
+        "target": target,
+        "token_ids": torch.tensor([0, 3, 899]),
+        "topk_ids": torch.tensor([[0, 1, 5], [2, -1, 3], [899, -1, 7]]),
+    }
+    truth = reference_statistics(logits.student, logits.teacher, **logits.keywords(), **more)
+    laws = laws_of(
+        logits.student,
+        case.vocab_size,
+        temperature=logits.temperature,
+        token_weights=logits.token_weights,
+        **more,
+    )
     *_, statistics = torch.ops.opd_triton.divergence_fwd(
-        logits.student, logits.teacher, logits.token_weights,
-        0, 0.0, 0.0, *logits.temperatures(), case.vocab_size, True,
-    )  # fmt: skip
-    names = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
-    for name, row in zip(names, statistics, strict=True):
+        logits.student, logits.teacher, None, *laws, True
+    )
+    for name, row in zip(STATISTICS, statistics, strict=True):
         torch.testing.assert_close(row.double(), truth[name], rtol=2e-6, atol=2e-6, msg=name)
 
 
@@ -124,32 +148,83 @@ def test_triton_top1_agreement_takes_the_first_of_equal_logits():
     teacher[0, [3, 700]] = 5.0
     student[1, [3, 2400]] = 5.0
     teacher[1, [4, 2400]] = 5.0
-    *_, statistics = torch.ops.opd_triton.divergence_fwd(
-        student, teacher, None, 0, 0.0, 0.0, 1.0, 1.0, 2500, True
-    )
+    laws = laws_of(student, 2500)
+    *_, statistics = torch.ops.opd_triton.divergence_fwd(student, teacher, None, *laws, True)
     assert statistics[4].tolist() == [1.0, 0.0]
 
 
-def test_triton_agrees_with_the_cpu_kernel():
-    case = Case("agree", 2, 1500, temperature=(0.9, 1.1))
-    logits = logits_of(case, F32)
-    numbers = (2, 0.3, 0.0, *logits.temperatures(), case.vocab_size)
-    inputs = logits.student, logits.teacher, None
-    cpu = torch.ops.opd.divergence_fwd(*inputs, *numbers, True)
-    gpu = torch.ops.opd_triton.divergence_fwd(*inputs, *numbers, True)
-    for one, two in zip(gpu, cpu, strict=True):
-        assert one.dtype == two.dtype and one.shape == two.shape
-        torch.testing.assert_close(one, two, rtol=2e-6, atol=2e-6)
+def test_triton_ids_beyond_the_vocabulary_are_nan():
+    # a GPU kernel can't raise without a sync, and must not read beyond the row
+    student, teacher = torch.randn(2, 3, 20)
+    labels, ids = torch.tensor([[3], [20], [-1]]), torch.tensor([19, 20, -1])
+    laws = laws_of(
+        student,
+        18,
+        divergence="cross_entropy",
+        labels=labels,
+        token_ids=ids,
+        topk_ids=torch.tensor([[0, -1], [3, 18], [1, 4]]),
+    )
+    loss, _, statistics = torch.ops.opd_triton.divergence_fwd(student, teacher, None, *laws, True)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert loss[2] == 0
+    assert statistics[7].isnan().tolist() == [True, True, True]
+    assert statistics[9].isnan().tolist() == [False, True, False]
 
 
-def test_triton_nan_stays_in_its_row():
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", SPECS, ids=str)
+def test_triton_nan_stays_in_its_row(divergence):
     student, teacher = torch.randn(2, 3, 100)
     student[1, 5], teacher[2, 99] = NAN, NAN
     logits = leaf(student)
-    loss = opk.divergence(logits, teacher, divergence="jsd", backend="triton")
+    loss = opk.divergence(logits, teacher, divergence=divergence.public(), backend="triton")
     loss.sum().backward()
     assert loss.isnan().tolist() == [False, True, True]
     assert logits.grad.isnan().any(dim=1).tolist() == [False, True, True]
+
+
+def test_triton_coefficient_zero_leaves_out_infinity():
+    student = leaf(torch.zeros(2, 3))
+    teacher = torch.tensor([[0.0, -INF, 0.0], [0.0, 0.0, 1.0]])
+    total = [(torch.tensor([0.0, 1.0]), "reverse_kl"), (1.0, "forward_kl")]
+    loss = opk.divergence(student, teacher, divergence=total, backend="triton")
+    loss.sum().backward()
+    assert bool(loss.isfinite().all()) and bool(student.grad.isfinite().all())
+    alone = opk.divergence(student, teacher, divergence="forward_kl", backend="triton")
+    assert loss[0] == alone[0]
+
+
+def test_triton_adaptive_kl_keeps_tied_tokens_together():
+    # masses .4 .2 .2 .2: at a head mass of .5 no one of the three fits without the others
+    teacher = torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log()
+    student = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    for mass in (0.3, 0.41, 0.5, 0.99):
+        divergence = D.adaptive_kl(mass)
+        ours = opk.divergence(student, teacher, divergence=divergence, backend="triton")
+        truth = reference.divergence(student, teacher, divergence=divergence)
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=0)
+
+
+def test_triton_softcap_of_huge_logits_has_no_slope():
+    student = leaf(torch.tensor([[1e4, -1e4, 0.0]]))
+    loss = opk.divergence(
+        student, torch.zeros(1, 3), divergence="forward_kl", student_softcap=30.0, backend="triton"
+    )
+    loss.sum().backward()
+    assert bool(student.grad.isfinite().all())
+    assert student.grad[0, :2].tolist() == [0.0, 0.0]
+
+
+def test_triton_negative_scale_leaves_padding_without_mass():
+    case = Case("negative", 2, 130, student_padding=5, teacher_padding=3)
+    logits = logits_of(case, F32)
+    keywords = {"student_logit_scale": -0.5, "vocab_size": 130}
+    loss = opk.divergence(logits.student, logits.teacher, backend="triton", **keywords)
+    truth = reference.divergence(logits.student, logits.teacher, **keywords)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
 
 
 def test_triton_divergence_is_deterministic_between_runs():
@@ -177,29 +252,22 @@ def test_triton_divergence_compiles_without_a_graph_break():
     assert torch.equal(actual.grad, expected.grad)
 
 
-def test_triton_divergence_opcheck():
-    student, teacher = torch.randn(2, 2, 20)
-    weights = torch.tensor([1.0, 0.0])
-    numbers = (2, 0.3, 0.0, 1.0, 2.0, 18)
-    ops = torch.ops.opd_triton
-    torch.library.opcheck(ops.divergence_fwd, (leaf(student), teacher, weights, *numbers, True))
-    loss, *saved, _ = ops.divergence_fwd(student, teacher, weights, *numbers, False)
-    torch.library.opcheck(
-        ops.divergence_bwd, (torch.ones_like(loss), student, teacher, weights, *saved, *numbers)
-    )
-    torch.library.opcheck(ops.divergence_fwd_grad_, (student, teacher, weights, *numbers, True))
+# -- the fused op ----------------------------------------------------------------------------------
 
 
 def test_triton_fused_linear_divergence_opcheck():
     inputs = fused_of(FusedCase("triton", 3, 40, 8, 8), F32)
-    trained = [leaf(x) for x in inputs.tensors()[:2]]
-    tensors = [*trained, *inputs.tensors()[2:], None]
-    numbers = (2, 0.3, 0.0, 1.0, 1.0, 40, 1 << 20)
+    laws = laws_of(inputs.student_hidden, 40, biases=(torch.randn(40), None, None))
+    pair = torch.randn(2, 8), torch.randn(40, 2)
+    tensors = [*inputs.tensors(), None, None, *pair]
+    trained = [leaf(x) if i in (0, 1, 6, 7) else x for i, x in enumerate(tensors)]
+    live = laws._replace(student_bias=leaf(laws.student_bias))
+    rest = ("", 0.0, "triton")
     ops = torch.ops.opd
     torch.library.opcheck(
-        ops.fused_linear_divergence_sum, (*tensors, *numbers, True, True, True, "triton")
+        ops.fused_linear_divergence_sum, (*trained, *live, 1 << 20, [True] * 5, True, *rest)
     )
-    torch.library.opcheck(ops.fused_linear_divergence_fwd, (*tensors, *numbers, True, "triton"))
+    torch.library.opcheck(ops.fused_linear_divergence_fwd, (*trained, *live, 1 << 20, True, *rest))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
