@@ -154,8 +154,9 @@ class _Run:
         )
         self.low_rank = None
         if inputs.student_lora_a is not None:
-            # small beside a head: [r, D] and [V, r]
-            self.low_rank = (inputs.student_lora_a.to(real), inputs.student_lora_b.to(real))
+            self.low_rank = _linear.LowRank(
+                inputs.student_lora_a.to(real), inputs.student_lora_b.to(real)
+            )
 
     def run(self) -> tuple[Tensor, Gradients, Tensor]:
         for begin, end in self.plan.chunks():
@@ -212,7 +213,7 @@ class _Run:
         rows = slice(begin, end) if self.token_idx is None else self.token_idx[begin:end]
         low_rank = None
         if self.low_rank is not None:
-            low_rank = torch.mm(hidden[0].to(self.loss.dtype), self.low_rank[0].t())
+            low_rank = self.low_rank.project(hidden[0])
         return _Chunk(begin, end, hidden, low_rank, self.laws.rows(rows))
 
     def _logits(self, chunk: _Chunk, columns: slice) -> list[Tensor | None]:
@@ -227,7 +228,7 @@ class _Run:
             with _linear.phase(hidden, OP, name):
                 _linear.logits_into(out, hidden, head[columns], self.plan.head_slice_rows)
                 if i == 0 and chunk.low_rank is not None:
-                    out.addmm_(chunk.low_rank, self.low_rank[1][columns].t())
+                    self.low_rank.columns(columns).add_logits(out, chunk.low_rank)
             logits.append(out)
         return logits + [None] * (3 - len(logits))
 
@@ -340,13 +341,11 @@ class _Run:
         if wanted[2]:
             gradients.student_bias[columns] += grad_logits.sum(0)
         if chunk.low_rank is not None:
-            through = torch.mm(grad_logits, self.low_rank[1][columns])
-            if wanted[4]:
-                gradients.student_lora_b[columns].addmm_(grad_logits.t(), chunk.low_rank)
-            if wanted[3]:
-                gradients.student_lora_a.addmm_(through.t(), hidden.to(through.dtype))
-            if wanted[0]:
-                grad_hidden.addmm_(through, self.low_rank[0])
+            grad_down = gradients.student_lora_a if wanted[3] else None
+            grad_up = gradients.student_lora_b[columns] if wanted[4] else None
+            self.low_rank.columns(columns).backproject(
+                grad_logits, hidden, chunk.low_rank, (grad_hidden, grad_down, grad_up)
+            )
         if wanted[0]:
             self._put_grad_hidden(chunk, grad_hidden, first)
 

@@ -100,8 +100,9 @@ def calls():
     yield chosen, lambda: divergence.divergence_fwd_grad_(*logits, *laws, True)
     yield chosen, lambda: both_ways(logits, laws, True)
     for dtype in (torch.bfloat16, torch.float32):
-        chosen = {"options": PLAIN, "divergence": None, "dtype": _name(dtype)}
-        yield chosen, lambda dtype=dtype: _token_logprobs(dtype)
+        for options in (PLAIN, EVERYTHING):
+            chosen = {"options": options, "divergence": None, "dtype": _name(dtype)}
+            yield chosen, lambda dtype=dtype, options=options: _token_logprobs(dtype, options)
     yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
@@ -153,13 +154,14 @@ def _phases():
         )
 
 
-def _token_logprobs(dtype: torch.dtype) -> None:
+def _token_logprobs(dtype: torch.dtype, options: str) -> None:
     logits, ids = torch.empty(2, VOCAB_SIZE, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    _, lse, entropy = token_logprobs.token_logprobs_fwd(logits, ids, 0.7, VOCAB_SIZE)
     ones = torch.ones(2)
-    token_logprobs.token_logprobs_bwd(
-        ones, ones.double(), ones, logits, ids, lse, entropy, 0.7, VOCAB_SIZE
-    )
+    law = (None, None, [1.0, 0.0, 0.7], VOCAB_SIZE)
+    if options == EVERYTHING:
+        law = (torch.empty(VOCAB_SIZE), ones, [0.5, 30.0, 1.0], VOCAB_SIZE)
+    _, lse, entropy = token_logprobs.token_logprobs_fwd(logits, ids, *law)
+    token_logprobs.token_logprobs_bwd(ones, ones.double(), ones, logits, ids, lse, entropy, *law)
 
 
 def _sparse_gradient() -> None:

@@ -449,17 +449,6 @@ OPD_IVDEP
   });
 }
 
-void check_side(const char* name, const opd_logits_t& side, int64_t num_tokens) {
-  check_dtype(kOp, name, side.matrix.dtype);
-  check_logits(kOp, name, side.matrix, num_tokens);
-  const std::string temperature = std::string("temperature of ") + name;
-  if (!side.temperatures) check_temperature(kOp, temperature.c_str(), side.temperature);
-  OPD_CHECK(std::isfinite(side.scale) && side.scale != 0.0, kOp, ": ", name,
-            " scale must be finite and not 0, got ", side.scale);
-  OPD_CHECK(std::isfinite(side.softcap) && side.softcap >= 0.0, kOp, ": ", name,
-            " softcap must be >= 0 (0: none), got ", side.softcap);
-}
-
 void check_component(const opd_divergence_component_t& component,
                      const opd_divergence_args_t& args) {
   const double p = component.param0, sum = component.param0 + component.param1;
@@ -507,8 +496,8 @@ void check_component(const opd_divergence_component_t& component,
 void check_args(const opd_divergence_args_t& args) {
   check_struct_size(kOp, args.struct_size, sizeof(args));
   check_sizes(kOp, args.num_tokens, args.vocab_size);
-  check_side("student_logits", args.student, args.num_tokens);
-  check_side("teacher_logits", args.teacher, args.num_tokens);
+  check_side(kOp, "student_logits", args.student, args.num_tokens);
+  check_side(kOp, "teacher_logits", args.teacher, args.num_tokens);
   OPD_CHECK((args.student.matrix.dtype == OPD_FLOAT64) == (args.teacher.matrix.dtype == OPD_FLOAT64),
             kOp, ": student_logits and teacher_logits must both be float64 or neither");
   OPD_CHECK(args.num_components > 0 && args.num_components <= OPD_MAX_COMPONENTS, kOp,
@@ -518,7 +507,7 @@ void check_args(const opd_divergence_args_t& args) {
   OPD_CHECK(args.target >= OPD_TARGET_TEACHER && args.target <= OPD_TARGET_MIXTURE, kOp,
             ": target must be an opd_target_t, got ", args.target);
   if (args.target == OPD_TARGET_GEOMETRIC && args.target_reference != 0.0) {
-    check_side("reference_logits", args.reference, args.num_tokens);
+    check_side(kOp, "reference_logits", args.reference, args.num_tokens);
     OPD_CHECK((args.student.matrix.dtype == OPD_FLOAT64) ==
                   (args.reference.matrix.dtype == OPD_FLOAT64),
               kOp, ": student_logits and reference_logits must both be float64 or neither");

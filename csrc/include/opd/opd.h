@@ -182,33 +182,32 @@ OPD_API opd_status_t opd_divergence_close_lse_cpu(const opd_divergence_args_t* a
 /* After the last phase. Out: loss, statistics. */
 OPD_API opd_status_t opd_divergence_finish_cpu(const opd_divergence_args_t* args);
 
-/* logprobs[t] = log Q_t(token_ids[t]); lse[t] of logits / temperature; entropy[t] of Q_t. */
+/* logprobs[t] = log Q_t(token_ids[t]); entropy[t] of Q_t; lse[t] of the logits that Q_t is the softmax
+ * of, softcap(scale * (logits + bias)) / temperature. */
 typedef struct opd_token_logprobs_spec_t {
-  double temperature;
   int64_t num_tokens;
-  int64_t vocab_size;
+  int64_t vocab_size; /* the columns that count; the rest of a row is never read */
   opd_parallel_for_fn parallel_for;
+  opd_logits_t logits;
+  const int64_t* token_ids; /* [T], each in [0, vocab_size) */
 } opd_token_logprobs_spec_t;
 
 typedef struct opd_token_logprobs_fwd_args_t {
   uint32_t struct_size;
   opd_token_logprobs_spec_t spec;
-  opd_const_matrix_t logits;
-  const int64_t* token_ids; /* [T], each in [0, vocab_size) */
-  void* logprobs;           /* [T] real, out */
-  double* lse;              /* [T] out */
-  void* entropy;            /* [T] real, out */
+  void* logprobs; /* [T] real, out */
+  double* lse;    /* [T] out */
+  void* entropy;  /* [T] real, out */
 } opd_token_logprobs_fwd_args_t;
 
 OPD_API opd_status_t opd_token_logprobs_fwd_cpu(const opd_token_logprobs_fwd_args_t* args);
 
-/* grad_logits[t, v] = (g_logprob (1[v = id] - q_v) + g_lse q_v - g_entropy q_v (log q_v + H)) /
- * temperature. grad_logits may be the logits themselves (float32 or float64). */
+/* grad_logits[t, v] = (g_logprob (1[v = id] - q_v) + g_lse q_v - g_entropy q_v (log q_v + H)) *
+ * d (the logits of Q_t)_v / d logits[t, v]; what a bias gets is its sum over t. grad_logits may be the
+ * logits themselves (float32 or float64). */
 typedef struct opd_token_logprobs_bwd_args_t {
   uint32_t struct_size;
   opd_token_logprobs_spec_t spec;
-  opd_const_matrix_t logits;
-  const int64_t* token_ids;
   const void* grad_logprobs; /* [T] real */
   const double* grad_lse;    /* [T] */
   const void* grad_entropy;  /* [T] real */

@@ -62,9 +62,11 @@ class FullVocab(Section):
         hidden = student.hidden()
         out = opk.fused_linear_divergence(
             hidden,
-            student.lm_head_weight,
+            student.head.weight,
             teacher.hidden(),
-            teacher.lm_head_weight,
+            teacher.head.weight,
+            **student.head.options("student"),
+            **teacher.head.options("teacher"),
             divergence=self._divergence,
             temperature=(self.temperature, self.teacher_temperature or self.temperature),
             token_weights=torch.full(

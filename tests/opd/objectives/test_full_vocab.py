@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from opd.batch import Law, collate, collate_step
+from opd.batch import Head, Law, collate, collate_step
 from opd.model import LanguageModel
 from opd.objectives import FullVocab, SampledToken, TokenNll
 from opd.teachers import LocalTeacher
@@ -138,11 +138,13 @@ def test_gradient_is_that_of_finite_differences(divergence):
     generator = torch.Generator().manual_seed(3)
     head, other = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
     hidden = torch.randn(2, 4, dtype=torch.float64, generator=generator).requires_grad_()
-    teacher = Law(lambda: hidden.detach() * 0.5 + 0.1, other)
+    teacher = Law(lambda: hidden.detach() * 0.5 + 0.1, Head(other))
     batch = SimpleNamespace(num_tokens=2)
 
     def loss(hidden, head):
-        return FullVocab(divergence=divergence)(Law(lambda: hidden, head), teacher, batch, 2).loss
+        return FullVocab(divergence=divergence)(
+            Law(lambda: hidden, Head(head)), teacher, batch, 2
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (hidden, head.requires_grad_()))
 
