@@ -22,7 +22,9 @@ class FullVocab(Section):
     Attributes:
         divergence: a name out of `opd_kernels.divergences.DIVERGENCES`.
         beta: of `jsd`: the weight on the teacher in the mixture, in (0, 1).
-        alpha: of the skewed KLs: the weight of the other law in the mixture, in (0, 1).
+        alpha: of the skewed KLs: the weight of the other law in the mixture, in (0, 1); of `alpha`,
+            `renyi` and `alpha_beta`: the exponent.
+        params: every other parameter of the divergence by name, as in {weight: 0.3} of `jeffreys`.
         temperature: divides both models' logits. No implicit temperature**2 factor.
         teacher_temperature: divides the teacher's logits instead, when given.
         gradient_tolerance: a gradient of the loss by a logit, per token, that may be dropped where
@@ -39,6 +41,7 @@ class FullVocab(Section):
     divergence: str = "reverse_kl"
     beta: float | None = None
     alpha: float | None = None
+    params: dict[str, float | bool | tuple[str, str]] = Field(default_factory=dict)
     temperature: float = Field(1.0, gt=0)
     teacher_temperature: float | None = Field(None, gt=0)
     gradient_tolerance: float | None = Field(None, gt=0)
@@ -52,7 +55,14 @@ class FullVocab(Section):
     def _divergence(self) -> Any:
         given = {"beta": self.beta, "alpha": self.alpha}
         params = {name: value for name, value in given.items() if value is not None}
-        return opk.divergences.parse(self.divergence, **params)
+        if twice := sorted(params.keys() & self.params.keys()):
+            raise ValueError(
+                f"params: {', '.join(twice)} must be given once, not beside it as well"
+            )
+        divergence = opk.divergences.parse(self.divergence, **params, **self.params)
+        if divergence.name == "cross_entropy":
+            raise ValueError("divergence: cross_entropy has no teacher; use kind: token_nll")
+        return divergence
 
     def __call__(
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int

@@ -9,19 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import opd_kernels as opk
 from opd.batch import Head, Law, collate, collate_step
 from opd.model import LanguageModel
 from opd.objectives import FullVocab, SampledToken, TokenNll
 from opd.teachers import LocalTeacher
 
-DIVERGENCES = [
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-]
+# cross_entropy has no teacher
+DIVERGENCES = [name for name in opk.divergences.DIVERGENCES if name != "cross_entropy"]
 
 
 def _loss(objective, student, teacher, batches, num_step_tokens):
@@ -222,3 +217,23 @@ def test_no_tensor_of_tokens_times_vocabulary_is_formed(hf_model, make_trajector
         taught = teacher.law(batch) if objective.needs_teacher else None
         objective(student.law(batch), taught, batch, batch.num_tokens).loss.backward()
     assert largest.num_elements < 0.5 * batch.num_tokens * vocab_size
+
+
+def test_params_are_those_of_the_divergence():
+    objective = FullVocab(divergence="jeffreys", params={"weight": 0.3})
+    assert objective._divergence == opk.divergences.jeffreys(0.3)
+    weights = FullVocab(divergence="concrete_score", params={"weights": ["uniform", "student"]})
+    assert weights._divergence == opk.divergences.concrete_score(("uniform", "student"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"divergence": "jeffreys", "params": {"wait": 0.3}}, "unknown parameter 'wait'"),
+        ({"divergence": "alpha", "alpha": 0.3, "params": {"alpha": 0.3}}, "alpha must be given"),
+        ({"divergence": "cross_entropy"}, "cross_entropy has no teacher; use kind: token_nll"),
+    ],
+)
+def test_params_are_checked(keys, message):
+    with pytest.raises(ValueError, match=message):
+        FullVocab(**keys)
