@@ -38,10 +38,15 @@ def gemms(shape: Shape, dtype: torch.dtype, *, into_existing: bool = False):
     As four plain torch.mm calls, each of which returns its result in fresh memory; or into buffers
     that exist already, which no training step has: dW at least is new in each.
     """
+    return gemms_of(inputs(shape, dtype), into_existing=into_existing)
+
+
+def gemms_of(tensors: tuple[torch.Tensor, ...], *, into_existing: bool = False):
+    """The same of tensors that are at hand."""
     student_hidden, student_weight, teacher_hidden, teacher_weight = (
-        tensor.detach().float() for tensor in inputs(shape, dtype)
+        tensor.detach().float() for tensor in tensors
     )
-    logits = torch.empty(shape.num_tokens, shape.vocab_size)
+    logits = torch.empty(student_hidden.shape[0], student_weight.shape[0])
     teacher_logits = torch.empty_like(logits)
     grad_hidden = torch.empty_like(student_hidden)
     grad_weight = torch.empty_like(student_weight)

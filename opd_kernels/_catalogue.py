@@ -49,9 +49,10 @@ class Parameter:
         number = float(value)
         # at least this far inside, or float32 would put it on the end itself
         inside = self.low + 1e-30 < number < self.high - CLOSE
-        # a little less, so that 1 - 0.999 passes
-        nearest = min((abs(number - point) for point in self.excluded), default=1.0)
-        if not inside or not nearest > LEAST_EXPONENT - CLOSE:
+        for point in self.excluded:
+            # a little less, so that 1 - 0.999 passes
+            inside = inside and abs(number - point) > LEAST_EXPONENT - CLOSE
+        if not inside:
             besides = " and ".join(f"{point:g}" for point in self.excluded)
             away = f" and at least {LEAST_EXPONENT:g} away from {besides}" if besides else ""
             raise ValueError(

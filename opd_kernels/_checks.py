@@ -174,33 +174,50 @@ def autocast_pair(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, weight
 
 
-def lora(rows, value: object, head: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(scaling * A, B) of the pair that adds scaling * B @ A to the head [V, D]."""
+def lora(
+    rows, value: object, head: Tensor, name: str = "student_lora"
+) -> tuple[Tensor | None, Tensor | None]:
+    """(scaling * A, B) of the pair that adds scaling * B @ A to the head [V, D].
+
+    scaling * A is in the kernel's dtype: rounded to 16 bits it would be another head.
+    """
     if value is None:
         return None, None
     if not isinstance(value, (tuple, list)) or len(value) != 3:
-        raise TypeError(f"{rows.op}: student_lora must be (A, B, scaling), got {value!r}.")
+        raise TypeError(f"{rows.op}: {name} must be (A, B, scaling), got {value!r}.")
     down, up, scaling = value
-    tensor(rows.op, "A of student_lora", down, 2)
-    tensor(rows.op, "B of student_lora", up, 2)
-    scaling = logit_scale(rows.op, "scaling of student_lora", scaling)
+    tensor(rows.op, f"A of {name}", down, 2)
+    tensor(rows.op, f"B of {name}", up, 2)
+    scaling = logit_scale(rows.op, f"scaling of {name}", scaling)
     rank = down.shape[0]
     if down.shape[1] != head.shape[1] or up.shape[0] != head.shape[0] or up.shape[1] != rank:
         raise ValueError(
-            f"{rows.op}: student_lora must be A (r, {head.shape[1]}) and B ({head.shape[0]}, r) "
+            f"{rows.op}: {name} must be A (r, {head.shape[1]}) and B ({head.shape[0]}, r) "
             f"for a head {tuple(head.shape)}, got {tuple(down.shape)} and {tuple(up.shape)}."
         )
-    for name, value in (("A of student_lora", down), ("B of student_lora", up)):
+    for which, value in (("A", down), ("B", up)):
         if value.device != rows.device:
-            raise ValueError(f"{rows.op}: {name} must be on {rows.device}, got {value.device}.")
+            raise ValueError(
+                f"{rows.op}: {which} of {name} must be on {rows.device}, got {value.device}."
+            )
         if value.dtype not in FLOATS:
-            raise TypeError(f"{rows.op}: {name} must be a floating tensor, got {value.dtype}.")
-    return down * scaling, up
+            raise TypeError(
+                f"{rows.op}: {which} of {name} must be a floating tensor, got {value.dtype}."
+            )
+    return down.to(rows.real) * scaling, up
 
 
-def gradient_tolerance(op: str, value: float | None) -> float:
+def gradient_tolerance(op: str, value: float | None, reduction: str) -> float:
     """A positive number; None is 0, exact."""
-    return 0.0 if value is None else temperature(op, "gradient_tolerance", value)
+    if value is None:
+        return 0.0
+    if reduction == "none":
+        raise ValueError(
+            f"{op}: gradient_tolerance must be None with reduction='none', got {value!r}: the "
+            "gradient is formed in backward, when the statistics that say what it dropped are "
+            "returned already. Pass the weights as token_weights and reduction='sum'."
+        )
+    return temperature(op, "gradient_tolerance", value)
 
 
 def bias(rows, name: str, value: Tensor, vocab_size: int) -> Tensor:

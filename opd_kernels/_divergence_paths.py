@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _dispatch, _laws, _linear, _parallel, _sparse
+from . import _dispatch, _laws, _linear, _parallel, sparse_gradient
 from ._checks import real_dtype, token_ids_in_range
 from .divergence import CLOSE_LSE, FINISH, LSE, OPEN, ROW_SUMS, TERMS
 
@@ -145,22 +145,27 @@ class _Run:
         self.statistics = new(
             (_laws.NUM_STATISTICS, num_tokens if options.with_statistics else 0), dtype=real
         )
-        self.dropped = new(num_tokens if options.gradient_tolerance else 0, dtype=real)
+        self.dropped = student.new_zeros(
+            num_tokens if options.gradient_tolerance else 0, dtype=real
+        )
         self.gradients = self._new_gradients(new, num_active)
         self.buffers = _linear.new_buffer(
             student, len(inputs.heads()), self.plan.chunk_tokens, self.plan.slice_columns
         )
         self.low_rank = None
         if inputs.student_lora_a is not None:
-            # small beside a head: [r, D] and [V, r]
-            self.low_rank = (inputs.student_lora_a.to(real), inputs.student_lora_b.to(real))
+            self.low_rank = _linear.LowRank(
+                inputs.student_lora_a.to(real), inputs.student_lora_b.to(real)
+            )
 
     def run(self) -> tuple[Tensor, Gradients, Tensor]:
         for begin, end in self.plan.chunks():
             # a function, so that its gathered rows are gone before the next chunk's exist
             self._run_chunk(begin, end)
         if self.group is not None:
-            self.group.sum_gradients(self.gradients.student_hidden, self.gradients.student_lora_a)
+            self.group.sum_gradients(
+                self.gradients.student_hidden, self.gradients.student_lora_a, self.dropped
+            )
         statistics = self.statistics
         if self.options.gradient_tolerance and self.options.with_statistics:
             statistics = torch.cat([statistics, self.dropped.unsqueeze(0)])
@@ -208,7 +213,7 @@ class _Run:
         rows = slice(begin, end) if self.token_idx is None else self.token_idx[begin:end]
         low_rank = None
         if self.low_rank is not None:
-            low_rank = torch.mm(hidden[0].to(self.loss.dtype), self.low_rank[0].t())
+            low_rank = self.low_rank.project(hidden[0])
         return _Chunk(begin, end, hidden, low_rank, self.laws.rows(rows))
 
     def _logits(self, chunk: _Chunk, columns: slice) -> list[Tensor | None]:
@@ -223,7 +228,7 @@ class _Run:
             with _linear.phase(hidden, OP, name):
                 _linear.logits_into(out, hidden, head[columns], self.plan.head_slice_rows)
                 if i == 0 and chunk.low_rank is not None:
-                    out.addmm_(chunk.low_rank, self.low_rank[1][columns].t())
+                    self.low_rank.columns(columns).add_logits(out, chunk.low_rank)
             logits.append(out)
         return logits + [None] * (3 - len(logits))
 
@@ -240,7 +245,7 @@ class _Run:
                     *logits, *chunk.laws, self.options.with_statistics
                 )
         if self.with_grad:
-            self._backproject(chunk, logits[0], columns, first=True)
+            self._backproject(chunk, logits[0], columns, logits[1], first=True)
         return loss, statistics
 
     def _phases(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
@@ -292,49 +297,55 @@ class _Run:
                         *chunk.laws.columns(columns),
                         self.first_column + columns.start,
                     )
-                self._backproject(chunk, student_logits, columns, first=columns.start == 0)
+                self._backproject(
+                    chunk, student_logits, columns, others[0], first=columns.start == 0
+                )
         return loss, statistics
 
     def _backproject(
-        self, chunk: _Chunk, grad_logits: Tensor, columns: slice, *, first: bool
+        self, chunk: _Chunk, grad_logits: Tensor, columns: slice, buffer: Tensor, *, first: bool
     ) -> None:
-        """Adds what dZ of these tokens and columns gives to each gradient."""
+        """Adds what dZ of these tokens and columns gives to each gradient; overwrites `buffer`."""
         wanted, gradients = self.options.with_grads, self.gradients
         head = self.inputs.student_lm_head_weight[columns]
         grad_weight = gradients.student_lm_head_weight[columns] if wanted[1] else None
-        hidden = chunk.hidden[0]
+        hidden, slice_rows = chunk.hidden[0], self.plan.head_slice_rows
+        packed = None
+        if self.options.gradient_tolerance and (wanted[0] or wanted[1]):
+            with _linear.phase(hidden, OP, "pack"):
+                packed, dropped = sparse_gradient.pack(
+                    self.rows,
+                    grad_logits,
+                    chunk.laws.token_weights,
+                    self.options.gradient_tolerance,
+                    buffer,
+                    head,
+                    slice_rows,
+                )
+            self._add(self.dropped, chunk, dropped)
         grad_hidden = None
-        if self.options.gradient_tolerance:
-            grad_hidden, dropped = _sparse.backproject(
-                self.rows,
-                grad_logits,
-                chunk.laws.token_weights,
-                self.options.gradient_tolerance,
-                hidden,
-                head,
-                grad_weight,
-                with_grad_hidden=wanted[0],
-            )
-            _linear.put(self.dropped, self.token_idx, chunk.begin, chunk.end, dropped)
-        else:
-            if wanted[0]:
-                with _linear.phase(hidden, OP, "grad_hidden"):
-                    grad_hidden = _linear.grad_hidden(grad_logits, head, self.plan.head_slice_rows)
-            if grad_weight is not None:
-                with _linear.phase(hidden, OP, "grad_weight"):
+        if wanted[0]:
+            with _linear.phase(hidden, OP, "grad_hidden"):
+                if packed is None:
+                    grad_hidden = _linear.grad_hidden(grad_logits, head, slice_rows)
+                else:
+                    grad_hidden = sparse_gradient.grad_hidden(packed, head)
+        if grad_weight is not None:
+            with _linear.phase(hidden, OP, "grad_weight"):
+                if packed is None:
                     _linear.accumulate_grad_weight(
                         grad_weight, grad_logits, hidden, first=chunk.begin == 0
                     )
+                else:
+                    sparse_gradient.add_grad_weight(self.rows, grad_weight, packed, hidden)
         if wanted[2]:
             gradients.student_bias[columns] += grad_logits.sum(0)
         if chunk.low_rank is not None:
-            through = torch.mm(grad_logits, self.low_rank[1][columns])
-            if wanted[4]:
-                gradients.student_lora_b[columns].addmm_(grad_logits.t(), chunk.low_rank)
-            if wanted[3]:
-                gradients.student_lora_a.addmm_(through.t(), hidden.to(through.dtype))
-            if wanted[0]:
-                grad_hidden.addmm_(through, self.low_rank[0])
+            grad_down = gradients.student_lora_a if wanted[3] else None
+            grad_up = gradients.student_lora_b[columns] if wanted[4] else None
+            self.low_rank.columns(columns).backproject(
+                grad_logits, hidden, chunk.low_rank, (grad_hidden, grad_down, grad_up)
+            )
         if wanted[0]:
             self._put_grad_hidden(chunk, grad_hidden, first)
 
@@ -342,8 +353,12 @@ class _Run:
         out = self.gradients.student_hidden
         if first:
             _linear.put(out, self.token_idx, chunk.begin, chunk.end, grad_hidden)
-        elif self.token_idx is None:
-            out[chunk.begin : chunk.end] += grad_hidden
+        else:
+            self._add(out, chunk, grad_hidden)
+
+    def _add(self, target: Tensor, chunk: _Chunk, rows: Tensor) -> None:
+        if self.token_idx is None:
+            target[chunk.begin : chunk.end] += rows
         else:
             # each token is in one chunk only, so no index repeats
-            out[self.token_idx[chunk.begin : chunk.end]] += grad_hidden
+            target[self.token_idx[chunk.begin : chunk.end]] += rows

@@ -269,7 +269,9 @@ def _target(
             f"got {type(target).__name__}."
         )
     needs_reference = isinstance(target, targets.Geometric) and target.reference != 0.0
-    if needs_reference != has_reference:
+    if (needs_reference != has_reference and not isinstance(target, targets.Geometric)) or (
+        needs_reference and not has_reference
+    ):
         raise ValueError(
             f"{rows.op}: a reference model must be given with a geometric target that weighs it, "
             f"and only then, got target {target} and {'a' if has_reference else 'no'} reference."

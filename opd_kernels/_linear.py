@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -226,26 +227,45 @@ def accumulate_grad_weight(
         target.addmm_(gradient, hidden)
 
 
-def backproject(
-    op: str,
-    rows: tuple[Tensor | None, int, int],
-    grad_logits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    slice_rows: int,
-    grad_hidden_out: Tensor | None,
-    grad_weight_out: Tensor | None,
-) -> None:
-    """Takes dX and dW of one chunk from its dZ; None for what nobody asked for.
+class LowRank(NamedTuple):
+    """The pair that adds up @ down to a head, in float32 (float64): small beside the head itself.
 
-    `rows` is (token_idx, begin, end) of the chunk, as for `put`.
+    Every product has an out=, which also keeps autocast from rounding its operands.
     """
-    if grad_hidden_out is not None:
-        with phase(hidden, op, "grad_hidden"):
-            put(grad_hidden_out, *rows, grad_hidden(grad_logits, weight, slice_rows))
-    if grad_weight_out is not None:
-        with phase(hidden, op, "grad_weight"):
-            accumulate_grad_weight(grad_weight_out, grad_logits, hidden, first=rows[1] == 0)
+
+    down: Tensor  # [r, D]
+    up: Tensor  # [V, r]
+
+    def columns(self, columns: slice) -> LowRank:
+        """What a slice of the vocabulary sees of it."""
+        return self._replace(up=self.up[columns])
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """hidden @ down.T, [C, r]."""
+        out = self.down.new_empty(hidden.shape[0], self.down.shape[0])
+        return torch.mm(hidden.to(out.dtype), self.down.t(), out=out)
+
+    def add_logits(self, logits: Tensor, projected: Tensor) -> None:
+        """logits += hidden @ (up @ down)[:V].T, from `project`."""
+        logits.addmm_(projected, self.up[: logits.shape[1]].t())
+
+    def backproject(
+        self,
+        grad_logits: Tensor,
+        hidden: Tensor,
+        projected: Tensor,
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    ) -> None:
+        """Adds to the gradients of hidden states [C, D], down and up; None for what is frozen."""
+        grad_hidden, grad_down, grad_up = grads
+        vocab_size = grad_logits.shape[1]
+        through = torch.mm(grad_logits, self.up[:vocab_size], out=torch.empty_like(projected))
+        if grad_hidden is not None:
+            grad_hidden.addmm_(through, self.down)
+        if grad_down is not None:
+            grad_down.addmm_(through.t(), hidden.to(through.dtype))
+        if grad_up is not None:
+            grad_up[:vocab_size].addmm_(grad_logits.t(), projected)
 
 
 def new_buffer(like: Tensor, *shape: int) -> Tensor:

@@ -94,8 +94,11 @@ def fused_linear_divergence(
             vocab_size is of the whole vocabulary then; default: ranks times rows. Heads that are
             DTensors sharded in dimension 0 bring their group along.
         gradient_tolerance: keep only the vocabulary columns in which |dD/dz| of some token of the
-            chunk exceeds this; dX and dW leave the others out, and statistics get
-            `gradient_dropped_l1` [T], the exact sum of |dD/dz| left out. Default: exact.
+            chunk exceeds this (z the head's output, before the token's weight); dX and dW leave the
+            others out. Statistics then have `gradient_dropped_l1` [T], the sum of |dD/dz| that the
+            token lost, which bounds the error: norm(dX[t] - exact) <= |w[t]| dropped[t]
+            max_v norm(W[v]), and sum_v norm(dW[v] - exact) <= sum_t |w[t]| dropped[t] norm(X[t]).
+            Bias and low-rank pair get exact gradients. Only with "sum". Default: exact.
         backend: "cpu" | "triton" | "reference"; None picks one (`explain` says which).
 
     Returns:
@@ -107,8 +110,9 @@ def fused_linear_divergence(
 
     Notes:
         FLOPs 2TV(3Ds + Dt) with both gradients, 2TV(2Ds + Dt) with the head frozen ("none": one
-        student and one teacher GEMM more). Logits are float32 whatever the inputs are;
-        precision, special values and memory: docs/numerics.md.
+        student and one teacher GEMM more), towards 2TV(Ds + Dt) with a gradient_tolerance and
+        peaked laws, at the price of one wait for the device per chunk. Logits are float32 whatever
+        the inputs are; precision, special values and memory: docs/numerics.md.
 
     Source: GKD, arXiv:2306.13649; MiniLLM, arXiv:2306.08543; DistiLLM, arXiv:2402.03898; the rest
     of the family in docs/divergences.md.
@@ -161,7 +165,7 @@ def fused_linear_divergence(
     lora = _checks.lora(rows, student_lora, heads["student"][1])
     _checks.one_of(_OP, "reduction", reduction, ("sum", "none"))
     statistics = _laws.statistic_names(_OP, statistics, laws)
-    tolerance = _checks.gradient_tolerance(_OP, gradient_tolerance)
+    tolerance = _checks.gradient_tolerance(_OP, gradient_tolerance, reduction)
     whole_rows = _laws.needs_whole_rows(laws.divergences)
     if group_name and whole_rows is not None:
         raise ValueError(f"{_OP}: process_group must be None here: {whole_rows}.")
@@ -217,7 +221,6 @@ def fused_linear_divergence(
         *lora,
     )
     with_statistics = bool(statistics) or bool(tolerance)
-    rest = (group_name, tolerance, chosen)
     if reduction == "sum":
         differentiable = (*inputs[:2], laws.student_bias, *lora)
         wanted = [
@@ -225,11 +228,11 @@ def fused_linear_divergence(
             for tensor in differentiable
         ]
         loss, *_, named = torch.ops.opd.fused_linear_divergence_sum(
-            *inputs, *laws, workspace_bytes, wanted, with_statistics, *rest
+            *inputs, *laws, workspace_bytes, wanted, with_statistics, group_name, tolerance, chosen
         )
     else:
         loss, named = torch.ops.opd.fused_linear_divergence_fwd(
-            *inputs, *laws, workspace_bytes, with_statistics, *rest
+            *inputs, *laws, workspace_bytes, with_statistics, group_name, chosen
         )
     returned = {name: named[STATISTICS.index(name)] for name in statistics}
     if tolerance:
@@ -305,21 +308,20 @@ def _sum_backward(_):
 
 
 def _fwd(*arguments):
-    inputs, laws, (workspace_bytes, with_statistics, *rest) = _split(arguments)
-    options = Options(workspace_bytes, [False] * len(_DIFFERENTIABLE), with_statistics, *rest)
-    # there is no gradient to drop anything from
-    loss, _, statistics = run(inputs, laws, options._replace(gradient_tolerance=0.0))
-    if options.gradient_tolerance and with_statistics:
-        statistics = torch.cat([statistics, torch.zeros_like(statistics[:1])])
+    inputs, laws, (workspace_bytes, with_statistics, group, backend) = _split(arguments)
+    wanted = [False] * len(_DIFFERENTIABLE)
+    loss, _, statistics = run(
+        inputs, laws, Options(workspace_bytes, wanted, with_statistics, group, 0.0, backend)
+    )
     return loss, statistics
 
 
 def _fwd_fake(*arguments):
-    inputs, _, (_, with_statistics, _, tolerance, _) = _split(arguments)
+    inputs, _, (_, with_statistics, *_) = _split(arguments)
     real = _checks.real_dtype(inputs.student_hidden)
     return (
         inputs.student_hidden.new_empty(inputs.student_hidden.shape[0], dtype=real),
-        _empty_statistics(inputs, with_statistics, tolerance),
+        _empty_statistics(inputs, with_statistics, 0.0),
     )
 
 
@@ -337,7 +339,7 @@ def _fwd_backward(_):
         gradients = [None] * ctx.num_inputs
         if grad_loss is None:
             return tuple(gradients)
-        *numbers, workspace_bytes, _, group, tolerance, backend = ctx.rest
+        *numbers, workspace_bytes, _, group, backend = ctx.rest
         wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
         formed = torch.ops.opd.fused_linear_divergence_bwd(
             grad_loss.contiguous(),
@@ -346,7 +348,6 @@ def _fwd_backward(_):
             workspace_bytes,
             wanted,
             group,
-            tolerance,
             backend,
         )
         for position, want, gradient in zip(_DIFFERENTIABLE, wanted, formed, strict=True):
@@ -358,14 +359,14 @@ def _fwd_backward(_):
 
 
 def _bwd(grad_loss, *arguments):
-    inputs, laws, (workspace_bytes, with_grads, *rest) = _split(arguments)
+    inputs, laws, (workspace_bytes, with_grads, group, backend) = _split(arguments)
     # the upstream gradient is one more token weight, and its zeros cost nothing either
     weights = grad_loss
     if laws.token_weights is not None:
         # a token of weight 0 stays out whatever comes from above, inf included
         given = laws.token_weights
         weights = torch.where(given == 0, torch.zeros_like(grad_loss), given * grad_loss)
-    options = Options(workspace_bytes, with_grads, False, *rest)
+    options = Options(workspace_bytes, with_grads, False, group, 0.0, backend)
     _, gradients, _ = run(inputs, laws._replace(token_weights=weights), options)
     return tuple(
         gradient.to(like.dtype) if wanted else gradient

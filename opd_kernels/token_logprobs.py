@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""logprobs[t] = log softmax(logits[t] / temperature)[token_ids[t]], with lse and entropy."""
+"""logprobs[t] = log softmax(z_t)[token_ids[t]], with lse and entropy, z_t made of logits[t]."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _linear, reference
+from . import _checks, _dispatch, _laws, _linear, reference
 from ._registration import register
 
 _OP = "token_logprobs"
@@ -17,7 +17,7 @@ _OP = "token_logprobs"
 class TokenLogprobs(NamedTuple):
     """Three [T] tensors, nats, each differentiable in the logits (or hidden states and head).
 
-    `lse` is the log-sum-exp of logits / temperature; `entropy` that of the whole law.
+    `lse` is the log-sum-exp of the logits as the law takes them; `entropy` that of the whole law.
     """
 
     logprobs: Tensor
@@ -25,24 +25,63 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor
 
 
+class Law(NamedTuple):
+    """The arguments of OPD_LAW in csrc/torch/ops.cpp; numbers: scale, softcap, temperature."""
+
+    bias: Tensor | None
+    temperatures: Tensor | None
+    numbers: list[float]
+    vocab_size: int
+
+    def rows(self, rows: slice | Tensor) -> Law:
+        """The law of some of the tokens."""
+        temperatures = None if self.temperatures is None else self.temperatures[rows]
+        return self._replace(temperatures=temperatures)
+
+
+def pack_law(
+    rows: _laws.Rows,
+    vocab_size: int,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    bias: Tensor | None = None,
+) -> Law:
+    """Checks the keyword arguments that turn one model's logits into a law."""
+    scale = _checks.logit_scale(rows.op, "logit_scale", logit_scale)
+    cap = _checks.softcap(rows.op, "softcap", softcap)
+    temperatures = None
+    if isinstance(temperature, Tensor):
+        temperature, temperatures = 1.0, _checks.per_token(rows, "temperature", temperature)
+    temperature = _checks.temperature(rows.op, "temperature", temperature)
+    if bias is not None:
+        bias = _checks.bias(rows, "bias", bias, vocab_size)
+    return Law(bias, temperatures, [scale, cap, temperature], vocab_size)
+
+
 def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
     backend: str | None = None,
 ) -> TokenLogprobs:
     """Log-probability of one token per row, with the row's log-sum-exp and entropy.
 
-    logprobs[t] = z[token_ids[t]] - lse[t],  z = logits[t] / temperature,
-    lse[t] = log sum_v exp z_v,  entropy[t] = -sum_v q_v log q_v.
+    logprobs[t] = z[token_ids[t]] - lse[t],  z = cap(logit_scale * logits[t]) / temperature[t],
+    lse[t] = log sum_v exp z_v,  entropy[t] = -sum_v q_v log q_v,  cap(x) = c tanh(x / c).
 
     Args:
         logits: [T, V], float32 | bfloat16 | float16 (float64 on CPU).
         token_ids: [T] int64 or int32, each in [0, vocab_size). Drop ignored positions (-100) before
             the call. Checked on CPU; on a GPU it is the caller's contract.
-        temperature: divides the logits; > 0.
+        temperature: divides the logits; > 0. A number, or [T] without gradient.
+        softcap: c of cap, Gemma's; > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap; not 0.
         vocab_size: the leading columns that count; the rest is not read and gets zero gradient.
         backend: "cpu" | "triton" | "reference"; None picks one.
 
@@ -50,7 +89,7 @@ def token_logprobs(
         TokenLogprobs of [T] float32 (float64 for float64 logits), nats, all three differentiable.
 
     Raises:
-        ValueError: shapes or temperature that do not fit. TypeError: unsupported dtype.
+        ValueError: shapes or numbers that do not fit. TypeError: unsupported dtype.
         RuntimeError: an id out of range (on CPU). UnsupportedBackendError.
 
     Source: the chosen-token quantities of arXiv:2306.08543 and of policy-gradient distillation.
@@ -58,17 +97,28 @@ def token_logprobs(
     _checks.tensor(_OP, "logits", logits, 2)
     _checks.floating(_OP, logits=logits)
     vocab_size = _checks.vocab_prefix(_OP, vocab_size, logits=logits.shape[1])
-    temperature = _checks.temperature(_OP, "temperature", temperature)
+    law = pack_law(
+        _laws.rows_of(_OP, logits),
+        vocab_size,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
     token_ids = _checks.token_ids(_OP, token_ids, logits.shape[0], logits.device)
     real = _checks.real_dtype(logits)
     chosen = _dispatch.select(_OP, _dispatch.meta_of(logits), backend)
     if chosen == "reference":
         values = reference.token_logprobs(
-            logits, token_ids, temperature=temperature, vocab_size=vocab_size
+            logits,
+            token_ids,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            vocab_size=vocab_size,
         )
     else:
         values = _dispatch.row_ops(chosen).token_logprobs_fwd(
-            _checks.unit_stride(logits), token_ids, temperature, vocab_size
+            _checks.unit_stride(logits), token_ids, *law
         )
     return TokenLogprobs(*(value.to(real) for value in values))
 
@@ -84,14 +134,14 @@ def fwd_outputs(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _fwd_fake(logits, token_ids, temperature, vocab_size):
+def _fwd_fake(logits, *_):
     return fwd_outputs(logits)
 
 
 def _fwd_setup_context(ctx, inputs, output):
-    logits, token_ids, ctx.temperature, ctx.vocab_size = inputs
+    logits, token_ids, bias, temperatures, *ctx.numbers = inputs
     _, lse, entropy = output
-    ctx.save_for_backward(logits, token_ids, lse, entropy)
+    ctx.save_for_backward(logits, token_ids, lse, entropy, bias, temperatures)
 
 
 def _fwd_backward(namespace):
@@ -101,10 +151,10 @@ def _fwd_backward(namespace):
             grad_lse.contiguous(),
             grad_entropy.contiguous(),
             *ctx.saved_tensors,
-            ctx.temperature,
-            ctx.vocab_size,
+            *ctx.numbers,
         )
-        return grad_logits, None, None, None
+        # a bias is a constant here: through the fused op it has a gradient
+        return grad_logits, *(None,) * 5
 
     return backward
 

@@ -170,11 +170,18 @@ def fused_linear_divergence(
 
 
 def token_logprobs(
-    logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0, vocab_size: int | None = None
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), [T] each."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    scaled = logits[:, :vocab_size].to(dtype) / temperature
+    skipped = torch.zeros(len(logits), dtype=torch.bool)
+    scaled = _scaled(logits, softcap, logit_scale, temperature, skipped, dtype, vocab_size)
     logprobs = torch.log_softmax(scaled, dim=-1)
     probs = logprobs.exp()
     entropy = -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum(-1)
@@ -187,12 +194,14 @@ def fused_linear_token_logprobs(
     lm_head_weight: Tensor,
     token_ids: Tensor,
     *,
-    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     vocab_size: int | None = None,
+    **keywords,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), [T] each, through the whole [T, V] logit matrix."""
-    logits = _logits(hidden, lm_head_weight, None, vocab_size)
-    return token_logprobs(logits, token_ids, temperature=temperature)
+    logits = _logits(hidden, lm_head_weight, None, vocab_size, bias, lora)
+    return token_logprobs(logits, token_ids, **keywords)
 
 
 def _logits(

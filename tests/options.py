@@ -173,6 +173,25 @@ OPTIONS = (
 )
 
 
+def _law_everything(uniform: Draw, num_tokens: int) -> dict:
+    return {"softcap": 6.0, "logit_scale": -1.3, "temperature": uniform(0.5, 2, num_tokens)}
+
+
+# what turns one model's logits into a law, for the ops that see a single model
+LAW_OPTIONS: dict[str, Callable[[Draw, int], dict]] = {
+    "temperature_per_token": lambda u, t: {"temperature": u(0.3, 3, t)},
+    "softcap": lambda u, t: {"softcap": 5.0},
+    "wide_softcap": lambda u, t: {"softcap": 30.0, "temperature": 0.6},
+    "logit_scale": lambda u, t: {"logit_scale": 0.0625},
+    "law_everything": _law_everything,
+}
+
+
+def law_options_of(name: str, num_tokens: int) -> dict:
+    """The keyword arguments of one of LAW_OPTIONS; float32, the same numbers each time."""
+    return LAW_OPTIONS[name](_uniform_of(name), num_tokens)
+
+
 def option_cases(*dtypes: torch.dtype) -> list[tuple[Option, Spec | None, torch.dtype]]:
     """What the tests of an op run: every option with each of its divergences in each dtype."""
     return [
@@ -193,13 +212,17 @@ def _with_ends(uniform: Draw, num_tokens: int) -> Tensor:
 
 def options_of(option: Option, num_tokens: int, vocab_size: int) -> dict:
     """The keyword arguments; float32, so that every backend reads the same numbers."""
-    generator = torch.Generator().manual_seed(zlib.crc32(option.name.encode()))
+    return option.keywords(_uniform_of(option.name), num_tokens, vocab_size)
+
+
+def _uniform_of(name: str) -> Draw:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         drawn = torch.rand(*shape, generator=generator, dtype=F64) * (high - low) + low
         return drawn.to(torch.float32)
 
-    return option.keywords(uniform, num_tokens, vocab_size)
+    return uniform
 
 
 def reference_model_of(teacher: Tensor, seed: int) -> Tensor:

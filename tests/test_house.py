@@ -54,6 +54,9 @@ ABSENT = {
         "tests/csrc/test_{op}.cpp",
     )
 }
+# row kernels that a public op uses and nobody calls by themselves: no reference, their tests hold
+# them against plain torch
+INTERNAL_OPS = ("sparse_gradient",)
 
 # modules without a test file of their own name, and what tests them
 TESTED_ELSEWHERE = {
@@ -85,9 +88,13 @@ MAY_INCLUDE = {
     "csrc/cuda/": r"opd/\w+\.h|\w+\.(h|cuh)|cuda\w*\.h",
 }
 OP_CODE = ("opd_kernels/*.py", "opd_kernels/triton/*.py")
-# the declared exceptions: one sync per call, only with weights or a masked loss; a check of ids
-# that returns early unless they are on the CPU
-SYNCS = {("opd_kernels/_linear.py", "nonzero"), ("opd_kernels/_checks.py", "nonzero")}
+# the declared exceptions: one sync per call, only with weights or a masked loss; one per chunk,
+# only with a gradient_tolerance; a check of ids that returns early unless they are on the CPU
+SYNCS = {
+    ("opd_kernels/_linear.py", "nonzero"),
+    ("opd_kernels/sparse_gradient.py", "nonzero"),
+    ("opd_kernels/_checks.py", "nonzero"),
+}
 
 
 @cache
@@ -160,13 +167,24 @@ def test_op_is_complete_in_its_layers(op):
     report(missing + superfluous)
 
 
+@pytest.mark.parametrize("op", INTERNAL_OPS)
+def test_internal_op_is_complete_in_its_layers(op):
+    layers = [layer.format(op=op) for layer in LAYERS if "/reference/" not in layer]
+    missing = [f"{op}: {layer} is missing" for layer in layers if not (ROOT / layer).is_file()]
+    if not any(name.startswith(f"{op}_") for name in schemas()):
+        missing.append(f"{op}: {OPS_CPP} has no schema {op}_*")
+    if op in opd_kernels.__all__:
+        missing.append(f"{op}: opd_kernels.__all__ lists it, so it belongs in _dispatch.OPS")
+    report(missing)
+
+
 def test_every_reference_and_triton_file_belongs_to_an_op():
     strays = [
-        f"{name} belongs to no op of _dispatch.OPS"
+        f"{name} belongs to no op of _dispatch.OPS or INTERNAL_OPS"
         for folder in ("opd_kernels/reference/", "opd_kernels/triton/")
         for name in sources(folder, (".py",))
         if not Path(name).stem.startswith("_")
-        and Path(name).stem not in (*_dispatch.OPS, "divergences")
+        and Path(name).stem not in (*_dispatch.OPS, *INTERNAL_OPS, "divergences")
     ]
     report(strays)
 
@@ -188,7 +206,8 @@ def test_triton_launchers_have_the_signatures_of_the_schemas():
         namespace, _, name = qualified.partition("::")
         if namespace != "opd_triton":
             continue
-        op = next(op for op in _dispatch.OPS if name.startswith(f"{op}_"))
+        ops = (*_dispatch.OPS, *INTERNAL_OPS)
+        op = next(op for op in ops if name.startswith(f"{op}_"))
         launcher = getattr(importlib.import_module(f"opd_kernels.triton.{op}"), name, None)
         if launcher is None:
             findings.append(f"opd_kernels/triton/{op}.py has no launcher {name}")

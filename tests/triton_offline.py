@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from opd_kernels import divergences as D
 from opd_kernels import targets
 from opd_kernels.divergence import FINISH, LSE, ROW_SUMS, TERMS
-from opd_kernels.triton import _divergence_phases, divergence, token_logprobs
+from opd_kernels.triton import _divergence_phases, divergence, sparse_gradient, token_logprobs
 from opd_kernels.triton._divergences import DIVERGENCES
 from tests.checks import laws_of
 
@@ -71,7 +71,7 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
             }
         )
 
-    for module in (divergence, _divergence_phases, token_logprobs):
+    for module in (divergence, _divergence_phases, sparse_gradient, token_logprobs):
         module.launch = launch
     described = []
     for chosen, call in calls(names):
@@ -98,8 +98,10 @@ def calls(names: Sequence[str]):
     yield chosen, partial(divergence.divergence_fwd_grad_, *logits, *laws, True)
     yield chosen, partial(both_ways, logits, laws, True)
     for dtype in (torch.bfloat16, torch.float32):
-        chosen = {"options": PLAIN, "divergence": None, "dtype": _name(dtype)}
-        yield chosen, partial(_token_logprobs, dtype)
+        for options in (PLAIN, EVERYTHING):
+            chosen = {"options": options, "divergence": None, "dtype": _name(dtype)}
+            yield chosen, partial(_token_logprobs, dtype, options)
+    yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
 def call_of(dtype: torch.dtype, **keywords):
@@ -151,13 +153,23 @@ def _phases(logits, laws) -> None:
         divergence.divergence_phase_(state, *logits, *laws, phase, 16, True)
 
 
-def _token_logprobs(dtype: torch.dtype) -> None:
+def _token_logprobs(dtype: torch.dtype, options: str) -> None:
     logits, ids = torch.empty(2, VOCAB_SIZE, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    _, lse, entropy = token_logprobs.token_logprobs_fwd(logits, ids, 0.7, VOCAB_SIZE)
     ones = torch.ones(2)
-    token_logprobs.token_logprobs_bwd(
-        ones, ones.double(), ones, logits, ids, lse, entropy, 0.7, VOCAB_SIZE
-    )
+    law = (None, None, [1.0, 0.0, 0.7], VOCAB_SIZE)
+    if options == EVERYTHING:
+        law = (torch.empty(VOCAB_SIZE), ones, [0.5, 30.0, 1.0], VOCAB_SIZE)
+    _, lse, entropy = token_logprobs.token_logprobs_fwd(logits, ids, *law)
+    token_logprobs.token_logprobs_bwd(ones, ones.double(), ones, logits, ids, lse, entropy, *law)
+
+
+def _sparse_gradient() -> None:
+    grad_logits, weights = torch.empty(2, VOCAB_SIZE), torch.ones(2)
+    kept = sparse_gradient.sparse_gradient_mark(grad_logits, weights, 1e-4)
+    columns = torch.arange(3)
+    packed = torch.empty(2, 3)
+    sparse_gradient.sparse_gradient_pack_(packed, grad_logits, weights, columns, kept)
+    sparse_gradient.sparse_gradient_add_(torch.empty(VOCAB_SIZE, 64), columns, torch.empty(3, 64))
 
 
 def _name(dtype: torch.dtype) -> str:

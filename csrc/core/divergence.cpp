@@ -101,10 +101,11 @@ class Row {
     Block<T> term, dterm, part;
     for_each_entries<true>([&](int64_t begin, int count, Entries<T>& e) {
       const int padded = round_up_to_lanes(count);
-      terms(e, padded, term, dterm, part, [&](int j) {
+      terms(e, padded, term, dterm, part, [&](int j, const Block<T>& own) {
         component_state(j)[kTermSum] += lane_sum(term.values, padded);
+        if (is_centred(args_.components[j]) && !is_live_mixture()) return;
+        state_[kGradSum] += static_cast<double>(coefficient(j)) * lane_sum(own.values, padded);
       });
-      state_[kGradSum] += lane_sum(dterm.values, padded);
       if (is_live_geometric()) {
         state_[kTeacherGradSum] += lane_sum(part.values, padded);
       }
@@ -121,7 +122,7 @@ class Row {
     const T teacher_grad_sum = static_cast<T>(state_[kTeacherGradSum]);
     const T through_target = static_cast<T>(args_.target_student);
     for_each_entries([&](int64_t begin, int count, Entries<T>& e) {
-      terms(e, round_up_to_lanes(count), term, dterm, part, [](int) {});
+      terms(e, round_up_to_lanes(count), term, dterm, part, [](int, const Block<T>&) {});
 OPD_IVDEP
       for (int i = 0; i < count; ++i) dterm.values[i] -= e.q.values[i] * grad_sum;
       if (is_live_geometric()) {
@@ -164,6 +165,10 @@ OPD_IVDEP
   bool is_live_geometric() const {
     return args_.target == OPD_TARGET_GEOMETRIC && args_.live_target &&
            args_.target_student != 0.0;
+  }
+
+  bool is_live_mixture() const {
+    return args_.target == OPD_TARGET_MIXTURE && args_.live_target;
   }
 
   // sum of dterm, the labels' part included
@@ -228,7 +233,7 @@ OPD_IVDEP
       laws_.blocks(begin, count, staged, &s, &t);
       const int padded = round_up_to_lanes(count);
       entry_block(s, t, shifts, padded, e.lp.values, e.lq.values, e.p.values, e.q.values,
-                  e.gap.values);
+                  e.gap.values, e.lp_low.values, e.lq_low.values);
       if (kWithStatistics && args_.with_statistics) add_statistics(e, padded);
       if (args_.target == OPD_TARGET_MIXTURE) mix_target(mixture_weights[row_], padded, e);
       fn(begin, count, e);
@@ -236,11 +241,12 @@ OPD_IVDEP
   }
 
   // dterm of the sum of all components; `part` is that of dterm_teacher for a live geometric target
-  // and scratch otherwise. on_term(j) is called while `term` is that of component j.
+  // and scratch otherwise. on_term(j, dterm) is called while `term` is that of component j; its dterm
+  // is not yet multiplied by the coefficient.
   template <class OnTerm>
   void terms(const Entries<T>& e, int padded, Block<T>& term, Block<T>& dterm, Block<T>& part,
              OnTerm&& on_term) const {
-    const bool live_mixture = args_.target == OPD_TARGET_MIXTURE && args_.live_target;
+    const bool live_mixture = is_live_mixture();
     const bool live_geometric = is_live_geometric();
     Block<T> own, teacher;
     bool first = true;
@@ -251,7 +257,6 @@ OPD_IVDEP
       const T c = coefficient(j);
       Block<T>& out = first && c == T(1) ? dterm : own;
       component_terms(component, component_state(j), e, padded, term.values, out.values);
-      on_term(j);
       if (live_mixture || live_geometric) {
         component_dterm_teacher(component, component_state(j), e, padded, teacher.values);
       }
@@ -259,6 +264,7 @@ OPD_IVDEP
 OPD_IVDEP
         for (int i = 0; i < padded; ++i) out.values[i] += e.through.values[i] * teacher.values[i];
       }
+      on_term(j, out);
       if (live_geometric) {
 OPD_IVDEP
         for (int i = 0; i < padded; ++i) part.values[i] += c * teacher.values[i];
@@ -443,17 +449,6 @@ OPD_IVDEP
   });
 }
 
-void check_side(const char* name, const opd_logits_t& side, int64_t num_tokens) {
-  check_dtype(kOp, name, side.matrix.dtype);
-  check_logits(kOp, name, side.matrix, num_tokens);
-  const std::string temperature = std::string("temperature of ") + name;
-  if (!side.temperatures) check_temperature(kOp, temperature.c_str(), side.temperature);
-  OPD_CHECK(std::isfinite(side.scale) && side.scale != 0.0, kOp, ": ", name,
-            " scale must be finite and not 0, got ", side.scale);
-  OPD_CHECK(std::isfinite(side.softcap) && side.softcap >= 0.0, kOp, ": ", name,
-            " softcap must be >= 0 (0: none), got ", side.softcap);
-}
-
 void check_component(const opd_divergence_component_t& component,
                      const opd_divergence_args_t& args) {
   const double p = component.param0, sum = component.param0 + component.param1;
@@ -501,8 +496,8 @@ void check_component(const opd_divergence_component_t& component,
 void check_args(const opd_divergence_args_t& args) {
   check_struct_size(kOp, args.struct_size, sizeof(args));
   check_sizes(kOp, args.num_tokens, args.vocab_size);
-  check_side("student_logits", args.student, args.num_tokens);
-  check_side("teacher_logits", args.teacher, args.num_tokens);
+  check_side(kOp, "student_logits", args.student, args.num_tokens);
+  check_side(kOp, "teacher_logits", args.teacher, args.num_tokens);
   OPD_CHECK((args.student.matrix.dtype == OPD_FLOAT64) == (args.teacher.matrix.dtype == OPD_FLOAT64),
             kOp, ": student_logits and teacher_logits must both be float64 or neither");
   OPD_CHECK(args.num_components > 0 && args.num_components <= OPD_MAX_COMPONENTS, kOp,
@@ -512,7 +507,7 @@ void check_args(const opd_divergence_args_t& args) {
   OPD_CHECK(args.target >= OPD_TARGET_TEACHER && args.target <= OPD_TARGET_MIXTURE, kOp,
             ": target must be an opd_target_t, got ", args.target);
   if (args.target == OPD_TARGET_GEOMETRIC && args.target_reference != 0.0) {
-    check_side("reference_logits", args.reference, args.num_tokens);
+    check_side(kOp, "reference_logits", args.reference, args.num_tokens);
     OPD_CHECK((args.student.matrix.dtype == OPD_FLOAT64) ==
                   (args.reference.matrix.dtype == OPD_FLOAT64),
               kOp, ": student_logits and reference_logits must both be float64 or neither");

@@ -112,7 +112,7 @@ struct Shifts {
 
 template <class T>
 struct Entries {
-  Block<T> lp, lq, p, q, gap;
+  Block<T> lp, lq, p, q, gap, lp_low, lq_low;
   Block<T> through;  // d log(target) / d log q, where the target is a live mixture
 };
 
@@ -120,12 +120,19 @@ template <class T>
 OPD_ELEMENTWISE void entry_block(const T* __restrict__ student, const T* __restrict__ teacher,
                                  const Shifts<T> shifts, int padded, T* __restrict__ lp,
                                  T* __restrict__ lq, T* __restrict__ p, T* __restrict__ q,
-                                 T* __restrict__ gap) {
+                                 T* __restrict__ gap, T* __restrict__ lp_low,
+                                 T* __restrict__ lq_low) {
 OPD_IVDEP
   for (int i = 0; i < padded; ++i) {
-    const T log_q = (student[i] - shifts.student.high) - shifts.student.low;
-    const T log_p = (teacher[i] - shifts.teacher.high) - shifts.teacher.low;
+    // what a difference has lost goes with the low part of the shift: one rounding in all
     T lost;
+    const T below = difference(student[i], shifts.student.high, &lost);
+    T lost_again;
+    const T log_q = difference(below, shifts.student.low - lost, &lost_again);
+    lq_low[i] = lost_again;
+    const T under = difference(teacher[i], shifts.teacher.high, &lost);
+    const T log_p = difference(under, shifts.teacher.low - lost, &lost_again);
+    lp_low[i] = lost_again;
     const T apart = difference(student[i], teacher[i], &lost);
     gap[i] = (apart - shifts.gap.high) - (shifts.gap.low - lost);
     lp[i] = log_p;
@@ -156,6 +163,7 @@ OPD_IVDEP
 
 template <class T>
 void mix_target(T weight, int padded, Entries<T>& e) {
+  if (weight != T(1)) std::fill(e.lp_low.values, e.lp_low.values + padded, T(0));
   if (weight == T(1)) {
     std::fill(e.through.values, e.through.values + padded, T(0));
     return;
@@ -185,11 +193,12 @@ struct TextbookForm : F {
 template <class T, class F>
 OPD_ELEMENTWISE void term_block(const F f, const T* __restrict__ lp, const T* __restrict__ lq,
                                 const T* __restrict__ p, const T* __restrict__ q,
-                                const T* __restrict__ gap, int padded, T* __restrict__ term,
+                                const T* __restrict__ gap, const T* __restrict__ lp_low,
+                                const T* __restrict__ lq_low, int padded, T* __restrict__ term,
                                 T* __restrict__ dterm) {
 OPD_IVDEP
   for (int i = 0; i < padded; ++i) {
-    const Entry<T> e{lp[i], lq[i], p[i], q[i], gap[i]};
+    const Entry<T> e{lp[i], lq[i], p[i], q[i], gap[i], lp_low[i], lq_low[i]};
     term[i] = f.term(e);
     dterm[i] = f.dterm(e);
   }
@@ -199,22 +208,25 @@ template <class T, class F>
 OPD_ELEMENTWISE void dterm_teacher_block(const F f, const T* __restrict__ lp,
                                          const T* __restrict__ lq, const T* __restrict__ p,
                                          const T* __restrict__ q, const T* __restrict__ gap,
-                                         int padded, T* __restrict__ out) {
+                                         const T* __restrict__ lp_low,
+                                         const T* __restrict__ lq_low, int padded,
+                                         T* __restrict__ out) {
 OPD_IVDEP
   for (int i = 0; i < padded; ++i) {
-    out[i] = f.dterm_teacher(Entry<T>{lp[i], lq[i], p[i], q[i], gap[i]});
+    out[i] = f.dterm_teacher(Entry<T>{lp[i], lq[i], p[i], q[i], gap[i], lp_low[i], lq_low[i]});
   }
 }
 
 template <class T, class F>
 OPD_ELEMENTWISE void row_sum_block(const F f, const T* __restrict__ lp, const T* __restrict__ lq,
                                    const T* __restrict__ p, const T* __restrict__ q,
-                                   const T* __restrict__ gap, int padded, T* __restrict__ first,
+                                   const T* __restrict__ gap, const T* __restrict__ lp_low,
+                                   const T* __restrict__ lq_low, int padded, T* __restrict__ first,
                                    T* __restrict__ second, T* __restrict__ third) {
 OPD_IVDEP
   for (int i = 0; i < padded; ++i) {
     T sums[3] = {};
-    f.row_sums(Entry<T>{lp[i], lq[i], p[i], q[i], gap[i]}, sums);
+    f.row_sums(Entry<T>{lp[i], lq[i], p[i], q[i], gap[i], lp_low[i], lq_low[i]}, sums);
     first[i] = sums[0];
     second[i] = sums[1];
     third[i] = sums[2];
@@ -241,12 +253,12 @@ void component_terms(const opd_divergence_component_t& component, const double* 
     if constexpr (F::kHasTextbook) {
       if (functor.barely_overlaps()) {
         term_block(TextbookForm<F>(functor), e.lp.values, e.lq.values, e.p.values, e.q.values,
-                   e.gap.values, padded, term, dterm);
+                   e.gap.values, e.lp_low.values, e.lq_low.values, padded, term, dterm);
         return;
       }
     }
-    term_block(functor, e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values, padded,
-               term, dterm);
+    term_block(functor, e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values,
+               e.lp_low.values, e.lq_low.values, padded, term, dterm);
   });
 }
 
@@ -255,7 +267,7 @@ void component_dterm_teacher(const opd_divergence_component_t& component, const 
                              const Entries<T>& e, int padded, T* out) {
   visit_component(component, state, [&](auto functor) {
     dterm_teacher_block(functor, e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values,
-                        padded, out);
+                        e.lp_low.values, e.lq_low.values, padded, out);
   });
 }
 
@@ -264,6 +276,13 @@ inline int num_row_sums(const opd_divergence_component_t& component) {
   visit_divergence(component.divergence, component.param0, component.param1,
                    [&](auto functor) { count = decltype(functor)::kRowSums; });
   return count;
+}
+
+// dterm sums to 0 as it is, and summing it would only add rounding. With a weight that is the
+// student's law, the sum is what takes the rounding of the means out again.
+inline bool is_centred(const opd_divergence_component_t& component) {
+  return component.divergence == OPD_CONCRETE_SCORE && component.param0 != 0 &&
+         component.param1 != 0;
 }
 
 inline bool needs_threshold(const opd_divergence_component_t& component) {
@@ -281,7 +300,7 @@ void component_row_sums(const opd_divergence_component_t& component, const Entri
           if constexpr (F::kNeedsThreshold) functor = functor.with_threshold(state[kThreshold]);
           Block<T> sums[3];
           row_sum_block(functor, e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values,
-                        padded, sums[0].values, sums[1].values, sums[2].values);
+                        e.lp_low.values, e.lq_low.values, padded, sums[0].values, sums[1].values, sums[2].values);
           for (int k = 0; k < F::kRowSums; ++k) {
             state[kRowSum + k] += lane_sum(sums[k].values, padded);
           }

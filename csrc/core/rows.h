@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <string>
 #include <type_traits>
 
 #include "check.h"
@@ -127,9 +128,6 @@ class LogitsRow {
         softcap_(static_cast<T>(logits.softcap)),
         temperature_(logits.temperatures ? static_cast<const T*>(logits.temperatures)[row]
                                          : static_cast<T>(logits.temperature)) {}
-
-  LogitsRow(opd_const_matrix_t matrix, int64_t row, int64_t vocab_size, double temperature)
-      : LogitsRow(opd_logits_t{matrix, nullptr, 1.0, 0.0, temperature, nullptr}, row, vocab_size) {}
 
   int64_t vocab_size() const { return vocab_size_; }
   T temperature() const { return temperature_; }
@@ -336,6 +334,18 @@ inline void check_logits(const char* op, const char* name, opd_const_matrix_t ma
   // rows may repeat (stride 0) but not run backwards; an output's rows may not overlap
   OPD_CHECK(num_tokens <= 1 || matrix.row_stride >= 0, op, ": ", name,
             " row_stride must be >= 0, got ", matrix.row_stride);
+}
+
+inline void check_side(const char* op, const char* name, const opd_logits_t& side,
+                       int64_t num_tokens) {
+  check_dtype(op, name, side.matrix.dtype);
+  check_logits(op, name, side.matrix, num_tokens);
+  const std::string temperature = std::string("temperature of ") + name;
+  if (!side.temperatures) check_temperature(op, temperature.c_str(), side.temperature);
+  OPD_CHECK(std::isfinite(side.scale) && side.scale != 0.0, op, ": ", name,
+            " scale must be finite and not 0, got ", side.scale);
+  OPD_CHECK(std::isfinite(side.softcap) && side.softcap >= 0.0, op, ": ", name,
+            " softcap must be >= 0 (0: none), got ", side.softcap);
 }
 
 inline void check_sizes(const char* op, int64_t num_tokens, int64_t vocab_size) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Log-probability of one token, log-sum-exp and entropy of a row of logits, and their gradient:
 // with c0 = g_lse - g_logprob - g_entropy H and c1 = -g_entropy,
-// dz_v = (q_v (c0 + c1 log q_v) + g_logprob 1[v = id]) / temperature.
+// dz_v = slope_v (q_v (c0 + c1 log q_v) + g_logprob 1[v = id]), slope_v = scale / temperature, times
+// the softcap's own slope.
 #include "check.h"
 #include "parallel.h"
 #include "rows.h"
@@ -40,16 +41,14 @@ T single_logprob(const LogitsRow<T>& logits, int64_t token_id, Shift<T> shift) {
   return (logit - shift.high) - shift.low;
 }
 
-void check_spec(const opd_token_logprobs_spec_t& spec, opd_const_matrix_t logits,
-                const int64_t* token_ids) {
+void check_spec(const opd_token_logprobs_spec_t& spec) {
   check_sizes(kOp, spec.num_tokens, spec.vocab_size);
-  check_temperature(kOp, "temperature", spec.temperature);
-  check_dtype(kOp, "logits", logits.dtype);
-  check_logits(kOp, "logits", logits, spec.num_tokens);
-  OPD_CHECK(spec.num_tokens == 0 || token_ids != nullptr, kOp, ": token_ids must not be NULL");
+  check_side(kOp, "logits", spec.logits, spec.num_tokens);
+  OPD_CHECK(spec.num_tokens == 0 || spec.token_ids != nullptr, kOp,
+            ": token_ids must not be NULL");
   for (int64_t row = 0; row < spec.num_tokens; ++row) {
-    OPD_CHECK(token_ids[row] >= 0 && token_ids[row] < spec.vocab_size, kOp,
-              ": token_ids must be in [0, ", spec.vocab_size, "), got ", token_ids[row],
+    OPD_CHECK(spec.token_ids[row] >= 0 && spec.token_ids[row] < spec.vocab_size, kOp,
+              ": token_ids must be in [0, ", spec.vocab_size, "), got ", spec.token_ids[row],
               " at position ", row, ". Drop ignored positions (-100) before the call.");
   }
 }
@@ -58,7 +57,7 @@ template <class T>
 void forward(const opd_token_logprobs_fwd_args_t& args) {
   const opd_token_logprobs_spec_t& spec = args.spec;
   parallel_rows(spec.parallel_for, spec.num_tokens, [&](int64_t row) {
-    const LogitsRow<T> logits(args.logits, row, spec.vocab_size, spec.temperature);
+    const LogitsRow<T> logits(spec.logits, row, spec.vocab_size);
     T largest;
     const double lse = row_lse(logits, &largest);
     const Shift<T> shift(lse);
@@ -70,7 +69,7 @@ void forward(const opd_token_logprobs_fwd_args_t& args) {
       entropy_terms(block, shift, padded, terms.values);
       entropy += lane_sum(terms.values, padded);
     });
-    static_cast<T*>(args.logprobs)[row] = single_logprob(logits, args.token_ids[row], shift);
+    static_cast<T*>(args.logprobs)[row] = single_logprob(logits, spec.token_ids[row], shift);
     static_cast<T*>(args.entropy)[row] = static_cast<T>(entropy);
     args.lse[row] = lse;
   });
@@ -88,19 +87,24 @@ void backward(const opd_token_logprobs_bwd_args_t& args) {
       return;
     }
     const T entropy = static_cast<const T*>(args.entropy)[row];
-    const T temperature = static_cast<T>(spec.temperature);
-    const T c0 = (grad_lse - grad_logprob - grad_entropy * entropy) / temperature;
-    const T c1 = -grad_entropy / temperature;
     const Shift<T> shift(args.lse[row]);
-    const LogitsRow<T> logits(args.logits, row, spec.vocab_size, spec.temperature);
-    const int64_t token_id = args.token_ids[row];
-    Block<T> staged, gradient;
+    const LogitsRow<T> logits(spec.logits, row, spec.vocab_size);
+    const T scale = logits.slope();
+    const T c0 = scale * (grad_lse - grad_logprob - grad_entropy * entropy);
+    const T c1 = scale * -grad_entropy;
+    const int64_t token_id = spec.token_ids[row];
+    Block<T> staged, gradient, slope;
     // a block is read whole before it is written, so the logits may be overwritten by the gradient
     for_each_block(spec.vocab_size, [&](int64_t begin, int count) {
       const T* block = logits.block(begin, count, staged.values);
       gradient_terms(block, shift, c0, c1, round_up_to_lanes(count), gradient.values);
       if (token_id >= begin && token_id < begin + count) {
-        gradient.values[token_id - begin] += grad_logprob / temperature;
+        gradient.values[token_id - begin] += scale * grad_logprob;
+      }
+      if (logits.has_softcap()) {
+        logits.slope_block(begin, count, slope.values);
+OPD_IVDEP
+        for (int i = 0; i < count; ++i) gradient.values[i] *= slope.values[i];
       }
       store_block(args.grad_logits, row, begin, count, gradient.values);
     });
@@ -115,11 +119,12 @@ opd_status_t opd_token_logprobs_fwd_cpu(const opd_token_logprobs_fwd_args_t* arg
   return opd::guarded([&] {
     opd::check_pointer(opd::kOp, "args", args);
     opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
-    opd::check_spec(args->spec, args->logits, args->token_ids);
+    opd::check_spec(args->spec);
     if (args->spec.num_tokens == 0) return;
     opd::check_pointers(opd::kOp, "every output",
                         {args->logprobs, args->lse, args->entropy});
-    args->logits.dtype == OPD_FLOAT64 ? opd::forward<double>(*args) : opd::forward<float>(*args);
+    const bool is_double = args->spec.logits.matrix.dtype == OPD_FLOAT64;
+    is_double ? opd::forward<double>(*args) : opd::forward<float>(*args);
   });
 }
 
@@ -127,13 +132,14 @@ opd_status_t opd_token_logprobs_bwd_cpu(const opd_token_logprobs_bwd_args_t* arg
   return opd::guarded([&] {
     opd::check_pointer(opd::kOp, "args", args);
     opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
-    opd::check_spec(args->spec, args->logits, args->token_ids);
+    opd::check_spec(args->spec);
     opd::check_dtype(opd::kOp, "grad_logits", args->grad_logits.dtype);
     opd::check_gradient(opd::kOp, args->grad_logits, args->spec.num_tokens, args->grad_width,
                         args->spec.vocab_size);
     if (args->spec.num_tokens == 0) return;
     opd::check_pointers(opd::kOp, "every pointer",
                         {args->grad_logprobs, args->grad_lse, args->grad_entropy, args->lse, args->entropy, args->grad_logits.data});
-    args->logits.dtype == OPD_FLOAT64 ? opd::backward<double>(*args) : opd::backward<float>(*args);
+    const bool is_double = args->spec.logits.matrix.dtype == OPD_FLOAT64;
+    is_double ? opd::backward<double>(*args) : opd::backward<float>(*args);
   });
 }

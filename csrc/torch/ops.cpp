@@ -35,6 +35,13 @@
   "Tensor teacher_lm_head_weight, Tensor? reference_hidden, Tensor? reference_lm_head_weight, " \
   "Tensor? student_lora_a, Tensor? student_lora_b, "
 
+// The same of one side alone; opd_kernels/token_logprobs.py packs it. `numbers`: scale, softcap,
+// temperature.
+#define OPD_LAW "Tensor? bias, Tensor? temperatures, float[] numbers, int vocab_size"
+#define OPD_LINEAR \
+  "Tensor hidden, Tensor lm_head_weight, Tensor? lora_a, Tensor? lora_b, Tensor token_ids, "
+#define OPD_TOKEN_GRADS "Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, "
+
 STABLE_TORCH_LIBRARY(opd, m) {
   m.def("divergence_fwd(" OPD_LOGITS OPD_LAWS
         ", bool with_statistics) -> (Tensor loss, Tensor state, Tensor statistics)");
@@ -49,17 +56,12 @@ STABLE_TORCH_LIBRARY(opd, m) {
         ", int phase, int first_column, bool with_statistics) -> (Tensor loss, Tensor statistics)");
   m.def("divergence_bwd_(Tensor(a!) student_logits, Tensor grad_loss, Tensor state, "
         "Tensor teacher_logits, Tensor? reference_logits, " OPD_LAWS ", int first_column) -> ()");
-  m.def(
-      "token_logprobs_fwd(Tensor logits, Tensor token_ids, float temperature, int vocab_size) -> "
-      "(Tensor logprobs, Tensor lse, Tensor entropy)");
-  m.def(
-      "token_logprobs_bwd(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, "
-      "Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, float temperature, "
-      "int vocab_size) -> Tensor");
-  m.def(
-      "token_logprobs_bwd_(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, "
-      "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, float temperature, "
-      "int vocab_size) -> ()");
+  m.def("token_logprobs_fwd(Tensor logits, Tensor token_ids, " OPD_LAW
+        ") -> (Tensor logprobs, Tensor lse, Tensor entropy)");
+  m.def("token_logprobs_bwd(" OPD_TOKEN_GRADS
+        "Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, " OPD_LAW ") -> Tensor");
+  m.def("token_logprobs_bwd_(" OPD_TOKEN_GRADS
+        "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, " OPD_LAW ") -> ()");
   // segments: dtype float32 or float64 throughout, offsets int64, mask uint8; num_steps 2^63 - 1 is
   // the whole segment; reduction is an opd_reduction_t; index is empty for sums and means
   m.def(
@@ -75,6 +77,14 @@ STABLE_TORCH_LIBRARY(opd, m) {
       "segment_scan_group_statistics(Tensor values, Tensor? mask, Tensor offsets, "
       "int correction) -> (Tensor count, Tensor mean, Tensor std, Tensor leave_one_out_mean)");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
+  // the columns of a chunk's gradient that some token needs, and what the others sum to
+  m.def(
+      "sparse_gradient_mark(Tensor grad_logits, Tensor? token_weights, float tolerance) -> "
+      "Tensor kept");
+  m.def(
+      "sparse_gradient_pack_(Tensor(a!) packed, Tensor grad_logits, Tensor? token_weights, "
+      "Tensor columns, Tensor kept) -> Tensor dropped");
+  m.def("sparse_gradient_add_(Tensor(a!) target, Tensor columns, Tensor rows) -> ()");
   // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
   m.def("fused_linear_divergence_sum(" OPD_HIDDEN OPD_LAWS
         ", int workspace_bytes, bool[] with_grads, bool with_statistics, str process_group, "
@@ -82,23 +92,18 @@ STABLE_TORCH_LIBRARY(opd, m) {
         "Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
         "Tensor grad_student_lora_a, Tensor grad_student_lora_b, Tensor statistics)");
   m.def("fused_linear_divergence_fwd(" OPD_HIDDEN OPD_LAWS
-        ", int workspace_bytes, bool with_statistics, str process_group, "
-        "float gradient_tolerance, str backend) -> (Tensor loss, Tensor statistics)");
+        ", int workspace_bytes, bool with_statistics, str process_group, str backend) -> "
+        "(Tensor loss, Tensor statistics)");
   m.def("fused_linear_divergence_bwd(Tensor grad_loss, " OPD_HIDDEN OPD_LAWS
-        ", int workspace_bytes, bool[] with_grads, str process_group, "
-        "float gradient_tolerance, str backend) -> (Tensor grad_student_hidden, "
-        "Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
+        ", int workspace_bytes, bool[] with_grads, str process_group, str backend) -> "
+        "(Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
         "Tensor grad_student_lora_a, Tensor grad_student_lora_b)");
-  m.def(
-      "fused_linear_token_logprobs_fwd(Tensor hidden, Tensor lm_head_weight, Tensor token_ids, "
-      "float temperature, int vocab_size, int workspace_bytes, str backend) -> "
-      "(Tensor logprobs, Tensor lse, Tensor entropy)");
-  m.def(
-      "fused_linear_token_logprobs_bwd(Tensor grad_logprobs, Tensor grad_lse, "
-      "Tensor grad_entropy, Tensor hidden, Tensor lm_head_weight, Tensor token_ids, Tensor lse, "
-      "Tensor entropy, float temperature, int vocab_size, int workspace_bytes, "
-      "bool with_grad_hidden, bool with_grad_weight, str backend) -> "
-      "(Tensor grad_hidden, Tensor grad_lm_head_weight)");
+  m.def("fused_linear_token_logprobs_fwd(" OPD_LINEAR OPD_LAW
+        ", int workspace_bytes, str backend) -> (Tensor logprobs, Tensor lse, Tensor entropy)");
+  m.def("fused_linear_token_logprobs_bwd(" OPD_TOKEN_GRADS OPD_LINEAR
+        "Tensor lse, Tensor entropy, " OPD_LAW
+        ", int workspace_bytes, bool[] with_grads, str backend) -> (Tensor grad_hidden, "
+        "Tensor grad_lm_head_weight, Tensor grad_bias, Tensor grad_lora_a, Tensor grad_lora_b)");
 }
 
 namespace {
@@ -396,24 +401,31 @@ std::tuple<Tensor, Tensor> divergence_phase_(Tensor state, Tensor student_logits
   return {loss, statistics};
 }
 
-opd_token_logprobs_spec_t token_logprobs_spec(const Tensor& logits, double temperature,
+#define OPD_ONE_LAW_PARAMETERS \
+  Optional bias, Optional temperatures, std::vector<double> numbers, int64_t vocab_size
+
+opd_token_logprobs_spec_t token_logprobs_spec(const Tensor& logits, const Tensor& token_ids,
+                                              const Optional& bias, const Optional& temperatures,
+                                              const std::vector<double>& numbers,
                                               int64_t vocab_size) {
-  return {temperature, logits.size(0), vocab_size, &parallel_for};
+  require(numbers.size() == 3, "opd: numbers must hold 3 values");
+  const int64_t num_tokens = logits.dim() > 0 ? logits.size(0) : 0;
+  check_rows(token_ids, num_tokens, ScalarType::Long);
+  return {num_tokens, vocab_size, &parallel_for,
+          side(logits, num_tokens, vocab_size, real_of(logits), bias, numbers[0], numbers[1],
+               numbers[2], temperatures),
+          static_cast<const int64_t*>(token_ids.data_ptr())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logprobs_fwd(Tensor logits, Tensor token_ids,
-                                                      double temperature, int64_t vocab_size) {
-  const int64_t num_tokens = logits.size(0);
-  check_logits(logits, num_tokens, vocab_size);
-  check_rows(token_ids, num_tokens, ScalarType::Long);
+                                                      OPD_ONE_LAW_PARAMETERS) {
+  opd_token_logprobs_fwd_args_t args{};
+  args.struct_size = sizeof(args);
+  args.spec = token_logprobs_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
+  const int64_t num_tokens = args.spec.num_tokens;
   Tensor logprobs = torch::stable::new_empty(logits, {num_tokens}, real_of(logits));
   Tensor lse = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Double);
   Tensor entropy = torch::stable::new_empty(logits, {num_tokens}, real_of(logits));
-  opd_token_logprobs_fwd_args_t args{};
-  args.struct_size = sizeof(args);
-  args.spec = token_logprobs_spec(logits, temperature, vocab_size);
-  args.logits = const_matrix(logits);
-  args.token_ids = static_cast<const int64_t*>(token_ids.data_ptr());
   args.logprobs = logprobs.data_ptr();
   args.lse = static_cast<double*>(lse.data_ptr());
   args.entropy = entropy.data_ptr();
@@ -422,47 +434,42 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_fwd(Tensor logits, Tensor toke
 }
 
 void token_logprobs_bwd_into(const Tensor& grad_logits, const Tensor& grad_logprobs,
-                             const Tensor& grad_lse, const Tensor& grad_entropy,
-                             const Tensor& logits, const Tensor& token_ids, const Tensor& lse,
-                             const Tensor& entropy, double temperature, int64_t vocab_size) {
-  const ScalarType real = real_of(logits);
-  check_logits(logits, logits.size(0), vocab_size);
-  check_rows(token_ids, logits.size(0), ScalarType::Long);
+                             const Tensor& grad_lse, const Tensor& grad_entropy, const Tensor& lse,
+                             const Tensor& entropy, const opd_token_logprobs_spec_t& spec) {
   for (const Tensor& values : {grad_lse, lse}) {
-    check_rows(values, logits.size(0), ScalarType::Double);
+    check_rows(values, spec.num_tokens, ScalarType::Double);
   }
   for (const Tensor& values : {grad_logprobs, grad_entropy, entropy}) {
-    check_rows(values, logits.size(0), real);
+    check_rows(values, spec.num_tokens, real_of(grad_logits));
   }
   opd_token_logprobs_bwd_args_t args{};
   args.struct_size = sizeof(args);
-  args.spec = token_logprobs_spec(logits, temperature, vocab_size);
-  args.logits = const_matrix(logits);
-  args.token_ids = static_cast<const int64_t*>(token_ids.data_ptr());
+  args.spec = spec;
   args.grad_logprobs = grad_logprobs.data_ptr();
   args.grad_lse = static_cast<const double*>(grad_lse.data_ptr());
   args.grad_entropy = grad_entropy.data_ptr();
   args.lse = static_cast<const double*>(lse.data_ptr());
   args.entropy = entropy.data_ptr();
   args.grad_logits = matrix(grad_logits);
-  args.grad_width = logits.size(1);
+  args.grad_width = grad_logits.size(1);
   check(opd_token_logprobs_bwd_cpu(&args));
 }
 
 Tensor token_logprobs_bwd(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy,
                           Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy,
-                          double temperature, int64_t vocab_size) {
+                          OPD_ONE_LAW_PARAMETERS) {
+  const opd_token_logprobs_spec_t spec =
+      token_logprobs_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  token_logprobs_bwd_into(grad_logits, grad_logprobs, grad_lse, grad_entropy, logits, token_ids,
-                          lse, entropy, temperature, vocab_size);
+  token_logprobs_bwd_into(grad_logits, grad_logprobs, grad_lse, grad_entropy, lse, entropy, spec);
   return grad_logits;
 }
 
 void token_logprobs_bwd_(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, Tensor logits,
-                         Tensor token_ids, Tensor lse, Tensor entropy, double temperature,
-                         int64_t vocab_size) {
-  token_logprobs_bwd_into(logits, grad_logprobs, grad_lse, grad_entropy, logits, token_ids, lse,
-                          entropy, temperature, vocab_size);
+                         Tensor token_ids, Tensor lse, Tensor entropy, OPD_ONE_LAW_PARAMETERS) {
+  const opd_token_logprobs_spec_t spec =
+      token_logprobs_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
+  token_logprobs_bwd_into(logits, grad_logprobs, grad_lse, grad_entropy, lse, entropy, spec);
 }
 
 // ---- segments ----
@@ -564,6 +571,70 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_scan_group_statistics(
   return {count, mean, std_, leave_one_out_mean};
 }
 
+// ---- sparse gradients ----
+
+opd_sparse_gradient_args_t sparse_gradient_args(const Tensor& grad_logits,
+                                                const Optional& token_weights) {
+  require(grad_logits.dim() == 2 && grad_logits.size(1) > 0,
+          "opd: grad_logits must have two dimensions and at least one column");
+  check_logits(grad_logits, grad_logits.size(0), grad_logits.size(1));
+  if (token_weights) check_rows(*token_weights, grad_logits.size(0), real_of(grad_logits));
+  opd_sparse_gradient_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_tokens = grad_logits.size(0);
+  args.vocab_size = grad_logits.size(1);
+  args.parallel_for = &parallel_for;
+  args.grad_logits = const_matrix(grad_logits);
+  args.token_weights = data_or_null(token_weights);
+  return args;
+}
+
+Tensor sparse_gradient_mark(Tensor grad_logits, Optional token_weights, double tolerance) {
+  opd_sparse_gradient_args_t args = sparse_gradient_args(grad_logits, token_weights);
+  Tensor kept = torch::stable::new_empty(grad_logits, {args.vocab_size}, ScalarType::Byte);
+  args.tolerance = tolerance;
+  args.kept = static_cast<uint8_t*>(kept.data_ptr());
+  check(opd_sparse_gradient_mark_cpu(&args));
+  return kept;
+}
+
+Tensor sparse_gradient_pack_(Tensor packed, Tensor grad_logits, Optional token_weights,
+                             Tensor columns, Tensor kept) {
+  opd_sparse_gradient_args_t args = sparse_gradient_args(grad_logits, token_weights);
+  check_rows(columns, columns.numel(), ScalarType::Long);
+  check_rows(kept, args.vocab_size, ScalarType::Byte);
+  require(packed.dim() == 2 && packed.size(0) == args.num_tokens &&
+              packed.size(1) == columns.numel() &&
+              packed.scalar_type() == grad_logits.scalar_type() && packed.is_contiguous(),
+          "opd: packed must be contiguous [T, columns], in the dtype of grad_logits");
+  Tensor dropped = torch::stable::new_empty(grad_logits, {args.num_tokens}, real_of(grad_logits));
+  args.kept = static_cast<uint8_t*>(kept.data_ptr());
+  args.columns = static_cast<const int64_t*>(columns.data_ptr());
+  args.num_columns = columns.numel();
+  args.packed = matrix(packed);
+  args.dropped = dropped.data_ptr();
+  check(opd_sparse_gradient_pack_cpu(&args));
+  return dropped;
+}
+
+void sparse_gradient_add_(Tensor target, Tensor columns, Tensor rows) {
+  check_rows(columns, columns.numel(), ScalarType::Long);
+  require(target.dim() == 2 && rows.dim() == 2 && rows.size(0) == columns.numel() &&
+              rows.size(1) == target.size(1) && rows.is_contiguous() &&
+              (target.numel() == 0 || target.size(1) == 1 || target.stride(1) == 1),
+          "opd: rows must be contiguous, one per column, as wide as the target");
+  opd_sparse_gradient_add_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_columns = columns.numel();
+  args.vocab_size = target.size(0);
+  args.width = target.size(1);
+  args.parallel_for = &parallel_for;
+  args.columns = static_cast<const int64_t*>(columns.data_ptr());
+  args.rows = const_matrix(rows);
+  args.target = matrix(target);
+  check(opd_sparse_gradient_add_cpu(&args));
+}
+
 // A large fresh buffer is touched for the first time by the GEMM that fills it; in 4 KiB pages those
 // faults cost as much as a row kernel. Only whole huge pages inside the buffer are asked for, so
 // that no memory beyond it is taken. A kernel that declines loses time, never correctness.
@@ -595,5 +666,8 @@ STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
   m.impl("segment_scan_reduce", TORCH_BOX(&segment_scan_reduce));
   m.impl("segment_scan_broadcast", TORCH_BOX(&segment_scan_broadcast));
   m.impl("segment_scan_group_statistics", TORCH_BOX(&segment_scan_group_statistics));
+  m.impl("sparse_gradient_mark", TORCH_BOX(&sparse_gradient_mark));
+  m.impl("sparse_gradient_pack_", TORCH_BOX(&sparse_gradient_pack_));
+  m.impl("sparse_gradient_add_", TORCH_BOX(&sparse_gradient_add_));
   m.impl("advise_huge_pages_", TORCH_BOX(&advise_huge_pages_));
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every row kernel does: load logits, log-sum-exp online in lanes, split a float64 shift."""
+"""What every row kernel does: log-sum-exp online in lanes, split a float64 shift, launch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,6 @@ def tile(vocab_size: int) -> tuple[int, int]:
     """
     block_v = min(max(triton.next_power_of_2(vocab_size), 128), 2048)
     return block_v, max(block_v // 256, 1)
-
-
-@triton.jit
-def load_logits(row_ptr, columns, vocab_size, temperature, HAS_TEMPERATURE: tl.constexpr):
-    """logits / temperature in float32; -inf beyond the vocabulary, where nothing has mass."""
-    logits = tl.load(row_ptr + columns, mask=columns < vocab_size, other=float("-inf"))
-    logits = logits.to(tl.float32)
-    if HAS_TEMPERATURE:
-        logits = tl.div_rn(logits, temperature)
-    return logits
 
 
 @triton.jit
@@ -61,18 +51,6 @@ def close_lanes(largest, total, where_largest, vocab_size):
     scaled = tl.where(largest == float("-inf"), total, scaled)
     argmax = tl.min(tl.where(largest == row_largest, where_largest, vocab_size), 0)
     return row_largest, tl.sum(scaled.to(tl.float64), 0), argmax
-
-
-@triton.jit
-def row_lse(row_ptr, vocab_size, temperature, HAS_TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Log-sum-exp of one row in float64."""
-    largest, total, where_largest = open_lanes(BLOCK_V)
-    for begin in range(0, vocab_size, BLOCK_V):
-        columns = begin + tl.arange(0, BLOCK_V)
-        logits = load_logits(row_ptr, columns, vocab_size, temperature, HAS_TEMPERATURE)
-        largest, total, where_largest = add_to_lanes(logits, columns, largest, total, where_largest)
-    row_largest, row_total, _ = close_lanes(largest, total, where_largest, vocab_size)
-    return row_largest.to(tl.float64) + tl.log(row_total)
 
 
 @triton.jit

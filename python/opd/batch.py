@@ -104,12 +104,43 @@ class Batch:
         return len(self.token_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What turns hidden states into logits: cap(logit_scale * (hidden @ weight.T + bias)).
+
+    Attributes:
+        weight: [V, D].
+        bias: [V], or None.
+        softcap: c of cap(x) = c tanh(x / c), as in Gemma 2; None: no cap.
+        logit_scale: as in Cohere; the inverse of Granite's.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def options(self, side: str = "") -> dict[str, Any]:
+        """All but the weight, as keyword arguments of the kernels: bias, or student_bias, ..."""
+        prefix = f"{side}_" if side else ""
+        names = ("bias", "softcap", "logit_scale")
+        return {prefix + name: getattr(self, name) for name in names}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, V] in float32, formed whole: for checks, not for losses."""
+        logits = hidden.float() @ self.weight.float().T
+        if self.bias is not None:
+            logits = logits + self.bias.float()
+        logits = self.logit_scale * logits
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
 class Law:
-    """A model's next-token law at T positions: softmax(hidden @ lm_head_weight.T), never formed.
+    """A model's next-token law at T positions: the softmax of its head's logits, never formed.
 
     Args:
         forward: returns the hidden states [T, D]; called once, when something first asks.
-        lm_head_weight: [V, D].
+        head: what makes logits of them.
         vocab_size: the prefix of the vocabulary that the law is over. Default: all of it.
         workspace_bytes: scratch memory of the fused kernels.
     """
@@ -117,13 +148,13 @@ class Law:
     def __init__(
         self,
         forward: Callable[[], Tensor],
-        lm_head_weight: Tensor,
+        head: Head,
         *,
         vocab_size: int | None = None,
         workspace_bytes: int = 1 << 30,
     ) -> None:
         self._forward = forward
-        self.lm_head_weight = lm_head_weight
+        self.head = head
         self.vocab_size = vocab_size
         self.workspace_bytes = workspace_bytes
 
@@ -139,9 +170,10 @@ class Law:
         """Log-probabilities of chosen tokens: `.logprobs`, `.lse`, `.entropy`, [T] each, nats."""
         return opk.fused_linear_token_logprobs(
             self.hidden(),
-            self.lm_head_weight,
+            self.head.weight,
             token_ids,
             temperature=temperature,
+            **self.head.options(),
             vocab_size=self.vocab_size,
             workspace_bytes=self.workspace_bytes,
         )

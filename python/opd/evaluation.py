@@ -253,9 +253,11 @@ def _compare(
         taught = teacher.law(batch)
         out = opk.fused_linear_divergence(
             law.hidden(),
-            law.lm_head_weight,
+            law.head.weight,
             taught.hidden(),
-            taught.lm_head_weight,
+            taught.head.weight,
+            **law.head.options("student"),
+            **taught.head.options("teacher"),
             statistics=_KL_STATISTICS,
             vocab_size=law.vocab_size,
             workspace_bytes=law.workspace_bytes,

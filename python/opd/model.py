@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face causal LM as what the loss needs: hidden states and the matrix of the head."""
+"""A Hugging Face causal LM as what the loss needs: hidden states, and how its head makes logits."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,16 +15,15 @@ import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
-from opd.batch import Batch, Law
+from opd.batch import Batch, Head, Law
 from opd.schema import ConfigError, Section, did_you_mean
 
-# attributes of HF configs that bend the logits after the head, and their value when they do not
-_LOGIT_BENDERS = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
+# what configurations call the cap of the logits, factors of them, and what divides the logits in
+# Granite and multiplies them in HyperCLOVA X: real tokens say which
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISOR_OR_FACTOR = "logits_scaling"
+# of the largest logit
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _NUM_PROBE_TOKENS = 6
 # parts of the names under which models keep probabilities of dropping something in training
@@ -92,7 +94,7 @@ class LanguageModel:
         workspace_bytes: scratch memory of the fused kernels.
 
     Raises:
-        ConfigError: the model's logits are not its hidden states times the head's matrix.
+        ConfigError: the model's logits are not those of a `Head` on its hidden states.
     """
 
     def __init__(
@@ -110,7 +112,14 @@ class LanguageModel:
         self._takes_positions = (
             "position_ids" in inspect.signature(model.base_model.forward).parameters
         )
-        check_plain_head(model, name)
+        self._head = read_head(model, name)
+
+    @property
+    def head(self) -> Head:
+        """What turns hidden states into logits; its tensors are the parameters themselves."""
+        embeddings = self.model.get_output_embeddings()
+        bias = getattr(embeddings, "bias", None)
+        return replace(self._head, weight=embeddings.weight, bias=bias)
 
     @property
     def lm_head_weight(self) -> nn.Parameter:
@@ -143,7 +152,7 @@ class LanguageModel:
         """The model's next-token law at those positions, computed when first asked for."""
         return Law(
             lambda: self.hidden(batch),
-            self.lm_head_weight,
+            self.head,
             vocab_size=self.vocab_size,
             workspace_bytes=self.workspace_bytes,
         )
@@ -234,41 +243,61 @@ def resolve_device(device: str) -> torch.device:
         raise ConfigError(f"device: cannot use {device!r}, {_first_sentence(error)}") from None
 
 
-def check_plain_head(model: Any, name: str) -> None:
-    """Refuse a model whose logits are not `hidden @ head.T`, by asking and by a few real tokens."""
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None:
+def read_head(model: Any, name: str) -> Head:
+    """How a model makes logits of hidden states: as its configuration says, tried on real tokens.
+
+    Raises:
+        ConfigError: it has no head's matrix, or its logits are made in another way.
+    """
+    embeddings = model.get_output_embeddings()
+    if embeddings is None or getattr(embeddings, "weight", None) is None:
         raise ConfigError(f"{name}: {type(model).__name__} has no output embedding matrix")
-    text_config = model.config.get_text_config()
-    bends = [
-        f"{attribute} {getattr(text_config, attribute)}"
-        for attribute, neutral in _LOGIT_BENDERS.items()
-        if getattr(text_config, attribute, None) not in (None, neutral)
-    ]
-    if getattr(head, "bias", None) is not None:
-        bends.append("a bias on its head")
-    if not bends and (error := _probe_error(model, head.weight)) is not None:
-        bends.append(f"logits that are off by {error:.2g} on a few tokens")
-    if bends:
+    heads = list(_declared_heads(model.config.get_text_config(), embeddings))
+    errors = _probe_errors(model, heads)
+    best = min(range(len(heads)), key=errors.__getitem__)
+    if errors[best] > _PROBE_TOLERANCE.get(embeddings.weight.dtype, 1e-4):
+        head = heads[0]
+        bias = " + bias" if head.bias is not None else ""
         raise ConfigError(
-            f"{name}: {type(model).__name__} has {' and '.join(bends)}, so its logits are not "
-            "hidden states times the head's matrix and the fused loss would be wrong"
+            f"{name}: {type(model).__name__} has logits that are off by {errors[0]:.2g} of the "
+            f"largest, on a few tokens, from softcap(logit_scale * (hidden states @ head'{bias})) "
+            f"with the softcap {head.softcap} and logit_scale {head.logit_scale:g} that its "
+            "configuration declares, so the fused loss would be wrong"
         )
+    return heads[best]
+
+
+def _declared_heads(config: Any, embeddings: nn.Module) -> Iterator[Head]:
+    """What the names in a configuration can mean, the likeliest first."""
+
+    def numbers(*names: str) -> list[float]:
+        values = [getattr(config, name, None) for name in names]
+        # 0, like None, says that there is none
+        return [float(value) for value in values if isinstance(value, (int, float)) and value]
+
+    softcap = next(iter(numbers(*_SOFTCAPS)), None)
+    scale = math.prod(numbers(*_FACTORS))
+    bias = getattr(embeddings, "bias", None)
+    ambiguous = math.prod(numbers(_DIVISOR_OR_FACTOR))
+    for factor in dict.fromkeys((1.0 / ambiguous, ambiguous)):
+        yield Head(embeddings.weight, bias, softcap, scale * factor)
 
 
 @torch.no_grad()
-def _probe_error(model: Any, weight: Tensor) -> float | None:
+def _probe_errors(model: Any, heads: list[Head]) -> list[float]:
+    """The largest difference from the model's own logits, relative to the largest of these."""
     was_training = model.training
     model.eval()
-    ids = torch.arange(_NUM_PROBE_TOKENS, device=weight.device)[None] % weight.shape[0]
+    size, device = heads[0].weight.shape[0], heads[0].weight.device
+    ids = torch.arange(_NUM_PROBE_TOKENS, device=device)[None] % size
     logits = model(input_ids=ids, use_cache=False).logits.float()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)
-    if logits.shape[-1] != weight.shape[0]:
-        return float("nan")
-    error = (hidden.float() @ weight.float().T - logits).abs().max().item()
-    allowed = _PROBE_TOLERANCE.get(weight.dtype, 1e-4) * max(1.0, logits.abs().max().item())
-    return None if error <= allowed else error
+    if logits.shape[-1] != size:
+        return [math.inf] * len(heads)
+    largest = logits.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    errors = [float((head.logits(hidden) - logits).abs().max() / largest) for head in heads]
+    return [math.inf if math.isnan(error) else error for error in errors]
 
 
 def _random_model(

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from opd.batch import Law, collate, collate_step
+from opd.batch import Head, Law, collate, collate_step
 
 
 def test_collate_lists_exactly_the_trained_tokens(trajectories, batch):
@@ -54,7 +54,7 @@ def test_a_law_runs_its_model_once_and_only_when_asked():
         calls.append(1)
         return torch.zeros(2, 3)
 
-    law = Law(forward, torch.zeros(5, 3))
+    law = Law(forward, Head(torch.zeros(5, 3)))
     assert not calls
     law.hidden()
     law.token_logprobs(torch.tensor([0, 4]))

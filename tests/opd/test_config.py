@@ -51,6 +51,7 @@ def test_config_is_frozen(config):
         ("task.kind=chain_repear", "task.kind: must be one of chain_repair"),
         ("rollouts.num_generations=3", "rollouts.num_generations: must divide the 4 completions"),
         ("objective.beta=0.3", "objective: reverse_kl"),
+        ("objective.gradient_tolerance=0", "objective.gradient_tolerance: must be > 0, got 0"),
         ("objective={kind: full_vocab, divergence: jsd, beta: 1.0}", "jsd: beta must be in (0, 1)"),
         ("objective.divergence=jds", "did you mean 'jsd'"),
         ("warmup_steps=3", "did you mean lr_scheduler_type 'constant_with_warmup'?"),

@@ -10,9 +10,9 @@ from opd.checkpoint import save_checkpoint
 from opd.model import (
     LanguageModel,
     StudentConfig,
-    check_plain_head,
     load_model,
     load_tokenizer,
+    read_head,
     resolve_device,
     resolve_model_path,
 )
@@ -36,6 +36,15 @@ FAMILIES = {
 }
 
 
+_MAMBA = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_state": 8,
+    "mamba_d_head": 8,
+    "head_dim": 8,
+}
+
+
 def _load(tokenizer, seed=0, **config):
     source = StudentConfig(config=config)
     return load_model(source, tokenizer, name="student", seed=seed, device="cpu")
@@ -46,7 +55,7 @@ def test_hidden_times_head_is_the_logits_of_any_family(tokenizer, trajectories, 
     model = LanguageModel(_load(tokenizer, model_type=family, **FAMILIES[family]))
     model.model.eval()
     batch = collate(trajectories, pad_id=0)
-    ours = model.hidden(batch) @ model.lm_head_weight.T
+    ours = model.head.logits(model.hidden(batch))
     for row, trajectory in enumerate(trajectories):
         # one sequence alone, without any padding
         alone = model.model(input_ids=trajectory.ids[None]).logits[0]
@@ -74,32 +83,63 @@ def test_vocabulary_and_special_ids_come_from_the_tokenizer(tokenizer):
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("family", "settings", "sentence"),
+    ("family", "settings", "softcap", "logit_scale"),
     [
-        ("gemma2", {**TINY, "head_dim": 8}, "final_logit_softcapping 30.0"),
-        ("cohere", TINY, "logit_scale"),
-        ("granite", {**TINY, "logits_scaling": 8.0}, "logits_scaling 8.0"),
-        ("phi", TINY, "a bias on its head"),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 4.0}, 4.0, 1.0),
+        ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 4.0}, 4.0, 1.0),
+        ("nanochat", {"final_logit_softcapping": 15.0}, 15.0, 1.0),
+        ("cohere", {"logit_scale": 0.25}, None, 0.25),
+        ("cohere2", {"logit_scale": 0.25}, None, 0.25),
+        ("granite", {"logits_scaling": 8.0}, None, 0.125),
+        ("hyperclovax", {"logits_scaling": 8.0}, None, 8.0),
+        ("phi", {}, None, 1.0),
+        ("falcon_h1", {"lm_head_multiplier": 0.5, **_MAMBA}, None, 0.5),
+        ("llama", {}, None, 1.0),
     ],
 )
-def test_a_model_that_bends_its_logits_is_refused(tokenizer, family, settings, sentence):
-    with pytest.raises(ConfigError, match=f"student: .*{sentence}.* fused loss would be wrong"):
-        LanguageModel(_load(tokenizer, model_type=family, **settings))
+def test_a_head_is_read_from_the_configuration(
+    tokenizer, trajectories, dtype, family, settings, softcap, logit_scale
+):
+    config = {"model_type": family, **TINY, "initializer_range": 0.4, **settings}
+    source = StudentConfig(config=config, dtype=dtype)
+    model = load_model(source, tokenizer, name="student", seed=0, device="cpu").eval()
+    head = model.get_output_embeddings()
+    if family == "phi":
+        nn.init.normal_(head.bias)
+    read = LanguageModel(model).head
+    assert (read.softcap, read.logit_scale) == (softcap, logit_scale)
+    assert read.weight is head.weight and read.bias is getattr(head, "bias", None)
+    batch = collate(trajectories, pad_id=0)
+    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    own = out.logits.flatten(0, 1)[batch.token_idx].float()
+    got = read.logits(LanguageModel(model).hidden(batch))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.03, "atol": 0.1}
+    torch.testing.assert_close(got, own, **tolerance)
 
 
 def test_a_bend_that_nobody_declared_is_found_by_the_probe(hf_model):
     model = hf_model()
     model.lm_head.register_forward_hook(lambda module, inputs, output: output.tanh())
-    with pytest.raises(ConfigError, match="logits that are off by"):
-        check_plain_head(model, "student")
+    with pytest.raises(ConfigError, match=r"student: LlamaForCausalLM has logits that are off by"):
+        read_head(model, "student")
+
+
+@pytest.mark.parametrize("declared", [{"logit_scale": 0.9}, {"final_logit_softcapping": 3.0}])
+def test_a_bend_that_is_declared_but_not_made_is_found_by_the_probe(hf_model, declared):
+    (name, value), *_ = declared.items()
+    model = hf_model()
+    setattr(model.config, name, value)
+    with pytest.raises(ConfigError, match=rf"with the softcap .*{value}.* would be wrong"):
+        read_head(model, "student")
 
 
 def test_a_model_without_a_head_matrix_is_refused(hf_model):
     model = hf_model()
     model.lm_head = nn.Identity()
     with pytest.raises(ConfigError, match="has no output embedding matrix"):
-        check_plain_head(model, "student")
+        read_head(model, "student")
 
 
 def test_bfloat16_passes_the_probe(tokenizer):

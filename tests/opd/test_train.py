@@ -143,6 +143,32 @@ def test_distilling_from_the_teacher_brings_the_student_closer(values):
     assert losses[-1][1] < 0.8 * losses[0][1]
 
 
+def test_a_gradient_tolerance_learns_the_same(values, tmp_path):
+    # a student whose laws are peaked; given tokens, or the first that falls differently would make
+    # another run of it
+    values["student"] = {"model_name_or_path": "builtin:chain_repair_teacher"}
+    values["teacher"] = values["student"]
+    values["rollouts"] = {"kind": "dataset", "max_completion_length": 24}
+    losses, dropped = {}, {}
+    for tolerance in (None, 1e-4, 1e-2):
+        objective = {
+            **values["objective"],
+            "teacher_temperature": 0.7,
+            "gradient_tolerance": tolerance,
+        }
+        output_dir = tmp_path / str(tolerance)
+        changes = {"objective": objective, "learning_rate": 1e-3, "max_steps": 8}
+        _run(values, output_dir=str(output_dir), **changes)
+        losses[tolerance] = [loss for _, loss in _losses(output_dir)]
+        rows = read_jsonl(output_dir / "metrics.jsonl")
+        dropped[tolerance] = [row.get("gradient_dropped_l1") for row in rows if "loss" in row]
+    exact = sum(losses[None])
+    assert abs(losses[1e-4][-1] - losses[None][-1]) < 1e-4
+    # most of 45 words are needed by some token even so, and yet
+    assert min(dropped[1e-2]) > 1e-3
+    assert abs(sum(losses[1e-2]) - exact) < 0.05 * exact
+
+
 def test_evaluation_does_not_change_the_training(values, tmp_path):
     plain = _run(values, output_dir=str(tmp_path / "plain"))
     evaluation = {"eval_steps": 1, "num_prompts": 3, "lengths": [1, 2]}

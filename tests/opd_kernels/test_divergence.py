@@ -604,7 +604,10 @@ def test_divergence_in_slices_is_divergence_of_whole_rows(dtype, divergence):
             *laws.columns(columns),
             columns.start,
         )
-        torch.testing.assert_close(part, gradient[:, columns], **close)
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(
+            part, gradient[:, columns], rtol=close["rtol"], atol=close["atol"] * max(1.0, largest)
+        )
 
 
 # -- errors --------------------------------------------------------------------------------------

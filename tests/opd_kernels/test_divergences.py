@@ -93,29 +93,40 @@ def test_pointwise_dterm_is_the_slope_of_term(divergence):
         assert exact_dterm(divergence, lp, lq) == pytest.approx(slope, rel=1e-14), (lp, lq)
 
 
-@every_pointwise
-def test_pointwise_c_api_is_exact_float64(divergence):
-    # the functors that every compiled kernel includes, through the exported C function
+def evaluate(divergence, pairs) -> list[tuple[float, float, float]]:
+    """(term, dterm, dterm_teacher) of each entry, from the exported C function."""
     public = divergence.public()
-    pairs = list(entries())
-    count = len(pairs)
-    array = ctypes.c_double * count
+    array = ctypes.c_double * len(pairs)
     lp, lq = (array(*column) for column in zip(*pairs, strict=True))
-    term, dterm, dterm_teacher, value = array(), array(), array(), ctypes.c_double()
-    library = ctypes.CDLL(str(_library.PATH))
-    params = [ctypes.c_double(value) for value in public.kernel_params]
-    outputs = (term, dterm, dterm_teacher, ctypes.byref(value))
-    status = library.opd_divergence_eval(
-        public.id, *params, ctypes.c_int64(count), lp, lq, *outputs
+    outputs, value = (array(), array(), array()), ctypes.c_double()
+    status = ctypes.CDLL(str(_library.PATH)).opd_divergence_eval(
+        public.id,
+        *(ctypes.c_double(param) for param in public.kernel_params),
+        ctypes.c_int64(len(pairs)),
+        lp,
+        lq,
+        *outputs,
+        ctypes.byref(value),
     )
     assert status == 0
-    for index, pair in enumerate(pairs):
+    return list(zip(*outputs, strict=True))
+
+
+@every_pointwise
+def test_pointwise_c_api_is_exact_float64(divergence):
+    # the functors that every compiled kernel includes
+    pairs = list(entries())
+    if divergence.name == "alpha_beta":
+        # it takes the row sum of q - p off the gaps: an entry and its mirror image have none
+        every = [evaluate(divergence, [pair, pair[::-1]])[0] for pair in pairs]
+    else:
+        every = evaluate(divergence, pairs)
+    for pair, got in zip(pairs, every, strict=True):
         exact = [of(divergence, *pair) for of in (exact_term, exact_dterm, exact_dterm_teacher)]
-        got = [term[index], dterm[index], dterm_teacher[index]]
         # log p and log q are given to 1e-16 of themselves, and so is their difference
         size = 1 + max((abs(value) for value in pair if math.isfinite(value)), default=0.0)
         bound = 1e-13 if pair[0] == pair[1] else 4e-16 * size / abs(pair[0] - pair[1]) + 1e-13
-        assert got == pytest.approx(exact, rel=bound, abs=1e-40), (pair, exact)
+        assert list(got) == pytest.approx(exact, rel=bound, abs=1e-40), (pair, exact)
 
 
 def test_pointwise_grid_covers_the_special_values():

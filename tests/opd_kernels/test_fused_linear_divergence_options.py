@@ -184,6 +184,28 @@ def test_fused_linear_divergence_low_rank_gradients_have_their_own_dtype(dtype):
     assert bool(down.grad.abs().sum() > 0)
 
 
+@every_path
+def test_fused_linear_divergence_low_rank_head_keeps_its_precision_under_autocast(path):
+    data = tensors(F32)
+
+    def run_under(enabled):
+        leaves = [leaf(data[name]) for name in ("student_hidden", "lora_a", "lora_b")]
+        with torch.autocast("cpu", dtype=BF16, enabled=enabled):
+            loss = opk.fused_linear_divergence(
+                leaves[0],
+                data["student_lm_head_weight"],
+                data["teacher_hidden"],
+                data["teacher_lm_head_weight"],
+                student_lora=(*leaves[1:], 0.7),
+                workspace_bytes=WORKSPACES[path],
+            ).loss
+            loss.backward()
+        return loss, *(tensor.grad for tensor in leaves)
+
+    for one, two in zip(run_under(True), run_under(False), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_fused_linear_divergence_tied_head_adds_both_gradients():
     # the embedding is the head: one parameter, two uses
     generator = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ from tests import eager
 from tests.cases import BF16, F16, F32, F64, FUSED_CASES, FusedCase, fused_of, token_ids_of
 from tests.checks import check_token_logprobs, dtype_id, leaf, workspace_for
 from tests.memory import peak_bytes
+from tests.options import LAW_OPTIONS, law_options_of
 
 RELEVANT = [
     case
@@ -54,6 +55,93 @@ def test_fused_linear_token_logprobs_matches_reference(case, dtype, chunks):
         temperature=1.0,
         vocab_size=vocab_size,
     )
+
+
+def bent(function):
+    """`function` with a bias and a low-rank pair among its tensors."""
+
+    def call(hidden, head, bias, down, up, ids, **keywords):
+        return function(hidden, head, ids, bias=bias, lora=(down, up, 0.6), **keywords)
+
+    return call
+
+
+def bent_tensors(case: FusedCase, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Hidden states, head, bias, A and B."""
+    hidden, head, *_ = inputs_of(case, dtype)
+    generator = torch.Generator().manual_seed(case.seed)
+    size, width = head.shape
+    shapes = (size,), (4, width), (size, 4)
+    extra = [torch.randn(shape, generator=generator).to(dtype) * 0.5 for shape in shapes]
+    return [hidden, head, *extra]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=dtype_id)
+@pytest.mark.parametrize("option", LAW_OPTIONS)
+def test_fused_linear_token_logprobs_of_a_bent_head_matches_reference(option, dtype):
+    check_token_logprobs(
+        bent(
+            lambda *args, **keywords: opk.fused_linear_token_logprobs(
+                *args, workspace_bytes=20_000, backend="cpu", **keywords
+            )
+        ),
+        bent(eager.fused_linear_token_logprobs),
+        bent(reference.fused_linear_token_logprobs),
+        bent_tensors(SMALL, dtype),
+        token_ids_of(SMALL.num_tokens, 290, SMALL.seed),
+        dtype,
+        f"cpu {option} {dtype_id(dtype)}",
+        vocab_size=290,
+        **law_options_of(option, SMALL.num_tokens),
+    )
+
+
+def test_fused_linear_token_logprobs_of_a_bent_head_gradcheck_float64():
+    case = FusedCase("gradcheck", 4, 9, 3, 2)
+    leaves = [leaf(tensor) for tensor in bent_tensors(case, F64)]
+    ids = token_ids_of(4, 9, 1)
+
+    def outputs(*tensors):
+        call = bent(opk.fused_linear_token_logprobs)
+        options = law_options_of("law_everything", 4)
+        return tuple(call(*tensors, ids, workspace_bytes=3000, **options))
+
+    assert torch.autograd.gradcheck(outputs, leaves, eps=1e-6, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("trained", range(5), ids=["hidden", "head", "bias", "A", "B"])
+def test_fused_linear_token_logprobs_of_a_bent_head_trains_one_tensor_alone(trained):
+    tensors, ids = bent_tensors(SMALL, F32), token_ids_of(SMALL.num_tokens, 301, 1)
+    call = bent(opk.fused_linear_token_logprobs)
+    full = [leaf(tensor) for tensor in tensors]
+    call(*full, ids, softcap=9.0).logprobs.sum().backward()
+    part = [leaf(tensor) if i == trained else tensor for i, tensor in enumerate(tensors)]
+    call(*part, ids, softcap=9.0).logprobs.sum().backward()
+    assert torch.equal(part[trained].grad, full[trained].grad)
+    assert all(tensor.grad is None for i, tensor in enumerate(part) if i != trained)
+
+
+def test_fused_linear_token_logprobs_keeps_a_bent_heads_precision_under_autocast():
+    tensors, ids = bent_tensors(SMALL, F32), token_ids_of(SMALL.num_tokens, 301, 1)
+
+    def run(enabled):
+        leaves = [leaf(tensor) for tensor in tensors]
+        with torch.autocast("cpu", dtype=BF16, enabled=enabled):
+            out = bent(opk.fused_linear_token_logprobs)(*leaves, ids, softcap=9.0)
+            sum(x.sum() for x in out).backward()
+        return *out, *(tensor.grad for tensor in leaves)
+
+    for one, two in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_fused_linear_token_logprobs_of_a_low_rank_pair_is_that_of_the_merged_head():
+    hidden, head, _, down, up = bent_tensors(SMALL, F64)
+    ids = token_ids_of(SMALL.num_tokens, 301, 1)
+    out = opk.fused_linear_token_logprobs(hidden, head, ids, lora=(down, up, 0.6))
+    merged = opk.fused_linear_token_logprobs(hidden, head + 0.6 * up @ down, ids)
+    for one, two in zip(out, merged, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
 def test_fused_linear_token_logprobs_gradcheck_float64():
@@ -172,15 +260,16 @@ def test_fused_linear_token_logprobs_stays_within_its_workspace():
 
 
 def test_fused_linear_token_logprobs_compiles_without_a_graph_break():
-    hidden, head, ids, _ = inputs_of(SMALL, F32)
+    tensors, ids = bent_tensors(SMALL, F32), token_ids_of(SMALL.num_tokens, 301, 1)
+    options = law_options_of("law_everything", SMALL.num_tokens)
 
-    def loss(hidden, head):
-        out = opk.fused_linear_token_logprobs(hidden * 1.5, head, ids)
+    def loss(hidden, *rest):
+        out = bent(opk.fused_linear_token_logprobs)(hidden * 1.5, *rest, ids, **options)
         return (out.logprobs - 0.1 * out.entropy).sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    expected, actual = (leaf(hidden), leaf(head)), (leaf(hidden), leaf(head))
+    expected, actual = ([leaf(tensor) for tensor in tensors] for _ in range(2))
     loss(*expected).backward()
     compiled(*actual).backward()
     for one, two in zip(actual, expected, strict=True):
@@ -189,20 +278,23 @@ def test_fused_linear_token_logprobs_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
 def test_fused_linear_token_logprobs_opcheck(dtype):
-    hidden, head, ids, _ = inputs_of(SMALL, dtype)
-    numbers = (1.5, SMALL.vocab_size, 1 << 20)
+    hidden, head, bias, down, up = bent_tensors(SMALL, dtype)
+    ids = token_ids_of(SMALL.num_tokens, 301, 1)
+    inputs, bias = (hidden, head, down.float(), up, ids), bias.float()
+    temperatures = torch.linspace(0.5, 2, SMALL.num_tokens)
+    law, end = (temperatures, [0.5, 9.0, 1.0], SMALL.vocab_size), (1 << 20,)
+    ops = torch.ops.opd
+    trained = [leaf(tensor) for tensor in inputs[:4]]
     torch.library.opcheck(
-        torch.ops.opd.fused_linear_token_logprobs_fwd,
-        (leaf(hidden), leaf(head), ids, *numbers, "cpu"),
+        ops.fused_linear_token_logprobs_fwd, (*trained, ids, leaf(bias), *law, *end, "cpu")
     )
-    logprobs, lse, entropy = torch.ops.opd.fused_linear_token_logprobs_fwd(
-        hidden, head, ids, *numbers, "cpu"
-    )
+    logprobs, lse, entropy = ops.fused_linear_token_logprobs_fwd(*inputs, bias, *law, *end, "cpu")
     grads = torch.ones_like(logprobs), torch.ones_like(lse), torch.ones_like(entropy)
-    torch.library.opcheck(
-        torch.ops.opd.fused_linear_token_logprobs_bwd,
-        (*grads, hidden, head, ids, lse, entropy, *numbers, True, True, "cpu"),
-    )
+    for with_grads in ([True] * 5, [True, False, True, False, True]):
+        torch.library.opcheck(
+            ops.fused_linear_token_logprobs_bwd,
+            (*grads, *inputs, lse, entropy, bias, *law, *end, with_grads, "cpu"),
+        )
 
 
 @pytest.mark.parametrize(
@@ -223,6 +315,32 @@ def test_fused_linear_token_logprobs_opcheck(dtype):
         ),
         ({"workspace_bytes": 1}, ValueError, "workspace_bytes must be at least .* got 1"),
         ({"temperature": -2}, ValueError, "temperature must be positive and finite, got -2"),
+        ({"temperature": torch.ones(5)}, ValueError, "temperature must have 4 rows"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive and finite, got -1.0"),
+        ({"logit_scale": 0}, ValueError, "logit_scale must be finite and not 0, got 0"),
+        (
+            {"bias": torch.zeros(19)},
+            ValueError,
+            r"bias must have one value per token of the vocabulary \(20\), got shape \(19,\)",
+        ),
+        ({"bias": torch.zeros(20).long()}, TypeError, "bias must be a floating tensor"),
+        ({"bias": torch.zeros(20, 1)}, ValueError, "bias must have 1 dim"),
+        ({"lora": torch.zeros(2, 8)}, TypeError, r": lora must be \(A, B, scaling\)"),
+        (
+            {"lora": (torch.zeros(2, 8), torch.zeros(2, 20), 1.0)},
+            ValueError,
+            r": lora must be A \(r, 8\) and B \(20, r\) for a head \(20, 8\)",
+        ),
+        (
+            {"lora": (torch.zeros(2, 8), torch.zeros(20, 2), 0.0)},
+            ValueError,
+            "scaling of lora must be finite and not 0",
+        ),
+        (
+            {"lora": (torch.zeros(2, 8).int(), torch.zeros(20, 2), 1.0)},
+            TypeError,
+            "A of lora must be a floating tensor",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

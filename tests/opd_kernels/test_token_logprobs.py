@@ -24,6 +24,7 @@ from tests.cases import (
     token_ids_of,
 )
 from tests.checks import check_token_logprobs, dtype_id, leaf
+from tests.options import LAW_OPTIONS, law_options_of
 
 # weights and pairs of temperatures are the divergences' own
 RELEVANT = [
@@ -63,12 +64,31 @@ def test_token_logprobs_matches_reference(case, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=dtype_id)
+@pytest.mark.parametrize("option", LAW_OPTIONS)
+def test_token_logprobs_with_options_matches_reference(option, dtype):
+    logits = torch.randn(6, 701) * 4
+    logits[2, 5:9] = -INF
+    check_token_logprobs(
+        lambda *args, **keywords: opk.token_logprobs(*args, backend="cpu", **keywords),
+        eager.token_logprobs,
+        reference.token_logprobs,
+        [logits.to(dtype)],
+        token_ids_of(6, 690, 3),
+        dtype,
+        f"cpu {option} {dtype_id(dtype)}",
+        vocab_size=690,
+        **law_options_of(option, 6),
+    )
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.7}, law_options_of("law_everything", 4)])
 @pytest.mark.parametrize("output", [0, 1, 2], ids=["logprobs", "lse", "entropy"])
-def test_token_logprobs_gradcheck_float64(output):
+def test_token_logprobs_gradcheck_float64(output, options):
     logits = leaf(torch.randn(4, 9, dtype=F64) * 2)
     ids = token_ids_of(4, 9, 1)
     assert torch.autograd.gradcheck(
-        lambda z: opk.token_logprobs(z, ids, temperature=1.7)[output],
+        lambda z: opk.token_logprobs(z, ids, **options)[output],
         (logits,),
         eps=1e-6,
         atol=1e-8,
@@ -82,6 +102,40 @@ def test_token_logprobs_by_hand():
     assert out.lse.item() == pytest.approx(lse, rel=1e-6)
     assert out.logprobs.item() == pytest.approx(1 - lse, rel=1e-6)
     assert out.entropy.item() == pytest.approx(lse - math.e / (1 + math.e), rel=1e-6)
+
+
+def test_token_logprobs_of_a_capped_law_by_hand():
+    # 2 * 5 tanh(1) / 0.5 against 0: the cap comes after the scale and before the temperature
+    out = opk.token_logprobs(
+        torch.tensor([[2.5, 0.0]]),
+        torch.tensor([0]),
+        logit_scale=2.0,
+        softcap=5.0,
+        temperature=torch.tensor([0.5]),
+    )
+    z = 10 * math.tanh(1)
+    assert out.lse.item() == pytest.approx(math.log(math.exp(z) + 1), rel=1e-6)
+    assert out.logprobs.item() == pytest.approx(-math.log1p(math.exp(-z)), rel=1e-5)
+
+
+def test_token_logprobs_softcap_makes_minus_infinity_finite():
+    logits = leaf(torch.tensor([[0.0, 1.0, -INF]]))
+    out = opk.token_logprobs(logits, torch.tensor([2]), softcap=3.0)
+    expected = reference.token_logprobs(logits, torch.tensor([2]), softcap=3.0)
+    torch.testing.assert_close(out.logprobs, expected.logprobs.float())
+    out.logprobs.backward()
+    assert logits.grad[0, 2] == 0 and bool(logits.grad.isfinite().all())
+
+
+def test_token_logprobs_rows_of_temperatures_are_calls_of_their_own():
+    logits, ids = torch.randn(5, 40), token_ids_of(5, 40, 8)
+    temperature = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.7])
+    out = opk.token_logprobs(logits, ids, temperature=temperature.double())
+    for t in range(5):
+        alone = opk.token_logprobs(
+            logits[t : t + 1], ids[t : t + 1], temperature=temperature[t].item()
+        )
+        assert all(one[t] == two[0] for one, two in zip(out, alone, strict=True))
 
 
 def test_token_logprobs_over_a_large_uniform_vocabulary():
@@ -186,10 +240,10 @@ def test_token_logprobs_is_deterministic_across_threads_and_runs():
 
 
 def test_token_logprobs_compiles_without_a_graph_break():
-    ids = token_ids_of(5, 60, 5)
+    ids, options = token_ids_of(5, 60, 5), law_options_of("law_everything", 5)
 
     def loss(logits):
-        out = opk.token_logprobs(logits * 1.5, ids, temperature=0.8)
+        out = opk.token_logprobs(logits * 1.5, ids, **options)
         return (out.logprobs * 0.3 + out.lse - out.entropy).sum()
 
     torch._dynamo.reset()
@@ -204,21 +258,25 @@ def test_token_logprobs_compiles_without_a_graph_break():
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=dtype_id)
 def test_token_logprobs_opcheck(dtype):
     logits, ids = torch.randn(3, 20, dtype=dtype), token_ids_of(3, 18, 6)
-    torch.library.opcheck(torch.ops.opd.token_logprobs_fwd, (leaf(logits), ids, 1.5, 18))
-    logprobs, lse, entropy = torch.ops.opd.token_logprobs_fwd(logits, ids, 1.5, 18)
+    real = torch.promote_types(dtype, F32)
+    law = (torch.randn(18, dtype=real), torch.ones(3, dtype=real) * 1.5, [0.5, 9.0, 1.0], 18)
+    torch.library.opcheck(torch.ops.opd.token_logprobs_fwd, (leaf(logits), ids, *law))
+    logprobs, lse, entropy = torch.ops.opd.token_logprobs_fwd(logits, ids, *law)
     upstream = torch.ones_like(logprobs), torch.ones_like(lse), torch.ones_like(entropy)
-    arguments = (*upstream, logits, ids, lse, entropy, 1.5, 18)
+    arguments = (*upstream, logits, ids, lse, entropy, *law)
     torch.library.opcheck(torch.ops.opd.token_logprobs_bwd, arguments)
     if dtype in (F32, F64):
         torch.library.opcheck(torch.ops.opd.token_logprobs_bwd_, arguments)
 
 
+@pytest.mark.parametrize("numbers", [[1.0, 0.0, 0.7], [-0.5, 2.0, 0.7]], ids=["plain", "capped"])
 @pytest.mark.parametrize("dtype", [F64, F32], ids=dtype_id)
-def test_token_logprobs_bwd_in_place_is_bwd(dtype):
+def test_token_logprobs_bwd_in_place_is_bwd(dtype, numbers):
     logits, ids = torch.randn(5, 700, dtype=dtype), token_ids_of(5, 690, 7)
-    _, lse, entropy = torch.ops.opd.token_logprobs_fwd(logits, ids, 0.7, 690)
+    law = (torch.randn(690, dtype=dtype), None, numbers, 690)
+    _, lse, entropy = torch.ops.opd.token_logprobs_fwd(logits, ids, *law)
     real = torch.linspace(-1, 1, 5, dtype=dtype)
-    arguments = (real, real.double().flip(0), real * 2, logits, ids, lse, entropy, 0.7, 690)
+    arguments = (real, real.double().flip(0), real * 2, logits, ids, lse, entropy, *law)
     gradient = torch.ops.opd.token_logprobs_bwd(*arguments)
     assert bool((gradient[:, 690:] == 0).all())
     assert torch.ops.opd.token_logprobs_bwd_(*arguments) is None
@@ -242,6 +300,16 @@ def _call(**changes):
         ({"token_ids": [0, 0, 0, 0]}, TypeError, "token_ids must be a tensor, got list"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
         ({"temperature": (1.0, 1.0)}, TypeError, "temperature must be a number, got tuple"),
+        ({"temperature": torch.ones(3)}, ValueError, "temperature must have 4 rows"),
+        (
+            {"temperature": torch.ones(4, requires_grad=True)},
+            ValueError,
+            "temperature must not require grad",
+        ),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, got 0.0"),
+        ({"softcap": torch.ones(4)}, TypeError, "softcap must be a number, got Tensor"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and not 0, got 0.0"),
+        ({"logit_scale": INF}, ValueError, "logit_scale must be finite and not 0, got inf"),
         ({"vocab_size": 21}, ValueError, r"vocab_size must be in \[1, 20\], got 21"),
         ({"backend": "cuda"}, opk.UnsupportedBackendError, "backend 'cuda' was requested but"),
     ],

@@ -21,6 +21,7 @@ from tests.cases import (
     token_ids_of,
 )
 from tests.checks import check_token_logprobs, dtype_id, leaf
+from tests.options import LAW_OPTIONS, law_options_of
 
 pytestmark = [
     pytest.mark.triton,
@@ -76,12 +77,32 @@ def test_triton_token_logprobs_at_a_temperature(dtype):
     )
 
 
-def test_triton_token_logprobs_bwd_in_place_is_bwd():
+@pytest.mark.parametrize("dtype", [F32, F16], ids=dtype_id)
+@pytest.mark.parametrize("option", LAW_OPTIONS)
+def test_triton_token_logprobs_with_options_matches_reference(option, dtype):
+    logits = torch.randn(3, 701) * 4
+    logits[2, 5:9] = -torch.inf
+    check_token_logprobs(
+        triton_token_logprobs,
+        eager.token_logprobs,
+        reference.token_logprobs,
+        [logits.to(dtype)],
+        token_ids_of(3, 690, 3),
+        dtype,
+        f"triton {option} {dtype_id(dtype)}",
+        vocab_size=690,
+        **law_options_of(option, 3),
+    )
+
+
+@pytest.mark.parametrize("numbers", [[1.0, 0.0, 0.7], [-0.5, 2.0, 0.7]], ids=["plain", "capped"])
+def test_triton_token_logprobs_bwd_in_place_is_bwd(numbers):
     logits, ids = torch.randn(3, 700), token_ids_of(3, 690, 7)
+    law = (torch.randn(690), None, numbers, 690)
     ops = torch.ops.opd_triton
-    _, lse, entropy = ops.token_logprobs_fwd(logits, ids, 0.7, 690)
+    _, lse, entropy = ops.token_logprobs_fwd(logits, ids, *law)
     grads = torch.tensor([1.0, 0.0, -2.0]), torch.tensor([1.0, 0.0, 0.5]).double(), torch.zeros(3)
-    arguments = (*grads, logits, ids, lse, entropy, 0.7, 690)
+    arguments = (*grads, logits, ids, lse, entropy, *law)
     gradient = ops.token_logprobs_bwd(*arguments)
     assert bool((gradient[:, 690:] == 0).all())
     assert bool((gradient[1] == 0).all())
@@ -91,17 +112,21 @@ def test_triton_token_logprobs_bwd_in_place_is_bwd():
 
 def test_triton_token_logprobs_of_an_id_out_of_range_is_nan():
     # a GPU kernel can't raise without a sync, and must not read beyond the row
-    out = triton_token_logprobs(torch.randn(3, 20), torch.tensor([-1, 20, 3]))
-    assert out.logprobs.isnan().tolist() == [True, True, False]
+    for softcap in (None, 5.0):
+        out = triton_token_logprobs(
+            torch.randn(3, 20), torch.tensor([-1, 20, 3]), softcap=softcap, logit_scale=-2.0
+        )
+        assert out.logprobs.isnan().tolist() == [True, True, False]
 
 
 def test_triton_token_logprobs_opcheck():
     logits, ids = torch.randn(2, 20), torch.tensor([0, 17])
     ops = torch.ops.opd_triton
-    torch.library.opcheck(ops.token_logprobs_fwd, (leaf(logits), ids, 1.5, 18))
-    logprobs, lse, entropy = ops.token_logprobs_fwd(logits, ids, 1.5, 18)
+    law = (torch.randn(18), torch.tensor([1.5, 0.7]), [0.5, 9.0, 1.0], 18)
+    torch.library.opcheck(ops.token_logprobs_fwd, (leaf(logits), ids, *law))
+    logprobs, lse, entropy = ops.token_logprobs_fwd(logits, ids, *law)
     grads = torch.ones_like(logprobs), torch.ones_like(lse), torch.ones_like(entropy)
-    arguments = (*grads, logits, ids, lse, entropy, 1.5, 18)
+    arguments = (*grads, logits, ids, lse, entropy, *law)
     torch.library.opcheck(ops.token_logprobs_bwd, arguments)
     torch.library.opcheck(ops.token_logprobs_bwd_, arguments)
 
@@ -120,18 +145,24 @@ def test_triton_token_logprobs_compiles_without_a_graph_break():
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=dtype_id)
-def test_triton_fused_linear_token_logprobs_matches_reference(dtype):
+def test_triton_fused_linear_token_logprobs_of_a_bent_head_matches_reference(dtype):
     inputs = fused_of(FusedCase("triton", 5, 301, 16, 8), dtype)
+    extra = [(torch.randn(shape) * 0.5).to(dtype) for shape in ((301,), (4, 16), (301, 4))]
 
-    def run(*args, **keywords):
-        return opk.fused_linear_token_logprobs(*args, backend="triton", **keywords)
+    def bent(function, **fixed):
+        def call(hidden, head, bias, down, up, ids, **keywords):
+            lora = (down, up, 0.6)
+            return function(hidden, head, ids, bias=bias, lora=lora, **fixed, **keywords)
+
+        return call
 
     check_token_logprobs(
-        run,
-        eager.fused_linear_token_logprobs,
-        reference.fused_linear_token_logprobs,
-        [inputs.student_hidden, inputs.student_lm_head_weight],
+        bent(opk.fused_linear_token_logprobs, backend="triton"),
+        bent(eager.fused_linear_token_logprobs),
+        bent(reference.fused_linear_token_logprobs),
+        [inputs.student_hidden, inputs.student_lm_head_weight, *extra],
         token_ids_of(5, 301, 2),
         dtype,
         f"triton fused {dtype_id(dtype)}",
+        **law_options_of("law_everything", 5),
     )

@@ -15,7 +15,7 @@
 //   value(sum)                          D from sum of term; the identity unless it says otherwise
 //   dterm_teacher                       d term / d log p, for targets that contain the student
 //   dterm_textbook, barely_overlaps     the second form, and when to use it
-//   needs_threshold                     a row statistic of the teacher's law comes first
+//   kNeedsThreshold                     a row statistic of the teacher's law comes first
 //
 // A new divergence is one struct and one line of OPD_DIVERGENCES. The Triton mirror is
 // opd_kernels/triton/_divergences.py; the independent truth is opd_kernels/reference.
@@ -33,6 +33,8 @@ struct Entry {
   T lp, lq;
   T p, q;
   T gap;
+  // what the rounding of lp and lq has lost; powers of p and q need it
+  T lp_low = T(0), lq_low = T(0);
 
   OPD_HD bool teacher_larger() const { return gap <= T(0); }
   OPD_HD T larger() const { return teacher_larger() ? p : q; }
@@ -48,7 +50,7 @@ struct Entry {
     const T lowest = -std::numeric_limits<T>::infinity();
     return (lp == lowest) & (lq == lowest);
   }
-  OPD_HD Entry swapped() const { return {lq, lp, q, p, -gap}; }
+  OPD_HD Entry swapped() const { return {lq, lp, q, p, -gap, lq_low, lp_low}; }
 };
 
 // What most divergences are: one pass, D = sum of term.
@@ -58,6 +60,12 @@ struct Separable {
   static constexpr bool kNeedsThreshold = false;
   OPD_HD double value(double sum) const { return sum; }
 };
+
+// What T loses of an exponent: 0.3 in float32, times a log-probability of 40, is off by 4e-7.
+template <class T>
+OPD_HD T low_part(double value) {
+  return T(value - static_cast<double>(T(value)));
+}
 
 // factor * x with 0 * inf = 0: a power of exponent 0 is 1, whatever its base is.
 template <class T>
@@ -261,13 +269,19 @@ struct TotalVariation : Separable {
   }
 };
 
-// log(p^alpha q^(1 - alpha)): from one log-probability and the gap, which is the more exact of the
-// two, or from both where one of the laws rules the token out.
+// p^alpha q^(1 - alpha) e^-shift, of two ways to form it the one whose rounding is smaller. The gap is
+// more exact than the log-probabilities where the laws are close; where it is infinite, one of them
+// rules the token out.
 template <class T>
-OPD_HD T log_geometric(const Entry<T>& e, double alpha) {
-  const T by_gap = e.lp + T(1 - alpha) * e.gap;
-  const T by_both = T(alpha) * e.lp + T(1 - alpha) * e.lq;
-  return e.gap - e.gap == T(0) ? by_gap : by_both;
+OPD_HD T geometric_mean(const Entry<T>& e, double alpha, T shift) {
+  const T a = T(alpha), c = T(1 - alpha);
+  const auto size = [](T x) { return x < T(0) ? -x : x; };
+  const bool by_gap = size(e.lp) + size(c * e.gap) < size(a * e.lp) + size(c * e.lq);
+  const T a_low = low_part<T>(alpha), c_low = low_part<T>(1 - alpha);
+  const T low = by_gap ? e.lp_low + c_low * e.gap
+                       : (a * e.lp_low + a_low * e.lp) + (c * e.lq_low + c_low * e.lq);
+  const T r = exp_of_sum(by_gap ? T(1) : a, e.lp, c, by_gap ? e.gap : e.lq, shift, low);
+  return select(e.absent(), T(0), r);
 }
 
 // scale (sum r - 1) / (alpha (alpha - 1)), r = p^alpha q^(1 - alpha), alpha neither 0 nor 1.
@@ -284,7 +298,7 @@ struct Alpha : Separable {
 
   template <class T>
   OPD_HD T geometric(const Entry<T>& e) const {
-    return select(e.absent(), T(0), exp(log_geometric(e, alpha)));
+    return geometric_mean(e, alpha, T(0));
   }
   // whether gap, alpha gap and (1 - alpha) gap are all within the series' reach
   template <class T>
@@ -351,7 +365,7 @@ struct Renyi : Separable {
   OPD_HD T dterm(const Entry<T>& e) const {
     const T y = T(-alpha) * e.gap - T(log_mass);
     const T by_series = -e.q * (y + (y * y) * phi_over_square(y));
-    const T r = exp(log_geometric(e, alpha) - T(log_mass));
+    const T r = geometric_mean(e, alpha, T(log_mass));
     const T value = (y < T(1)) & (y > T(-1)) ? by_series : e.q - r;
     return select(e.absent(), T(0), value);
   }
@@ -448,7 +462,8 @@ struct AlphaBeta : Separable {
     // alpha + beta as a user means it: 0.1 - 0.1 is 0, and so is 0.3 - 0.1 - 0.2 after rounding
     if (s < 1e-12 && s > -1e-12) s = 0;
     if (a == 0 && b == 0) {
-      // x^2 / 2 everywhere: the series is exact
+      // x^2 / 2: the series is exact, and what is out of its reach is infinite
+      q0 = std::numeric_limits<double>::infinity();
     } else if (a == 0) {
       p0 = 1 / (b * b), q0 = -p0, qx = 1 / b;
     } else if (b == 0) {
@@ -476,15 +491,19 @@ struct AlphaBeta : Separable {
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
     const T x = e.gap - T(offset);
-    const T ps = exp(exponent_times(T(s), e.lp)), qs = exp(exponent_times(T(s), e.lq));
-    const T cross = exp(exponent_times(T(cross_p), e.lp) + exponent_times(T(cross_q), e.lq));
+    const T ps = exp_of_sum(T(s), e.lp, T(0), T(0), T(0), low(s, e.lp, e.lp_low));
+    const T qs = exp_of_sum(T(s), e.lq, T(0), T(0), T(0), low(s, e.lq, e.lq_low));
+    const T cross = exp_of_sum(T(cross_p), e.lp, T(cross_q), e.lq, T(0),
+                               low(cross_p, e.lp, e.lp_low) + low(cross_q, e.lq, e.lq_low));
     const T by_series =
         ps * (x * x) *
         (phi_over_square(T(s) * x) +
          T(b) * x * phi_over_square_difference(T(s) * x, T(b) * x));
     const T from_p = T(p0) * ps + select(ps == T(0), T(0), exponent_times(T(px), x) * ps);
     const T from_q = T(q0) * qs + select(qs == T(0), T(0), exponent_times(T(qx), x) * qs);
-    const T directly = (T(mixed) * cross + from_p) + from_q;
+    const T sum = (T(mixed) * cross + from_p) + from_q;
+    // powers that overflow against each other: the term itself grows without bound
+    const T directly = (sum == sum) | (x != x) ? sum : std::numeric_limits<T>::infinity();
     const bool near = (x < T(reach)) & (x > T(-reach));
     return select(e.absent(), T(0), near ? by_series : directly);
   }
@@ -494,8 +513,9 @@ struct AlphaBeta : Separable {
     // finite, so that y is 0 where a is
     const T below = x > T(1e30) ? T(1e30) : x;
     const T y = T(-a) * (below < T(-1e30) ? T(-1e30) : below);
-    const T qs = exp(exponent_times(T(s), e.lq));
-    const T cross = exp(exponent_times(T(a), e.lp) + exponent_times(T(b), e.lq));
+    const T qs = exp_of_sum(T(s), e.lq, T(0), T(0), T(0), low(s, e.lq, e.lq_low));
+    const T cross = exp_of_sum(T(a), e.lp, T(b), e.lq, T(0),
+                               low(a, e.lp, e.lp_low) + low(b, e.lq, e.lq_low));
     const T slope = T(1) + y * phi_over_square(y);
     const T by_series = select(qs == T(0), T(0), qs * (x * slope));
     const T directly = (qs - cross) * T(inverse_a);
@@ -508,6 +528,13 @@ struct AlphaBeta : Separable {
     AlphaBeta dual(b, a);
     dual.offset = -offset;
     return dual.dterm(e.swapped());
+  }
+
+ private:
+  // of exponent * x, what its rounded factors have lost
+  template <class T>
+  OPD_HD static T low(double exponent, T x, T x_low) {
+    return T(exponent) * x_low + low_part<T>(exponent) * x;
   }
 };
 
@@ -530,7 +557,11 @@ struct ConcreteScore : Separable {
   }
   template <class T>
   OPD_HD static T of(const Weight& weight, const Entry<T>& e) {
-    const T value = T(weight.student) * e.q + T(weight.teacher) * e.p + T(weight.uniform);
+    const T infinity = std::numeric_limits<T>::infinity();
+    // uniform over the tokens that both laws allow
+    const bool one_sided = (e.gap == infinity) | (e.gap == -infinity);
+    const T uniform = one_sided ? T(0) : T(weight.uniform);
+    const T value = T(weight.student) * e.q + T(weight.teacher) * e.p + uniform;
     return select(e.absent(), T(0), value);
   }
   // weight * value, where a weight of 0 wins over an infinite gap
@@ -542,7 +573,7 @@ struct ConcreteScore : Separable {
   OPD_HD void row_sums(const Entry<T>& e, T* sums) const {
     sums[0] = weighted(of(first, e), e.gap);
     sums[1] = weighted(of(second, e), e.gap);
-    sums[2] = select(e.absent(), T(0), T(1));
+    sums[2] = of(Weight{0, 0, 1}, e);
   }
   OPD_HD ConcreteScore with_row_sums(const double* sums) const {
     const double count = sums[2];

@@ -182,33 +182,32 @@ OPD_API opd_status_t opd_divergence_close_lse_cpu(const opd_divergence_args_t* a
 /* After the last phase. Out: loss, statistics. */
 OPD_API opd_status_t opd_divergence_finish_cpu(const opd_divergence_args_t* args);
 
-/* logprobs[t] = log Q_t(token_ids[t]); lse[t] of logits / temperature; entropy[t] of Q_t. */
+/* logprobs[t] = log Q_t(token_ids[t]); entropy[t] of Q_t; lse[t] of the logits that Q_t is the softmax
+ * of, softcap(scale * (logits + bias)) / temperature. */
 typedef struct opd_token_logprobs_spec_t {
-  double temperature;
   int64_t num_tokens;
-  int64_t vocab_size;
+  int64_t vocab_size; /* the columns that count; the rest of a row is never read */
   opd_parallel_for_fn parallel_for;
+  opd_logits_t logits;
+  const int64_t* token_ids; /* [T], each in [0, vocab_size) */
 } opd_token_logprobs_spec_t;
 
 typedef struct opd_token_logprobs_fwd_args_t {
   uint32_t struct_size;
   opd_token_logprobs_spec_t spec;
-  opd_const_matrix_t logits;
-  const int64_t* token_ids; /* [T], each in [0, vocab_size) */
-  void* logprobs;           /* [T] real, out */
-  double* lse;              /* [T] out */
-  void* entropy;            /* [T] real, out */
+  void* logprobs; /* [T] real, out */
+  double* lse;    /* [T] out */
+  void* entropy;  /* [T] real, out */
 } opd_token_logprobs_fwd_args_t;
 
 OPD_API opd_status_t opd_token_logprobs_fwd_cpu(const opd_token_logprobs_fwd_args_t* args);
 
-/* grad_logits[t, v] = (g_logprob (1[v = id] - q_v) + g_lse q_v - g_entropy q_v (log q_v + H)) /
- * temperature. grad_logits may be the logits themselves (float32 or float64). */
+/* grad_logits[t, v] = (g_logprob (1[v = id] - q_v) + g_lse q_v - g_entropy q_v (log q_v + H)) *
+ * d (the logits of Q_t)_v / d logits[t, v]; what a bias gets is its sum over t. grad_logits may be the
+ * logits themselves (float32 or float64). */
 typedef struct opd_token_logprobs_bwd_args_t {
   uint32_t struct_size;
   opd_token_logprobs_spec_t spec;
-  opd_const_matrix_t logits;
-  const int64_t* token_ids;
   const void* grad_logprobs; /* [T] real */
   const double* grad_lse;    /* [T] */
   const void* grad_entropy;  /* [T] real */
@@ -219,6 +218,45 @@ typedef struct opd_token_logprobs_bwd_args_t {
 } opd_token_logprobs_bwd_args_t;
 
 OPD_API opd_status_t opd_token_logprobs_bwd_cpu(const opd_token_logprobs_bwd_args_t* args);
+
+/* A gradient [T, V] on the columns that some row needs. A row's entries count relative to the size of
+ * its token weight, which the gradient carries; a NaN or an infinity is always needed. Rows of weight
+ * 0 are not read. Both calls read grad_logits (float32 or float64) once. */
+typedef struct opd_sparse_gradient_args_t {
+  uint32_t struct_size;
+  int64_t num_tokens;
+  int64_t vocab_size;
+  opd_parallel_for_fn parallel_for;
+  opd_const_matrix_t grad_logits;
+  const void* token_weights; /* [T] real, or NULL for ones */
+  double tolerance;          /* >= 0 */
+  uint8_t* kept;             /* [V] */
+  const int64_t* columns;    /* [num_columns], ascending */
+  int64_t num_columns;
+  opd_matrix_t packed;       /* [T, num_columns] out, in the dtype of grad_logits */
+  void* dropped;             /* [T] real, out */
+} opd_sparse_gradient_args_t;
+
+/* Out: kept[v] = 1 where |grad_logits[t, v]| > tolerance * |token_weights[t]| for any t, else 0. */
+OPD_API opd_status_t opd_sparse_gradient_mark_cpu(const opd_sparse_gradient_args_t* args);
+
+/* Out: packed[t, k] = grad_logits[t, columns[k]], and dropped[t], the sum of
+ * |grad_logits[t, v]| / |token_weights[t]| over the v with kept[v] = 0, added up in float64. */
+OPD_API opd_status_t opd_sparse_gradient_pack_cpu(const opd_sparse_gradient_args_t* args);
+
+/* target[columns[k], :] += rows[k, :]. */
+typedef struct opd_sparse_gradient_add_args_t {
+  uint32_t struct_size;
+  int64_t num_columns;
+  int64_t vocab_size;     /* rows of target */
+  int64_t width;          /* columns of both */
+  opd_parallel_for_fn parallel_for;
+  const int64_t* columns; /* [num_columns], ascending */
+  opd_const_matrix_t rows;
+  opd_matrix_t target;    /* in, out; float32 or float64, as rows */
+} opd_sparse_gradient_add_args_t;
+
+OPD_API opd_status_t opd_sparse_gradient_add_cpu(const opd_sparse_gradient_add_args_t* args);
 
 /* term, dterm and dterm_teacher of the n entries of one row, float64: what any port of a divergence
  * can be checked against. Entry i has log-probabilities teacher_logprob[i], student_logprob[i].

@@ -25,6 +25,9 @@ class FullVocab(Section):
         alpha: of the skewed KLs: the weight of the other law in the mixture, in (0, 1).
         temperature: divides both models' logits. No implicit temperature**2 factor.
         teacher_temperature: divides the teacher's logits instead, when given.
+        gradient_tolerance: a gradient of the loss by a logit, per token, that may be dropped where
+            no token of the chunk has a larger one. Null: none. Peaked laws train faster with 1e-4;
+            the metric `gradient_dropped_l1` says what a token lost on average.
 
     Source: GKD, arXiv:2306.13649; DistiLLM, arXiv:2402.03898.
     """
@@ -38,6 +41,7 @@ class FullVocab(Section):
     alpha: float | None = None
     temperature: float = Field(1.0, gt=0)
     teacher_temperature: float | None = Field(None, gt=0)
+    gradient_tolerance: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _check_divergence(self) -> Self:
@@ -58,9 +62,11 @@ class FullVocab(Section):
         hidden = student.hidden()
         out = opk.fused_linear_divergence(
             hidden,
-            student.lm_head_weight,
+            student.head.weight,
             teacher.hidden(),
-            teacher.lm_head_weight,
+            teacher.head.weight,
+            **student.head.options("student"),
+            **teacher.head.options("teacher"),
             divergence=self._divergence,
             temperature=(self.temperature, self.teacher_temperature or self.temperature),
             token_weights=torch.full(
@@ -69,6 +75,7 @@ class FullVocab(Section):
             statistics=_STATISTICS,
             vocab_size=student.vocab_size,
             workspace_bytes=student.workspace_bytes,
+            gradient_tolerance=self.gradient_tolerance,
         )
         statistics = dict(out.statistics)
         statistics["entropy"] = statistics.pop("student_entropy")

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from opd.batch import Law, collate, collate_step
+from opd.batch import Head, Law, collate, collate_step
 from opd.model import LanguageModel
 from opd.objectives import FullVocab, SampledToken, TokenNll
 from opd.teachers import LocalTeacher
@@ -138,11 +138,13 @@ def test_gradient_is_that_of_finite_differences(divergence):
     generator = torch.Generator().manual_seed(3)
     head, other = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
     hidden = torch.randn(2, 4, dtype=torch.float64, generator=generator).requires_grad_()
-    teacher = Law(lambda: hidden.detach() * 0.5 + 0.1, other)
+    teacher = Law(lambda: hidden.detach() * 0.5 + 0.1, Head(other))
     batch = SimpleNamespace(num_tokens=2)
 
     def loss(hidden, head):
-        return FullVocab(divergence=divergence)(Law(lambda: hidden, head), teacher, batch, 2).loss
+        return FullVocab(divergence=divergence)(
+            Law(lambda: hidden, Head(head)), teacher, batch, 2
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (hidden, head.requires_grad_()))
 
@@ -169,6 +171,27 @@ def test_statistics_are_per_token_and_carry_no_graph(student, teacher, batch):
         assert values.shape == (batch.num_tokens,)
         assert not values.requires_grad
     assert signal.loss.item() == pytest.approx(float(signal.statistics["reverse_kl"].mean()))
+
+
+def test_a_gradient_tolerance_drops_only_what_it_counts(hf_model, make_trajectories):
+    pair = hf_model(seed=1, vocab_size=900), hf_model(seed=2, vocab_size=900)
+    student, teacher = LanguageModel(pair[0]), LocalTeacher(pair[1], name="teacher")
+    batch = collate(make_trajectories([(2, 6)] * 4, vocab_size=900), pad_id=0)
+    exact, _ = _loss(FullVocab(), student, teacher, [batch], batch.num_tokens)
+    head = student.model.get_output_embeddings().weight
+    truth = head.grad
+    objective = FullVocab(gradient_tolerance=1e-2)
+    loss, _ = _loss(objective, student, teacher, [batch], batch.num_tokens)
+    assert loss == exact
+    law = student.law(batch)
+    signal = objective(law, teacher.law(batch), batch, batch.num_tokens)
+    dropped = signal.statistics["gradient_dropped_l1"]
+    assert dropped.shape == (batch.num_tokens,)
+    assert dropped.max() > 0
+    # what the head's gradient may have lost, by the certificate
+    bound = float((dropped * law.hidden().detach().norm(dim=1)).sum()) / batch.num_tokens
+    error = float((head.grad - truth).norm(dim=1).sum())
+    assert 0 < error <= bound * (1 + 1e-4)
 
 
 class _Largest(TorchDispatchMode):

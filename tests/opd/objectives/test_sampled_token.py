@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd.batch import Batch, Law, collate
+from opd.batch import Batch, Head, Law, collate
 from opd.objectives import FullVocab, SampledToken
 from opd.objectives.sampled_token import discounted_sums
 from opd.teachers import LocalTeacher
@@ -35,9 +35,9 @@ def test_mean_over_the_vocabulary_is_the_gradient_of_reverse_kl():
     student_head = torch.randn(vocab_size, width, dtype=torch.float64)
     teacher = Law(
         lambda: torch.randn(1, width, dtype=torch.float64, generator=torch.manual_seed(4)),
-        torch.randn(vocab_size, width, dtype=torch.float64),
+        Head(torch.randn(vocab_size, width, dtype=torch.float64)),
     )
-    student = Law(lambda: hidden, student_head)
+    student = Law(lambda: hidden, Head(student_head))
     law = torch.log_softmax(hidden.detach() @ student_head.T, -1)[0]
     mean = torch.zeros_like(hidden)
     for token in range(vocab_size):
@@ -84,7 +84,8 @@ def test_loss_is_the_surrogate_by_hand(student, teacher, batch):
 def test_a_ratio_other_than_one_reweights_the_gradient():
     hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
     head = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    student, teacher = Law(lambda: hidden, head), Law(lambda: torch.zeros(1, 2), head)
+    student = Law(lambda: hidden, Head(head))
+    teacher = Law(lambda: torch.zeros(1, 2), Head(head))
     logprob = opk.fused_linear_token_logprobs(hidden.detach(), head, torch.tensor([0])).logprobs
     gradients = []
     for shift in (0.0, 0.5):

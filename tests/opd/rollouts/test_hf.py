@@ -72,6 +72,10 @@ def test_behaviour_equals_the_students_own_law_at_temperature_one(student, token
         ("gpt2", {}),
         ("gpt_neox", {}),
         ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 16}),
+        ("gemma2", {"head_dim": 8, "num_key_value_heads": 1, "final_logit_softcapping": 2.0}),
+        ("cohere", {"num_key_value_heads": 1, "logit_scale": 0.4}),
+        ("granite", {"num_key_value_heads": 1, "logits_scaling": 2.5}),
+        ("phi", {"num_key_value_heads": 1}),
     ],
 )
 def test_left_padding_and_the_cache_do_not_show_in_any_family(tokenizer, family, own):

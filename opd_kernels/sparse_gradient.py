@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dX and dW on the columns of dZ that some token of the chunk needs; what is dropped is counted.
+
+A column is kept when |dZ[t, v]| > tolerance |w[t]| for any token t, w the token weights that dZ
+carries. With g[t, v] = dZ[t, v] / w[t] and dropped[t] = sum over the other v of |g[t, v]|:
+
+    norm(dX[t] - exact) <= |w[t]| dropped[t] max_v norm(W[v])
+    sum_v norm(dW[v] - exact) <= sum_t |w[t]| dropped[t] norm(X[t])
+
+in any norm, up to the rounding of the GEMMs; docs/numerics.md has the proof.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _linear
+from ._registration import register
+
+# beyond this share of the columns, packing them costs what the shorter GEMMs save
+LARGEST_SHARE = 0.75
+# as many rows of the head at least, or a GEMM would cost what gathering them costs
+_FEWEST_ROWS = 16
+_ALIGNMENT = 16
+
+
+def _mark_fake(grad_logits, token_weights, tolerance):
+    return grad_logits.new_empty(grad_logits.shape[1], dtype=torch.uint8)
+
+
+def _pack_fake(packed, grad_logits, token_weights, columns, kept):
+    return grad_logits.new_empty(grad_logits.shape[0])
+
+
+def _add_fake(target, columns, rows):
+    return None
+
+
+def _triton_mark(*arguments):
+    from .triton import sparse_gradient as kernels
+
+    return kernels.sparse_gradient_mark(*arguments)
+
+
+def _triton_pack_(*arguments):
+    from .triton import sparse_gradient as kernels
+
+    return kernels.sparse_gradient_pack_(*arguments)
+
+
+def _triton_add_(*arguments):
+    from .triton import sparse_gradient as kernels
+
+    return kernels.sparse_gradient_add_(*arguments)
+
+
+register("sparse_gradient_mark", fake=_mark_fake, triton=_triton_mark)
+register("sparse_gradient_pack_", fake=_pack_fake, triton=_triton_pack_)
+register("sparse_gradient_add_", fake=_add_fake, triton=_triton_add_)
+
+
+class Packed(NamedTuple):
+    """dZ [C, K] of the columns that count, their ids [K], and a buffer that the GEMMs may use."""
+
+    grad_logits: Tensor
+    columns: Tensor
+    spare: Tensor
+    # rows of the head, or of its gradient, that fit into `spare`
+    rows_at_a_time: int
+
+
+def pack(
+    rows,
+    grad_logits: Tensor,
+    token_weights: Tensor | None,
+    tolerance: float,
+    buffer: Tensor,
+    head: Tensor,
+    head_slice_rows: int,
+    largest_share: float = LARGEST_SHARE,
+) -> tuple[Packed | None, Tensor]:
+    """(the columns of dZ [C, V] that count, L1 dropped per token before its weight [C]).
+
+    None where so many count that the dense GEMMs are as cheap: nothing is dropped then.
+
+    Args:
+        rows: namespace of the row kernels.
+        grad_logits: dZ, with its token weights in it.
+        token_weights: [C], none of them 0; None for ones.
+        tolerance: of |dZ| / |weight|.
+        buffer: [C, V] of the dtype of dZ, overwritten: packing takes no memory of its own.
+        head: [V, D], the rows that dZ's columns belong to.
+        head_slice_rows: how many of them may be widened at a time, where they must be.
+        largest_share: of the columns that are packed.
+    """
+    num_tokens, vocab_size = grad_logits.shape
+    kept = rows.sparse_gradient_mark(grad_logits, token_weights, tolerance)
+    # a wait for the device: the list has as many entries as the data say
+    columns = torch.nonzero(kept).squeeze(1)
+    flat, size = buffer.view(-1), num_tokens * columns.shape[0]
+    # GEMMs like aligned operands
+    spare = flat[-(-size // _ALIGNMENT) * _ALIGNMENT :]
+    rows_at_a_time = spare.shape[0] // head.shape[1]
+    if _linear.widens(head):
+        rows_at_a_time = min(rows_at_a_time, head_slice_rows)
+    fewest = min(_FEWEST_ROWS, columns.shape[0])
+    if columns.shape[0] > largest_share * vocab_size or rows_at_a_time < fewest:
+        return None, grad_logits.new_zeros(num_tokens)
+    packed = flat[:size].view(num_tokens, columns.shape[0])
+    dropped = rows.sparse_gradient_pack_(packed, grad_logits, token_weights, columns, kept)
+    return Packed(packed, columns, spare, max(1, rows_at_a_time)), dropped
+
+
+def _pieces(packed: Packed, width: int):
+    """(positions among the columns, their ids, a [positions, width] view of the spare buffer)."""
+    for begin in range(0, packed.columns.shape[0], packed.rows_at_a_time):
+        piece = slice(begin, begin + packed.rows_at_a_time)
+        columns = packed.columns[piece]
+        yield piece, columns, packed.spare[: columns.shape[0] * width].view(-1, width)
+
+
+def grad_hidden(packed: Packed, head: Tensor) -> Tensor:
+    """dX [C, D] in float32 (float64), from the columns that count."""
+    real = packed.grad_logits.dtype
+    result = packed.grad_logits.new_zeros(packed.grad_logits.shape[0], head.shape[1])
+    for piece, columns, out in _pieces(packed, head.shape[1]):
+        gradient = packed.grad_logits[:, piece]
+        if head.dtype == real:
+            weight = torch.index_select(head, 0, columns, out=out)
+        elif _linear.widens(head):
+            weight = out.copy_(head[columns])
+        else:
+            weight = head[columns]
+        if weight.dtype == real:
+            result.addmm_(gradient, weight)
+        else:
+            gradient = gradient.to(weight.dtype)
+            torch.ops.aten.addmm.dtype_out(result, gradient, weight, real, out=result)
+        del weight
+    return result
+
+
+def add_grad_weight(rows, target: Tensor, packed: Packed, hidden: Tensor) -> None:
+    """target [V, D] += dW, on the rows whose columns count."""
+    for piece, columns, out in _pieces(packed, target.shape[1]):
+        gradient = packed.grad_logits[:, piece].t()
+        if hidden.dtype == out.dtype:
+            torch.mm(gradient, hidden, out=out)
+        else:
+            gradient = gradient.to(hidden.dtype)
+            torch.ops.aten.mm.dtype_out(gradient, hidden, out.dtype, out=out)
+        rows.sparse_gradient_add_(target, columns, out)
