@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the Triton kernels for a GPU that is not there, and reads registers and spills.
 
-`TRITON_INTERPRET=0 python -m tests.triton_offline` prints one JSON list; its tools (ptxas,
-cuobjdump) are those inside the triton package. The launchers run as they are, up to the launch:
-what is compiled is what a call on a GPU would compile. A process of its own, because triton.jit
-decides at decoration whether a kernel is compiled or interpreted.
+`TRITON_INTERPRET=0 python -m tests.triton_offline [all]` prints one JSON list; its ptxas is that of
+the triton package. The launchers run as they are, up to the launch: what is compiled is what a call
+on a GPU would compile. A process of its own, because triton.jit decides at decoration whether a
+kernel is compiled or interpreted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +33,8 @@ SM_90 = 90
 VOCAB_SIZE = 151936
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PLAIN, EVERYTHING = "plain", "everything"
+# the leanest and one with many live values; test_triton_compile.py runs the rest where it is slow
+FEW = ("forward_kl", "skew_reverse_kl")
 
 
 class _AbsentGpu:
@@ -48,8 +53,8 @@ class _AbsentGpu:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def compile_all(capability: int) -> list[dict]:
-    """Registers, spilled bytes and vector loads of every variant, compiled at V = VOCAB_SIZE."""
+def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
+    """Registers, spilled bytes and vector loads of each variant, compiled at V = VOCAB_SIZE."""
     triton.runtime.driver.set_active(_AbsentGpu(capability))
     rows = []
 
@@ -59,7 +64,7 @@ def compile_all(capability: int) -> list[dict]:
         rows.append(
             {
                 "kernel": kernel.__name__,
-                **described,
+                **described[-1],
                 "num_warps": num_warps,
                 "vector_loads": len(loads),
                 **resource_usage(compiled.asm["ptx"], capability),
@@ -68,41 +73,34 @@ def compile_all(capability: int) -> list[dict]:
 
     for module in (divergence, _divergence_phases, sparse_gradient, token_logprobs):
         module.launch = launch
-    for described, call in calls():  # noqa: B007 - launch() reads it
+    described = []
+    for chosen, call in calls(names):
+        described.append(chosen)
         call()
     return rows
 
 
-def calls():
-    """(what it is, a call of a launcher): every kernel, every divergence, both widths."""
-    for number, name in enumerate(DIVERGENCES):
-        chosen = {"options": PLAIN, "divergence": number}
-        plain = {
-            "divergence": name,
-            "temperature": (0.7, 1.3),
-            "token_weights": torch.ones(2),
-        }
-        logits, laws = call_of(torch.float32, **plain)
-        yield (
-            {**chosen, "dtype": "fp32"},
-            lambda logits=logits, laws=laws: divergence.divergence_fwd_grad_(*logits, *laws, True),
-        )
-        # those with the most live values stand for the rest
-        if name in ("jsd", "skew_reverse_kl", "alpha_beta"):
-            logits, laws = call_of(torch.bfloat16, **plain)
-            yield (
-                {**chosen, "dtype": "bf16"},
-                lambda logits=logits, laws=laws: both_ways(logits, laws, True),
-            )
-    yield from _phases()
+def calls(names: Sequence[str]):
+    """(what it is, a call of a launcher): every kernel, these divergences, both widths."""
+    for name in names:
+        chosen = {"options": PLAIN, "divergence": name}
+        plain = {"divergence": name, "temperature": (0.7, 1.3), "token_weights": torch.ones(2)}
+        for dtype in (torch.float32, torch.bfloat16):
+            if dtype == torch.bfloat16 and name not in ("jsd", "skew_reverse_kl", "alpha_beta"):
+                continue
+            logits, laws = call_of(dtype, **plain)
+            yield {**chosen, "dtype": _name(dtype)}, partial(_plain, logits, laws)
+    logits, laws = call_of(torch.float32, divergence="skew_forward_kl")
+    chosen = {"options": PLAIN, "divergence": "skew_forward_kl", "dtype": "fp32"}
+    yield chosen, partial(_phases, logits, laws)
     logits, laws = call_of(torch.float32, **everything())
     chosen = {"options": EVERYTHING, "divergence": None, "dtype": "fp32"}
-    yield chosen, lambda: divergence.divergence_fwd_grad_(*logits, *laws, True)
-    yield chosen, lambda: both_ways(logits, laws, True)
+    yield chosen, partial(divergence.divergence_fwd_grad_, *logits, *laws, True)
+    yield chosen, partial(both_ways, logits, laws, True)
     for dtype in (torch.bfloat16, torch.float32):
         for options in (PLAIN, EVERYTHING):
             chosen = {"options": options, "divergence": None, "dtype": _name(dtype)}
-            yield chosen, lambda dtype=dtype, options=options: _token_logprobs(dtype, options)
+            yield chosen, partial(_token_logprobs, dtype, options)
     yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
@@ -142,16 +140,17 @@ def both_ways(logits, laws, with_statistics: bool) -> None:
     divergence.divergence_bwd(torch.ones(2), state, *logits, *laws)
 
 
-def _phases():
-    logits, laws = call_of(torch.float32, divergence="skew_forward_kl")
+def _plain(logits, laws) -> None:
+    if logits[0].dtype == torch.float32:
+        divergence.divergence_fwd_grad_(*logits, *laws, False)
+    else:
+        both_ways(logits, laws, False)
+
+
+def _phases(logits, laws) -> None:
     state = torch.empty(2, laws.state_size, dtype=torch.float64)
     for phase in (LSE, ROW_SUMS, TERMS, FINISH):
-        yield (
-            {"options": PLAIN, "divergence": 3, "dtype": "fp32"},
-            lambda phase=phase: divergence.divergence_phase_(
-                state, *logits, *laws, phase, 16, True
-            ),
-        )
+        divergence.divergence_phase_(state, *logits, *laws, phase, 16, True)
 
 
 def _token_logprobs(dtype: torch.dtype, options: str) -> None:
@@ -200,4 +199,5 @@ def resource_usage(ptx: str, capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(SM_90), indent=1))
+    names = DIVERGENCES if "all" in sys.argv[1:] else FEW
+    print(json.dumps(compile_all(SM_90, names), indent=1))

@@ -193,7 +193,7 @@ def launch_bwd(
     launch(
         _divergence_bwd_kernel, grad.shape[0], packed.num_warps, packed.laws, packed.loss,
         grad_loss, state, grad, grad.stride(0), grad.shape[1], first_column,
-        **{name: packed.constants[name] for name in names},
+        maxnreg=packed.max_registers, **{name: packed.constants[name] for name in names},
     )  # fmt: skip
 
 
@@ -264,8 +264,8 @@ def _launch_phase(
     packed: Packed, phase: int, state: Tensor, first_column: int, loss: Tensor,
     statistics: Tensor, with_statistics: bool,
 ) -> None:  # fmt: skip
-    constants = packed.constants
-    chosen = {name: constants[name] for name in ("COMPONENTS", "TARGET", "BLOCK_V")}
+    constants = {**packed.constants, "maxnreg": packed.max_registers}
+    chosen = {name: constants[name] for name in ("COMPONENTS", "TARGET", "BLOCK_V", "maxnreg")}
     if phase == LSE:
         launch(
             _lse_kernel, state.shape[0], packed.num_warps, packed.laws, packed.loss, state,

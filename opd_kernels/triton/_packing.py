@@ -11,7 +11,7 @@ from torch import Tensor
 from ._components import Loss
 from ._divergence_rows import ADAPTIVE_KL, NUM_ROW_SUMS, constants
 from ._ids import Ids
-from ._laws import GEOMETRIC, MIXTURE, Laws, Side
+from ._laws import GEOMETRIC, MIXTURE, TEACHER, Laws, Side
 from ._rows import tile
 
 NUM_STATISTICS = 11
@@ -35,6 +35,17 @@ class Packed(NamedTuple):
     @property
     def state_size(self) -> int:
         return STATE + STATE_PER_COMPONENT * len(self.components)
+
+    @property
+    def max_registers(self) -> int | None:
+        """Two programs on an SM, for a plain divergence: unasked, the assembler may try three and
+        spill. With more options than fit, one program with all its values in registers."""
+        is_plain = len(self.components) == 1 and self.constants["TARGET"] == TEACHER.value
+        sides = self.laws.student, self.laws.teacher
+        has_softcap = any(side.softcap is not None for side in sides)
+        # 65,536 registers per SM, 32 threads per warp, at most 255 registers for each
+        half = 65536 // (2 * 32 * self.num_warps)
+        return half if is_plain and not has_softcap and half < 256 else None
 
     @property
     def needs_whole_rows(self) -> bool:

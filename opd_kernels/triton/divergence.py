@@ -235,7 +235,8 @@ def divergence_fwd(
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)
     launch(
         _divergence_fwd_kernel, num_tokens, packed.num_warps, *packed[:3], state, loss,
-        statistics, WITH_STATISTICS=with_statistics, **packed.constants,
+        statistics, WITH_STATISTICS=with_statistics, maxnreg=packed.max_registers,
+        **packed.constants,
     )  # fmt: skip
     return loss, state, statistics
 
@@ -314,6 +315,6 @@ def divergence_fwd_grad_(
     launch(
         _divergence_fwd_grad_kernel, num_tokens, packed.num_warps, *packed[:3], loss,
         statistics, WITH_STATISTICS=with_statistics, OVERWRITES_TWICE=packed.overwrites_twice,
-        **packed.constants,
+        maxnreg=packed.max_registers, **packed.constants,
     )  # fmt: skip
     return loss, statistics

@@ -3,29 +3,43 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import pytest
 import torch
 
-from tests.cases import SPECS
-from tests.pointwise import SMALLEST_FLOAT32, entries, exact_dterm, exact_term
+from opd_kernels import _library
+from tests.cases import LIMIT_SPECS, SPECS
+from tests.pointwise import (
+    SMALLEST_FLOAT32,
+    entries,
+    exact_dterm,
+    exact_dterm_teacher,
+    exact_term,
+    is_pointwise,
+)
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 
 from opd_kernels.triton import _math  # noqa: E402
-from opd_kernels.triton._divergences import (  # noqa: E402
-    divergence_dterm,
-    divergence_term,
-    parameters,
+from opd_kernels.triton._components import NUM_ROW_SUMS, total_of  # noqa: E402
+from opd_kernels.triton._divergence_rows import (  # noqa: E402
+    constants,
+    divergence_dterm_teacher,
+    divergence_row,
+    divergence_row_sums,
+    divergence_value,
 )
+from opd_kernels.triton._divergences import divergence_dterm, divergence_term  # noqa: E402
+from opd_kernels.triton._entry import Entry  # noqa: E402
 
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.usefixtures("interpreted_triton"),
     # -inf - -inf in masked lanes, which numpy reports and a GPU does not
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning"),
 ]
 
 EPS = torch.finfo(torch.float32).eps
@@ -34,18 +48,39 @@ exp_minus_distance = _math.exp_minus_distance
 
 
 @triton.jit
+def _sums_of(e, c, threshold, inside, DIVERGENCE: tl.constexpr):
+    sums = ()
+    values = divergence_row_sums(e, c, threshold, DIVERGENCE)
+    for k in tl.static_range(len(values)):
+        sums = sums + (total_of(tl.where(inside, values[k], 0.0)),)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
 def _evaluate_kernel(
-    lp_ptr, lq_ptr, term_ptr, dterm_ptr, count, weight, rest, live,
-    DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
+    lp_ptr, lq_ptr, out_ptr, value_ptr, count, threshold, c, given, DIVERGENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, BLOCK)
-    lp = tl.load(lp_ptr + index, mask=index < count, other=0.0)
-    lq = tl.load(lq_ptr + index, mask=index < count, other=0.0)
-    p, q, gap = exp(lp), exp(lq), lq - lp
-    term = divergence_term(p, q, gap, weight, rest, live, DIVERGENCE)
-    dterm = divergence_dterm(p, q, gap, weight, rest, live, DIVERGENCE)
-    tl.store(term_ptr + index, term, mask=index < count)
-    tl.store(dterm_ptr + index, dterm, mask=index < count)
+    inside = index < count
+    lp = tl.load(lp_ptr + index, mask=inside, other=0.0)
+    lq = tl.load(lq_ptr + index, mask=inside, other=0.0)
+    e = Entry(lp, lq, exp(lp), exp(lq), lq - lp)
+    sums = ()
+    if given is None:
+        sums = _sums_of(e, c, threshold, inside, DIVERGENCE)
+    elif NUM_ROW_SUMS[DIVERGENCE] == 1:
+        sums = (tl.full((), given, tl.float64),)
+    row = divergence_row(c, sums, DIVERGENCE)
+    term = divergence_term(e, c, row, DIVERGENCE)
+    tl.store(out_ptr + index, term, mask=inside)
+    dterm = divergence_dterm(e, c, row, DIVERGENCE)
+    tl.store(out_ptr + count + index, dterm, mask=inside)
+    teacher = divergence_dterm_teacher(e, c, row, DIVERGENCE)
+    tl.store(out_ptr + 2 * count + index, teacher, mask=inside)
+    if given is None:
+        total = total_of(tl.where(inside, term, 0.0))
+        tl.store(value_ptr, divergence_value(c, total, sums, DIVERGENCE))
 
 
 @triton.jit
@@ -76,39 +111,128 @@ def float32_entries() -> list[tuple[float, float]]:
     return [tuple(pair) for pair in pairs.tolist()]
 
 
-def evaluate(number: int, weight: float, rest: float, live: float, pairs) -> list[torch.Tensor]:
-    lp, lq = torch.tensor(pairs, dtype=torch.float32).T.contiguous()
-    term, dterm = torch.empty_like(lp), torch.empty_like(lp)
-    _evaluate_kernel[(1,)](
-        lp, lq, term, dterm, len(pairs), weight, rest, live,
-        DIVERGENCE=number, BLOCK=triton.next_power_of_2(len(pairs)),
-    )  # fmt: skip
-    return term, dterm
-
-
-def test_triton_skew_forward_kl_has_two_forms_that_differ_by_a_multiple_of_q():
-    pairs = float32_entries()
-    (_, near), (_, textbook) = (evaluate(3, 0.1, 0.9, form, pairs) for form in (0.0, 1.0))
-    q = torch.tensor(pairs)[:, 1].exp()
-    bound = 4 * EPS * (q + textbook.abs()) + 1e-36
-    assert bool(((near - textbook - 0.9 * q).abs() <= bound).all())
-
-
-@pytest.mark.parametrize("divergence", SPECS, ids=str)
-def test_triton_terms_match_the_definition(divergence):
+def evaluate(divergence, pairs, given=None, threshold=0.0):
+    """(term, dterm, dterm_teacher, value); given: the row's one sum, else taken of these."""
     public = divergence.public()
-    weight, rest, live = parameters(*public.kernel_params)
-    # skew_forward_kl reads it as the form of its dterm; 0 is the one of divergences.h's comment
-    live = 0.0 if divergence.name == "skew_forward_kl" else live
-    pairs = float32_entries()
-    term, dterm = evaluate(public.id, weight, rest, live, pairs)
-    for pair, got_term, got_dterm in zip(pairs, term.tolist(), dterm.tolist(), strict=True):
-        assert got_term == pytest.approx(
-            exact_term(divergence, *pair, SMALLEST_FLOAT32), rel=16 * EPS, abs=1e-36
-        ), f"term at {pair}"
-        assert got_dterm == pytest.approx(
-            exact_dterm(divergence, *pair, SMALLEST_FLOAT32), rel=16 * EPS, abs=1e-36
-        ), f"dterm at {pair}"
+    lp, lq = torch.tensor(pairs, dtype=torch.float32).T.contiguous()
+    out, value = torch.empty(3, len(pairs)), torch.empty(1, dtype=torch.float64)
+    c = constants(public.id, *public.kernel_params)
+    _evaluate_kernel[(1,)](
+        lp, lq, out, value, len(pairs), threshold, c, given,
+        DIVERGENCE=public.id, BLOCK=triton.next_power_of_2(len(pairs)),
+    )  # fmt: skip
+    return *out, value.item()
+
+
+def evaluate_in_float64(divergence, pairs):
+    """The same of the compiled header, in float64."""
+    library = ctypes.CDLL(str(_library.PATH))
+    library.opd_divergence_eval.argtypes = (
+        ctypes.c_int32, ctypes.c_double, ctypes.c_double, ctypes.c_int64, *[ctypes.c_void_p] * 6
+    )  # fmt: skip
+    public = divergence.public()
+    lp, lq = torch.tensor(pairs, dtype=torch.float32).double().T.contiguous()
+    out, value = torch.empty(3, len(pairs), dtype=torch.float64), torch.empty(1).double()
+    pointers = (lp, lq, out[0], out[1], out[2], value)
+    status = library.opd_divergence_eval(
+        public.id, *public.kernel_params, len(pairs), *(tensor.data_ptr() for tensor in pointers)
+    )
+    assert status == 0
+    return *out, value.item()
+
+
+TEXTBOOK = ("skew_forward_kl", "squared_hellinger", "alpha", "pearson_chi2", "neyman_chi2")
+
+
+@pytest.mark.parametrize("divergence", [each for each in SPECS if each.name in TEXTBOOK], ids=str)
+def test_triton_textbook_form_differs_by_a_multiple_of_q(divergence):
+    pairs = [pair for pair in float32_entries() if min(pair) > -20 or pair[0] == pair[1]]
+    _, near, _, _ = evaluate(divergence, pairs, given=1.0)
+    _, textbook, _, _ = evaluate(divergence, pairs, given=0.0)
+    q = torch.tensor(pairs)[:, 1].exp()
+    public = divergence.public()
+    c = constants(public.id, *public.kernel_params)
+    factor = c[1] if divergence.name == "skew_forward_kl" else c[2] * c[3]
+    bound = 64 * EPS * (abs(factor) * q + textbook.abs()) + 1e-36
+    assert bool(((near - textbook - factor * q).abs() <= bound).all())
+
+
+def rounding(divergence, lp, lq) -> float:
+    """What rounding may do to an entry, relative to it.
+
+    Powers have the exponent's own rounding, a part of its size, in their logarithm.
+    """
+    if divergence.name not in ("alpha_beta", "alpha", *TEXTBOOK[1:]):
+        return 16 * EPS
+    sizes = [abs(x) for x in (lp, lq) if math.isfinite(x)]
+    order = max([1.0, *(abs(value) for _, value in divergence.params)])
+    order = {"pearson_chi2": 2.0, "neyman_chi2": 2.0}.get(divergence.name, order)
+    return (64 + 4 * order * max(sizes, default=0.0)) * EPS
+
+
+POINTWISE = [each for each in (*SPECS, *LIMIT_SPECS) if is_pointwise(each)]
+
+
+@pytest.mark.parametrize("divergence", POINTWISE, ids=str)
+def test_triton_terms_match_the_definition(divergence):
+    is_power = rounding(divergence, -1.0, -1.0) != 16 * EPS
+    # a power of a probability that float32 has not may be one that it has, and the other way round
+    pairs = [
+        pair
+        for pair in float32_entries()
+        if not is_power or all(x > -87 or x == -math.inf for x in pair)
+    ]
+    if divergence.name == "alpha_beta" and sum(value for _, value in divergence.params) == 0:
+        # the header has no limit there where a law rules a token out, and this is its mirror
+        pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    # laws that overlap, and no common error of the gaps
+    given = 0.0 if divergence.name == "alpha_beta" else 1.0
+    term, dterm, teacher, _ = evaluate(divergence, pairs, given)
+    largest = torch.finfo(torch.float32).max
+    for pair, *got in zip(pairs, term.tolist(), dterm.tolist(), teacher.tolist(), strict=True):
+        exact = (
+            exact_term(divergence, *pair, SMALLEST_FLOAT32),
+            exact_dterm(divergence, *pair, SMALLEST_FLOAT32),
+            exact_dterm_teacher(divergence, *pair, SMALLEST_FLOAT32),
+        )
+        for name, one, truth in zip(("term", "dterm", "dterm_teacher"), got, exact, strict=True):
+            if name == "dterm_teacher" and divergence.name not in SYMMETRIC:
+                continue
+            if abs(truth) > largest / 16:
+                assert abs(one) > largest / 32, f"{name} at {pair}"
+                continue
+            assert one == pytest.approx(truth, rel=rounding(divergence, *pair), abs=1e-36), (
+                f"{name} at {pair}"
+            )
+
+
+# where dterm_teacher is the mirror's dterm, without a multiple of p
+SYMMETRIC = {
+    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
+    "jeffreys", "squared_hellinger", "alpha", "pearson_chi2", "neyman_chi2", "todi", "alpha_beta",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 1.5])
+@pytest.mark.parametrize("divergence", (*SPECS, *LIMIT_SPECS), ids=str)
+def test_triton_row_is_that_of_the_header(divergence, scale):
+    generator = torch.Generator().manual_seed(1)
+    teacher = torch.randn(64, generator=generator, dtype=torch.float64) * 2
+    noise = torch.randn(64, generator=generator, dtype=torch.float64)
+    laws = [x.log_softmax(0) for x in (teacher, teacher + scale * noise)]
+    pairs = list(zip(*(law.float().tolist() for law in laws), strict=True))
+    # its head is known from the law: the kernels bisect, which test_triton_divergence.py holds
+    threshold = 0.0
+    if divergence.name == "adaptive_kl":
+        ordered = laws[0].sort(descending=True).values
+        fits = int((ordered.exp().cumsum(0) <= dict(divergence.params)["head_mass"]).sum())
+        threshold = float((ordered[max(fits, 1) - 1] + ordered[max(fits, 1)]) / 2)
+    got = evaluate(divergence, pairs, threshold=threshold)
+    truth = evaluate_in_float64(divergence, pairs)
+    assert got[3] == pytest.approx(truth[3], rel=2e-4 if scale == 1e-3 else 1e-5, abs=1e-12)
+    for name, one, exact in zip(("term", "dterm", "dterm_teacher"), got, truth, strict=False):
+        error = (one.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)
+        assert error < 2e-5, f"{name}: {error:.1e}"
 
 
 def test_triton_exp_is_exact_to_two_roundings_and_zero_below_its_range():
