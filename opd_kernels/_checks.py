@@ -235,6 +235,15 @@ def bias(rows, name: str, value: Tensor, vocab_size: int) -> Tensor:
     return value.to(rows.real).contiguous()
 
 
+def used_reference(op: str, model: Tensor | None, *options: object) -> None:
+    """Bias, softcap and logit scale of a reference model only where there is one."""
+    if model is None and any(option is not None and option != 1.0 for option in options):
+        raise ValueError(
+            f"{op}: reference_bias, reference_softcap and reference_logit_scale must come with a "
+            "reference model, got none."
+        )
+
+
 def id_table(rows, name: str, value: Tensor) -> Tensor:
     """[T, K] ids as contiguous int64, from [T, K] or [T]; negative ones are ignored."""
     if isinstance(value, Tensor) and value.dim() == 1:

@@ -99,7 +99,11 @@ def _check_ids(laws: _laws.Laws, options: Options) -> None:
         if ids is not None:
             token_ids_in_range(OP, ids, total, name, padding=True)
     if laws.token_ids is not None:
-        token_ids_in_range(OP, laws.token_ids, total)
+        ids = laws.token_ids
+        if laws.token_weights is not None:
+            # of a token that does not count, no id is read
+            ids = torch.where(laws.token_weights == 0, torch.zeros_like(ids), ids)
+        token_ids_in_range(OP, ids, total)
 
 
 class _Chunk(NamedTuple):

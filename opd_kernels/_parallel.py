@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vocabulary-parallel heads: which columns a rank has, and what ranks exchange between phases.
 
-Each rank of the group holds rows [rank * n, (rank + 1) * n) of every head, n = ceil(V / ranks), as
-torch.chunk and DTensor's Shard(0) cut them. Ranks exchange a few float64 per token and phase, and
-the gradient of the hidden states.
+The ranks of the group hold consecutive rows of every head, cut alike, as torch.chunk and DTensor's
+Shard(0) do it. Ranks exchange their row counts once per call, a few float64 per token and phase,
+and the gradient of the hidden states.
 """
 
 from __future__ import annotations
@@ -82,21 +82,15 @@ def resolve(name: str) -> Shard | None:
     """The shard of a call from its `process_group` argument, made by `describe`."""
     if not name:
         return None
-    group_name, total = name.rsplit("/", 1)
+    group_name, *numbers = name.rsplit("/", 3)
     group = dist.distributed_c10d._resolve_process_group(group_name)
-    return shard(group, int(total))
+    return Shard(group, *(int(number) for number in numbers))
 
 
-def describe(group: dist.ProcessGroup, total_columns: int) -> str:
-    """A string that stands for the group and the vocabulary in an op's arguments."""
-    return f"{group.group_name}/{total_columns}"
-
-
-def shard(group: dist.ProcessGroup, total_columns: int) -> Shard:
-    """This rank's part of `total_columns`."""
-    size = -(-total_columns // group.size())
-    first = min(total_columns, group.rank() * size)
-    return Shard(group, first, min(size, total_columns - first), total_columns)
+def describe(shard: Shard) -> str:
+    """A string that stands for the shard in an op's arguments."""
+    numbers = (shard.first_column, shard.num_columns, shard.total_columns)
+    return "/".join([shard.group.group_name, *(str(number) for number in numbers)])
 
 
 def local_size(name: str, vocab_size: int) -> int:
@@ -145,30 +139,40 @@ def vocabulary(
     widths: Mapping[str, int],
     process_group: dist.ProcessGroup | None,
 ) -> tuple[int, str]:
-    """(columns of the whole vocabulary that count, the group as an op's argument or "")."""
+    """(columns of the whole vocabulary that count, the shard as an op's argument or "").
+
+    Ranks exchange the row counts of their heads, so that all of them refuse a bad cut alike.
+    """
     if process_group is None:
         return _checks.vocab_prefix(op, vocab_size, **widths), ""
-    ranks = process_group.size()
-    names, rows = list(widths), set(widths.values())
-    if vocab_size is None:
-        if len(rows) > 1:
+    counts = _all_row_counts(process_group, list(widths.values()))
+    names = list(widths)
+    totals = {name: sum(rank[i] for rank in counts) for i, name in enumerate(names)}
+    vocab_size = _checks.vocab_prefix(op, vocab_size, **totals)
+    first = 0
+    shards = []
+    for rank, rows in enumerate(counts):
+        # the end of this rank's rows, unless the columns that count end here
+        ends = {min(vocab_size, first + count) for count in rows}
+        if len(ends) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in zip(names, rows, strict=True))
             raise ValueError(
-                f"{op}: {' and '.join(names)} must be cut at the same rows, got {dict(widths)}."
+                f"{op}: {' and '.join(names)} must be cut at the same rows, got on rank {rank} "
+                f"{found}. Pad the shorter head before it is sharded, and pass vocab_size."
             )
-        # the last ranks may have fewer rows: pass vocab_size where they do
-        vocab_size = rows.pop() * ranks
-    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < ranks:
-        raise ValueError(
-            f"{op}: vocab_size must be an int of at least one column per rank ({ranks}), got "
-            f"{vocab_size!r}."
-        )
-    own = shard(process_group, vocab_size)
-    for name, width in widths.items():
-        if width < own.num_columns or own.num_columns == 0:
+        end = ends.pop()
+        if end == first:
             raise ValueError(
-                f"{op}: {name} must hold rows [{own.first_column}, "
-                f"{own.first_column + own.num_columns}) of {vocab_size} on rank "
-                f"{process_group.rank()} of {ranks}, got {width} rows. Shards are cut as "
-                "torch.chunk does, every head at the same rows."
+                f"{op}: every rank must hold at least one of the {vocab_size} columns that count, "
+                f"got none on rank {rank} of {len(counts)}."
             )
-    return vocab_size, describe(process_group, vocab_size)
+        shards.append(Shard(process_group, first, end - first, vocab_size))
+        first = end
+    return vocab_size, describe(shards[process_group.rank()])
+
+
+def _all_row_counts(group: dist.ProcessGroup, own: list[int]) -> list[list[int]]:
+    """Of every rank, in its order."""
+    counts: list[list[int]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(counts, own, group)
+    return counts

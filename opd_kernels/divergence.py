@@ -82,6 +82,7 @@ def divergence(
     sides = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     if reference_logits is not None:
         sides["reference_logits"] = reference_logits
+    _checks.used_reference(_OP, reference_logits, None, reference_softcap, reference_logit_scale)
     num_tokens = student_logits.shape[0]
     for name, logits in sides.items():
         _checks.tensor(_OP, name, logits, 2)

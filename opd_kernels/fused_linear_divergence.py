@@ -89,9 +89,9 @@ def fused_linear_divergence(
         workspace_bytes: budget for logits and other temporaries; the gradients come on top
             (dW is float32 until it is returned in the head's dtype). Small budgets cut the
             vocabulary too and form logits again (`explain` says so).
-        process_group: every head and bias is this rank's rows of the vocabulary, cut as
-            torch.chunk does; hidden states and per-token arguments are the same on every rank.
-            vocab_size is of the whole vocabulary then; default: ranks times rows. Heads that are
+        process_group: every head and bias is this rank's rows of the vocabulary, all cut at the
+            same rows; hidden states and per-token arguments are the same on every rank.
+            vocab_size is of the whole vocabulary then. Heads that are
             DTensors sharded in dimension 0 bring their group along.
         gradient_tolerance: keep only the vocabulary columns in which |dD/dz| of some token of the
             chunk exceeds this (z the head's output, before the token's weight); dX and dW leave the
@@ -127,6 +127,9 @@ def fused_linear_divergence(
             f"{_OP}: reference_hidden and reference_lm_head_weight must be given together, got "
             f"only {got}."
         )
+    _checks.used_reference(
+        _OP, reference_hidden, reference_bias, reference_softcap, reference_logit_scale
+    )
     if reference_hidden is not None:
         heads["reference"] = (reference_hidden, reference_lm_head_weight, reference_bias)
     weights = {side: weight for side, (_, weight, _) in heads.items()}

@@ -84,12 +84,25 @@ class Row {
       wanted = wanted || (is_wanted(j) && num_row_sums(args_.components[j]) > 0);
     }
     if (!wanted) return;
+    double before[OPD_MAX_COMPONENTS];
+    for (int j = 0; j < args_.num_components; ++j) before[j] = component_state(j)[kRowSum + 1];
     for_each_entries([&](int64_t, int count, Entries<T>& e) {
       for (int j = 0; j < args_.num_components; ++j) {
         if (!is_wanted(j)) continue;
         component_row_sums(args_.components[j], e, round_up_to_lanes(count), component_state(j));
       }
     });
+    for (int j = 0; j < args_.num_components; ++j) {
+      if (!is_wanted(j) || args_.components[j].divergence != OPD_RENYI) continue;
+      double& mass = component_state(j)[kRowSum + 1];
+      // NaN stays; it is no matter of range
+      const bool out_of_range = mass - before[j] < 1e-25 || mass - before[j] > 1e37;
+      if (!out_of_range) continue;
+      mass = before[j];
+      for_each_entries([&](int64_t, int count, Entries<T>& e) {
+        mass += mass_in_double(args_.components[j], e, count);
+      });
+    }
   }
 
   // Sums over the row into state; sink(begin, count, dterm, q) per block.
@@ -162,9 +175,18 @@ OPD_IVDEP
     for (int k = 0; out && k < OPD_NUM_STATISTICS; ++k) out[k * args_.num_tokens + row_] = T(0);
   }
 
+  // whether anything in this row has a gradient, and whether it depends on the teacher's law
+  bool has_gradient() const { return reads_teacher() || has_labels(); }
+  bool reads_teacher() const {
+    for (int j = 0; j < args_.num_components; ++j) {
+      if (is_wanted(j) && args_.components[j].divergence != kCrossEntropy) return true;
+    }
+    return false;
+  }
+
   bool is_live_geometric() const {
     return args_.target == OPD_TARGET_GEOMETRIC && args_.live_target &&
-           args_.target_student != 0.0;
+           args_.target_student != 0.0 && reads_teacher();
   }
 
   bool is_live_mixture() const {
@@ -197,6 +219,11 @@ OPD_IVDEP
     return coefficients ? coefficients[row_] : T(1);
   }
   bool is_wanted(int j) const { return coefficient(j) != T(0); }
+  bool has_labels() const {
+    bool any = false;
+    for_each_label([&](int64_t, T) { any = true; });
+    return any;
+  }
 
   // First column of the largest logit of this slice, where it beats the slices before.
   void find_argmax(T student_largest, T teacher_largest) const {
@@ -410,7 +437,7 @@ void backward(const opd_divergence_args_t& args) {
   const T* grad_loss = static_cast<const T*>(args.grad_loss);
   parallel_rows(args.parallel_for, args.num_tokens, [&](int64_t index) {
     const Row<T> row(args, index);
-    if (!row.is_active() || grad_loss[index] == T(0)) {
+    if (!row.is_active() || grad_loss[index] == T(0) || !row.has_gradient()) {
       zero_columns(args.grad, index, 0, args.grad_width);
       return;
     }
@@ -426,6 +453,12 @@ void forward_grad(const opd_divergence_args_t& args) {
     if (!row.is_active()) {
       zero_columns(args.grad, index, 0, args.grad_width);
       return row.skip();
+    }
+    if (!row.has_gradient()) {
+      whole_row(row, kNoSink);
+      row.finish();
+      zero_columns(args.grad, index, 0, args.grad_width);
+      return;
     }
     if (args.scratch.data == nullptr || row.is_live_geometric() || row.student().has_softcap()) {
       whole_row(row, kNoSink);
@@ -517,19 +550,42 @@ void check_args(const opd_divergence_args_t& args) {
 }
 
 // Of whole rows: a slice cannot tell an id of another slice from one of none.
-void check_ids(const char* name, const int64_t* ids, int64_t count, const opd_divergence_args_t& args,
-               bool may_be_negative) {
+void check_ids(const char* name, const int64_t* ids, int64_t count,
+               const opd_divergence_args_t& args) {
   for (int64_t i = 0; ids && i < count; ++i) {
-    OPD_CHECK(ids[i] < args.vocab_size && (may_be_negative || ids[i] >= 0), kOp, ": ", name,
-              may_be_negative ? " must be below " : " must be in [0, ", args.vocab_size,
-              may_be_negative ? "" : ")", ", got ", ids[i], " at position ", i);
+    OPD_CHECK(ids[i] < args.vocab_size, kOp, ": ", name, " must be below ", args.vocab_size,
+              ", got ", ids[i], " at position ", i);
+  }
+}
+
+// Of the rows that count.
+template <class T>
+void check_values(const opd_divergence_args_t& args) {
+  const T* weights = static_cast<const T*>(args.token_weights);
+  const auto check = [&](const char* name, const void* values, double low, double high) {
+    const T* const value = static_cast<const T*>(values);
+    for (int64_t t = 0; value && t < args.num_tokens; ++t) {
+      if (weights && weights[t] == T(0)) continue;
+      OPD_CHECK(value[t] >= T(low) && value[t] <= T(high), kOp, ": ", name, " must be ",
+                high > 1 ? "positive and finite" : "in [0, 1]", ", got ", value[t],
+                " at position ", t);
+    }
+  };
+  const double tiny = std::numeric_limits<T>::min(), large = std::numeric_limits<T>::max();
+  check("student temperature", args.student.temperatures, tiny, large);
+  check("teacher temperature", args.teacher.temperatures, tiny, large);
+  check("teacher_weight of the mixture", args.mixture_weights, 0, 1);
+  for (int64_t t = 0; args.token_ids && t < args.num_tokens; ++t) {
+    if (weights && weights[t] == T(0)) continue;
+    OPD_CHECK(args.token_ids[t] >= 0, kOp, ": token_ids must be >= 0, got ", args.token_ids[t],
+              " at position ", t);
   }
 }
 
 void check_all_ids(const opd_divergence_args_t& args) {
-  check_ids("labels", args.labels, args.num_tokens * args.num_labels, args, true);
-  check_ids("topk_ids", args.topk_ids, args.num_tokens * args.num_topk, args, true);
-  check_ids("token_ids", args.token_ids, args.num_tokens, args, false);
+  check_ids("labels", args.labels, args.num_tokens * args.num_labels, args);
+  check_ids("topk_ids", args.topk_ids, args.num_tokens * args.num_topk, args);
+  check_ids("token_ids", args.token_ids, args.num_tokens, args);
 }
 
 // fn(T{}) for the compute type of the call, after the checks; no tokens, no call.
@@ -539,7 +595,9 @@ opd_status_t run(const opd_divergence_args_t* args, Fn&& fn) {
     check_pointer(kOp, "args", args);
     check_args(*args);
     if (args->num_tokens == 0) return;
-    args->student.matrix.dtype == OPD_FLOAT64 ? fn(double{}) : fn(float{});
+    const bool is_double = args->student.matrix.dtype == OPD_FLOAT64;
+    is_double ? check_values<double>(*args) : check_values<float>(*args);
+    is_double ? fn(double{}) : fn(float{});
   });
 }
 

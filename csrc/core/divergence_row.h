@@ -80,7 +80,11 @@ class Laws {
     if (!geometric_) return teacher;
     T* const out = scratch.teacher.values;
     const int padded = round_up_to_lanes(count);
-    for (int i = 0; i < padded; ++i) out[i] = from_teacher_ == T(0) ? T(0) : from_teacher_ * teacher[i];
+    constexpr T lowest = -std::numeric_limits<T>::infinity();
+    for (int i = 0; i < padded; ++i) {
+      const T scaled = teacher[i] == lowest ? lowest : from_teacher_ * teacher[i];
+      out[i] = from_teacher_ == T(0) ? T(0) : scaled;
+    }
     if (from_student_ != T(0)) add_scaled(from_student_, student_block, padded, out);
     if (from_reference_ != T(0)) {
       const T* reference = reference_.block(begin, count, scratch.reference.values);
@@ -306,6 +310,21 @@ void component_row_sums(const opd_divergence_component_t& component, const Entri
           }
         }
       });
+}
+
+// The mass of Renyi's divergence once more, in double: where the float32 sum has overflowed or has
+// underflowed its logarithm still is an ordinary number.
+template <class T>
+double mass_in_double(const opd_divergence_component_t& component, const Entries<T>& e, int count) {
+  const double a = component.param0, c = 1.0 - component.param0;
+  double sum = 0.0;
+  for (int i = 0; i < count; ++i) {
+    const double lp = static_cast<double>(e.lp.values[i]) + static_cast<double>(e.lp_low.values[i]);
+    const double lq = static_cast<double>(e.lq.values[i]) + static_cast<double>(e.lq_low.values[i]);
+    const bool absent = std::isinf(lp) && std::isinf(lq) && lp < 0 && lq < 0;
+    sum += absent ? 0.0 : std::exp(a * lp + c * lq);
+  }
+  return sum;
 }
 
 inline double component_value(const opd_divergence_component_t& component, const double* state) {

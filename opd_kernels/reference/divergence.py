@@ -215,7 +215,7 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
 def _geometric_logits(target: object, scaled: dict[str, Tensor]) -> Tensor:
     """sum of coefficient * logits over the models with a coefficient other than 0.
 
-    A token that a model of positive coefficient gives probability 0 has probability 0.
+    A token that one of those models gives probability 0 has probability 0.
     """
     total = torch.zeros_like(scaled["student"])
     excluded = torch.zeros_like(total, dtype=torch.bool)
@@ -228,8 +228,7 @@ def _geometric_logits(target: object, scaled: dict[str, Tensor]) -> Tensor:
         if side == "student" and target.detach:  # type: ignore[attr-defined]
             logits = logits.detach()
         streams.append((coefficient, logits))
-        if coefficient > 0:
-            excluded = excluded | (logits == -math.inf)
+        excluded = excluded | (logits == -math.inf)
     for coefficient, logits in streams:
         total = total + coefficient * logits.masked_fill(excluded, 0.0)
     return total.masked_fill(excluded, -math.inf)

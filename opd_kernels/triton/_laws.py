@@ -121,7 +121,8 @@ def load_target(laws, student, columns, inside, TARGET: tl.constexpr):
         if laws.from_teacher is None:
             logits = tl.zeros_like(logits)
         else:
-            logits = laws.from_teacher * logits
+            scaled = laws.from_teacher * logits
+            logits = tl.where(logits == float("-inf"), logits, scaled)
         if laws.from_student is not None:
             logits = _add_scaled(logits, laws.from_student, student)
         if laws.from_reference is not None:

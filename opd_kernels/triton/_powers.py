@@ -56,11 +56,11 @@ def power_dterm(e, alpha, rest, scale, inverse_alpha, reach):
 def renyi_log_mass(product, sums):
     """log sum r, float64, from (sum of power_term, sum r); product is alpha (alpha - 1).
 
-    From the divergence where the mass is near 1, from the mass itself where it is small.
+    From the divergence where the mass is near 1, from the mass itself elsewhere.
     """
-    small = sums[1] < 0.5
+    is_near = (sums[1] > 0.5) & (sums[1] < 2.0)
     near = log1p_float64(product * sums[0])
-    return tl.where(small, tl.log(sums[1]), near)
+    return tl.where(is_near, near, tl.log(sums[1]))
 
 
 @triton.jit

@@ -303,3 +303,114 @@ def _call(**changes):
 def test_divergence_options_reject_in_words(changes, error, message):
     with pytest.raises(error, match=message):
         _call(**changes)
+
+
+# -- what a hostile reviewer found ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("order", "apart"), [(2.0, 100.0), (3.0, 100.0), (0.5, 200.0)])
+def test_divergence_renyi_of_laws_far_apart(order, apart):
+    student = torch.tensor([[0.0, -apart, -3.0]])
+    teacher = torch.tensor([[-apart, 0.0, -apart]])
+    ours, theirs = leaf(student), leaf(student, F64)
+    loss = opk.divergence(ours, teacher, divergence=D.renyi(order))
+    truth = reference.divergence(theirs, teacher, divergence=D.renyi(order))
+    loss.backward()
+    truth.backward()
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_divergence_row_of_nothing_but_zero_coefficients_has_no_gradient():
+    logits = torch.tensor([[NAN, 0.0, 1.0]], requires_grad=True)
+    nothing = torch.zeros(1)
+    loss = opk.divergence(
+        logits, torch.zeros(1, 3), divergence=[(nothing, "reverse_kl"), (nothing, "forward_kl")]
+    )
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_divergence_cross_entropy_reads_neither_teacher_nor_target():
+    student = torch.tensor([[0.0, 0.5, 1.0]])
+    expected = torch.softmax(student, -1) - torch.tensor([[0.0, 1.0, 0.0]])
+    for teacher in ([[0.0, NAN, 1.0]], [[-INF, -INF, -INF]]):
+        logits = leaf(student)
+        opk.divergence(
+            logits,
+            torch.tensor(teacher),
+            divergence="cross_entropy",
+            labels=torch.tensor([1]),
+            target=targets.geometric(0.5, 0.5, detach=False),
+        ).backward()
+        torch.testing.assert_close(logits.grad, expected)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        targets.geometric(teacher=1.25, reference=-0.25),
+        targets.geometric(teacher=-0.25, reference=1.25),
+        targets.geometric(student=-0.5, teacher=1.5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", [0, 1, 2])
+def test_divergence_target_of_any_sign_leaves_out_what_any_of_its_laws_does(side, target):
+    logits = [x[:2, :9].clone() for x in (LAWS["student"], LAWS["teacher"], LAWS["reference"])]
+    logits[side][:, 4] = -INF
+    keywords = {"divergence": "forward_kl", "target": target}
+    if target.reference:
+        keywords["reference_logits"] = logits[2]
+    ours = opk.divergence(*logits[:2], **keywords)
+    truth = reference.divergence(*logits[:2], **keywords)
+    torch.testing.assert_close(ours, truth)
+    weighed = (target.student, target.teacher, target.reference)[side] != 0
+    assert bool(ours.isfinite().all()) or (side == 0 and not weighed)
+
+
+def test_divergence_adaptive_kl_leaves_out_a_side_of_weight_zero():
+    # the head agrees, so forward KL has weight 0; it is infinite where q = 0 < p
+    student = torch.tensor([[0.5, 0.5, 0.0]], dtype=F64).log()
+    teacher = torch.tensor([[0.5, 0.25, 0.25]], dtype=F64).log()
+    ours = opk.divergence(student, teacher, divergence="adaptive_kl")
+    reverse = opk.divergence(student, teacher, divergence="reverse_kl")
+    torch.testing.assert_close(ours, reverse)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": targets.mixture(ROWS)}, r"teacher_weight of the mixture must be in \[0, 1\]"),
+        ({"temperature": -ROWS}, "student temperature must be positive and finite"),
+        ({"temperature": (1.0, ROWS * 0)}, "teacher temperature must be positive and finite"),
+        ({"temperature": ROWS * INF}, "student temperature must be positive and finite"),
+        ({"reference_softcap": 3.0}, "must come with a reference model"),
+    ],
+)
+def test_divergence_values_out_of_range_are_found_on_cpu(changes, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        _call(**changes)
+
+
+def test_divergence_values_of_rows_that_do_not_count_may_be_anything():
+    weights, temperature = torch.ones(NUM_TOKENS, dtype=F64), ROWS.clone()
+    weights[2], temperature[2] = 0.0, NAN
+    loss = _call(token_weights=weights, temperature=temperature)
+    assert loss[2] == 0.0
+    assert bool(loss.isfinite().all())
+
+
+def test_fused_linear_divergence_reads_no_id_of_a_token_that_does_not_count():
+    hidden, head = torch.randn(3, 4), torch.randn(9, 4)
+    out = opk.fused_linear_divergence(
+        hidden,
+        head,
+        hidden,
+        head.flip(0),
+        token_weights=torch.tensor([1.0, 0.0, 1.0]),
+        token_ids=torch.tensor([3, -100, 8]),
+        statistics=["student_logprobs"],
+    )
+    assert out.statistics["student_logprobs"][1] == 0.0

@@ -97,6 +97,7 @@ def worker(rank: int, ranks: int, port: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     try:
         _compare(rank, ranks)
+        _padded(rank, ranks)
         _as_dtensor(ranks)
         _refusals(ranks)
     finally:
@@ -126,6 +127,31 @@ def _compare(rank: int, ranks: int) -> None:
                 torch.testing.assert_close(ours[2][key], expected, **close)
 
 
+def _padded(rank: int, ranks: int) -> None:
+    """Heads padded to different lengths but cut at the same rows: only the last ends differ."""
+    whole, group = tensors(), dist.group.WORLD
+    arguments = {"token_ids": whole["token_ids"], "statistics": ["student_logprobs"]}
+    expected = opk.fused_linear_divergence(*list(whole.values())[:4], divergence="jsd", **arguments)
+    rows = -(-VOCAB // ranks)
+    heads = []
+    for name, padding in (("student_lm_head_weight", 5), ("teacher_lm_head_weight", 9)):
+        head = whole[name]
+        padded = torch.cat([head, torch.full((padding, head.shape[1]), torch.nan, dtype=F64)])
+        heads.append(padded[rank * rows : None if rank == ranks - 1 else (rank + 1) * rows])
+    ours = opk.fused_linear_divergence(
+        whole["student_hidden"],
+        heads[0],
+        whole["teacher_hidden"],
+        heads[1],
+        divergence="jsd",
+        vocab_size=VOCAB,
+        process_group=group,
+        **arguments,
+    )
+    torch.testing.assert_close(ours.loss, expected.loss)
+    torch.testing.assert_close(ours.statistics, expected.statistics)
+
+
 def _as_dtensor(ranks: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -138,7 +164,7 @@ def _as_dtensor(ranks: int) -> None:
     ]
     hidden = whole["student_hidden"].clone().requires_grad_()
     out = opk.fused_linear_divergence(
-        hidden, heads[0], whole["teacher_hidden"], heads[1], divergence="jsd", vocab_size=VOCAB
+        hidden, heads[0], whole["teacher_hidden"], heads[1], divergence="jsd"
     )
     out.loss.backward()
     loss, _, gradients = run(
@@ -158,11 +184,16 @@ def _refusals(ranks: int) -> None:
     heads = list(whole.values())[:4]
     with pytest.raises(ValueError, match="adaptive_kl sorts the teacher's law"):
         opk.fused_linear_divergence(*heads, divergence="adaptive_kl", process_group=group)
-    with pytest.raises(ValueError, match="must be cut at the same rows"):
+    # 96 rows and 104 rows, each in equal parts: rank 0 would compare different tokens
+    with pytest.raises(ValueError, match="must be cut at the same rows, got on rank 0"):
+        opk.fused_linear_divergence(
+            *heads[:3], heads[3][:-1], vocab_size=VOCAB * ranks - ranks, process_group=group
+        )
+    with pytest.raises(ValueError, match="pass vocab_size="):
         opk.fused_linear_divergence(*heads[:3], heads[3][:-1], process_group=group)
-    with pytest.raises(ValueError, match="at least one column per rank"):
-        opk.fused_linear_divergence(*heads, vocab_size=ranks - 1, process_group=group)
-    with pytest.raises(ValueError, match="Shards are cut as"):
+    with pytest.raises(ValueError, match="got none on rank 1"):
+        opk.fused_linear_divergence(*heads, vocab_size=VOCAB, process_group=group)
+    with pytest.raises(ValueError, match=r"vocab_size must be in \[1, "):
         opk.fused_linear_divergence(*heads, vocab_size=VOCAB * ranks * 2, process_group=group)
     with pytest.raises(TypeError, match="process_group must be a torch"):
         opk.fused_linear_divergence(*heads, process_group="world")
@@ -179,26 +210,6 @@ def free_port() -> int:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_vocabulary_parallel_is_one_rank(ranks):
     mp.spawn(worker, (ranks, free_port()), nprocs=ranks)
-
-
-def test_shards_are_those_of_chunk():
-    class Group:
-        group_name = "tp"
-
-        def __init__(self, rank: int, size: int) -> None:
-            self._rank, self._size = rank, size
-
-        def rank(self) -> int:
-            return self._rank
-
-        def size(self) -> int:
-            return self._size
-
-    for total, size in ((151936, 8), (83, 4), (5, 2)):
-        pieces = torch.arange(total).chunk(size)
-        for rank, piece in enumerate(pieces):
-            own = _parallel.shard(Group(rank, size), total)
-            assert (own.first_column, own.num_columns) == (int(piece[0]), len(piece))
 
 
 def test_no_group_is_no_shard():

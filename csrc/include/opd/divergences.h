@@ -67,9 +67,9 @@ OPD_HD T low_part(double value) {
   return T(value - static_cast<double>(T(value)));
 }
 
-// factor * x with 0 * inf = 0: a power of exponent 0 is 1, whatever its base is.
+// factor * x with 0 * inf = 0: a power of exponent 0 is 1 and a weight of 0 leaves out, whatever x is.
 template <class T>
-OPD_HD T exponent_times(T factor, T x) {
+OPD_HD T zero_times(T factor, T x) {
   return select(factor == T(0), T(0), factor * x);
 }
 
@@ -112,9 +112,11 @@ struct Jeffreys : Separable {
   double weight, rest;
   OPD_HD explicit Jeffreys(double weight) : weight(weight), rest(1 - weight) {}
   OPD_HD Jeffreys(double weight, double rest) : weight(weight), rest(rest) {}
+  // a weight of 0, as adaptive_kl may have, leaves its side out, infinite or not
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
-    return T(weight) * ForwardKl{}.term(e) + T(rest) * ReverseKl{}.term(e);
+    return zero_times(T(weight), ForwardKl{}.term(e)) +
+           zero_times(T(rest), ReverseKl{}.term(e));
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
@@ -375,9 +377,10 @@ struct Renyi : Separable {
   }
 
  private:
-  // from the divergence where the mass is near 1, from the mass itself where it is small
+  // from the divergence where the mass is near 1, from the mass itself elsewhere
   OPD_HD double log_of(double divergence, double mass) const {
-    return mass < 0.5 ? ::log(mass) : ::log1p(alpha * (alpha - 1) * divergence);
+    const bool near = mass > 0.5 && mass < 2;
+    return near ? ::log1p(alpha * (alpha - 1) * divergence) : ::log(mass);
   }
 };
 
@@ -499,8 +502,8 @@ struct AlphaBeta : Separable {
         ps * (x * x) *
         (phi_over_square(T(s) * x) +
          T(b) * x * phi_over_square_difference(T(s) * x, T(b) * x));
-    const T from_p = T(p0) * ps + select(ps == T(0), T(0), exponent_times(T(px), x) * ps);
-    const T from_q = T(q0) * qs + select(qs == T(0), T(0), exponent_times(T(qx), x) * qs);
+    const T from_p = T(p0) * ps + select(ps == T(0), T(0), zero_times(T(px), x) * ps);
+    const T from_q = T(q0) * qs + select(qs == T(0), T(0), zero_times(T(qx), x) * qs);
     const T sum = (T(mixed) * cross + from_p) + from_q;
     // powers that overflow against each other: the term itself grows without bound
     const T directly = (sum == sum) | (x != x) ? sum : std::numeric_limits<T>::infinity();
