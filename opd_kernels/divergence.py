@@ -125,6 +125,7 @@ def divergence(
             label_weights=label_weights,
             vocab_size=vocab_size,
         ).to(rows.real)
+    _checks.no_forward_mode(_OP, student_logits, teacher_logits)
     loss, *_ = _dispatch.row_ops(chosen).divergence_fwd(
         _checks.unit_stride(student_logits),
         _checks.unit_stride(teacher_logits.detach()),
