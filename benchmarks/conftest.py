@@ -12,6 +12,17 @@ import pytest
 import torch
 
 import opd_kernels as opk
+from benchmarks import harness, peers
+
+
+def pytest_addoption(parser):
+    """--rounds 1 shows in a few minutes that everything runs; its figures mean nothing."""
+    parser.addoption("--rounds", type=int, default=harness.max_rounds, help="at most this many")
+
+
+def pytest_configure(config):
+    """Makes it known to the harness."""
+    harness.max_rounds = config.getoption("--rounds")
 
 
 def cpu_name() -> str:
@@ -37,6 +48,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         python=platform.python_version(),
         torch=torch.__version__,
         opd_kernels=opk.__version__,
+        peers=peers.installed(),
         commit=commit,
     )
 
@@ -49,8 +61,11 @@ def correctness_gate():
     teacher_hidden, teacher_weight = torch.randn(16, 32), torch.randn(997, 32)
     arguments = (hidden, weight, teacher_hidden, teacher_weight)
     for name in opk.divergences.DIVERGENCES:
+        labels = {"labels": torch.arange(16)} if name == "cross_entropy" else {}
         got, truth = (
-            opk.fused_linear_divergence(*arguments, divergence=name, backend=backend).loss.item()
+            opk.fused_linear_divergence(
+                *arguments, divergence=name, backend=backend, **labels
+            ).loss.item()
             for backend in ("cpu", "reference")
         )
         if abs(got - truth) > 1e-5 * abs(truth):
