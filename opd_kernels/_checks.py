@@ -367,6 +367,23 @@ def token_ids_in_range(
         )
 
 
+def values_in_range(
+    op: str, name: str, value: Tensor, weights: Tensor | None, low: float, high: float, words: str
+) -> None:
+    """Values of the tokens that count. For the body of an op, on CPU: elsewhere it would wait."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return
+    outside = ~((value >= low) & (value <= high))
+    if weights is not None:
+        outside &= weights != 0
+    outside = torch.nonzero(outside)
+    if len(outside):
+        position = int(outside[0])
+        raise ValueError(
+            f"{op}: {name} must be {words}, got {float(value[position])} at position {position}."
+        )
+
+
 def workspace(op: str, value: int, smallest: int, why: str | None = None) -> int:
     """A byte budget that holds at least one token."""
     if isinstance(value, bool) or not isinstance(value, int):

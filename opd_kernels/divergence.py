@@ -69,6 +69,7 @@ def divergence(
     Raises:
         ValueError: shapes, vocabulary widths, temperature or weights that do not fit.
         TypeError: a dtype or type that is not supported.
+        RuntimeError: labels, temperatures or weights of a mixture out of range, found on CPU.
         UnsupportedBackendError: a requested backend cannot run the call.
 
     Notes:
