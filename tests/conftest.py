@@ -50,6 +50,7 @@ def interpreted_triton():
         pytest.skip(f"triton backend: {reason}")
     with pytest.MonkeyPatch.context() as patch:
         _round_to_bfloat16_as_hardware_does(patch)
+        _fuse_multiply_and_add_as_hardware_does(patch)
         _patch_the_language_once_per_launch(patch)
         yield opd_triton
 
@@ -69,6 +70,19 @@ def _round_to_bfloat16_as_hardware_does(patch: pytest.MonkeyPatch) -> None:
         return convert(values, source, target, rounding_mode)
 
     patch.setattr(interpreter, "_convert_float", convert_float)
+
+
+def _fuse_multiply_and_add_as_hardware_does(patch: pytest.MonkeyPatch) -> None:
+    """Triton 3.7's interpreter rounds the product of a fused multiply-add."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def create_fma(self, x, y, z):
+        wide = [value.data.astype(np.float64) for value in (x, y, z)]
+        fused = (wide[0] * wide[1] + wide[2]).astype(z.data.dtype)
+        return interpreter.TensorHandle(fused, z.dtype)
+
+    patch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 
 
 def _patch_the_language_once_per_launch(patch: pytest.MonkeyPatch) -> None:

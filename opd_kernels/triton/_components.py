@@ -19,9 +19,12 @@ from ._divergence_rows import (
     divergence_value,
 )
 from ._divergences import divergence_dterm, divergence_term
+from ._entry import absent
 from ._laws import MIXTURE, load_mixed_entry
 
 ADAPTIVE_KL = tl.constexpr(_divergence_rows.ADAPTIVE_KL)
+CONCRETE_SCORE = tl.constexpr(15)
+RENYI = tl.constexpr(9)
 CROSS_ENTROPY = tl.constexpr(_divergence_rows.CROSS_ENTROPY)
 NUM_ROW_SUMS = tl.constexpr(_divergence_rows.NUM_ROW_SUMS)
 # of opd.h: doubles in a row of state, and those that each component adds
@@ -82,6 +85,19 @@ def _wanted(values, coefficients, j: tl.constexpr):
 @triton.jit
 def total_of(lanes):
     return tl.sum(lanes.to(tl.float64), 0)
+
+
+@triton.jit
+def reads_teacher(coefficients, COMPONENTS: tl.constexpr):
+    """Whether anything but labels has a part in the loss of a row: 1 or 0."""
+    out = tl.full((), 0, tl.int32)
+    for j in tl.static_range(len(COMPONENTS)):
+        if COMPONENTS[j] != CROSS_ENTROPY:
+            if len(coefficients) == 0:
+                out = tl.full((), 1, tl.int32)
+            else:
+                out = tl.where(coefficients[j] == 0.0, out, 1)
+    return out
 
 
 # -- the head of the teacher's law ---------------------------------------------------------------
@@ -186,6 +202,24 @@ def _totals(lanes):
 
 
 @triton.jit
+def _mass_in_range(laws, c, shifts, mass, TARGET: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Renyi's sum r, in float64 where float32 has overflowed or underflowed: its logarithm still is
+    an ordinary number. NaN stays; it is no matter of range."""
+    if (mass < 1e-25) | (mass > 1e37):
+        lanes = tl.zeros((BLOCK_V,), tl.float64)
+        for begin in range(0, laws.vocab_size, BLOCK_V):
+            columns = begin + tl.arange(0, BLOCK_V)
+            e, _ = load_mixed_entry(laws, shifts, columns, columns < laws.vocab_size, TARGET)
+            lp = e.lp.to(tl.float64) + e.lp_low
+            lq = e.lq.to(tl.float64) + e.lq_low
+            alpha = tl.zeros_like(lp) + c[0] + c[7]
+            rest = tl.zeros_like(lp) + c[1] + c[8]
+            lanes += tl.where(absent(e), 0.0, tl.exp(alpha * lp + rest * lq))
+        mass = tl.sum(lanes, 0)
+    return mass
+
+
+@triton.jit
 def row_sums_of(
     laws, loss, coefficients, shifts, thresholds, COMPONENTS: tl.constexpr, TARGET: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -201,7 +235,11 @@ def row_sums_of(
                 e, _ = load_mixed_entry(laws, shifts, columns, inside, TARGET)
                 values = divergence_row_sums(e, loss.constants[j], thresholds[j], COMPONENTS[j])
                 lanes = _add_block(lanes, values, coefficients, j)
-        out = out + (_totals(lanes),)
+        totals = _totals(lanes)
+        if COMPONENTS[j] == RENYI:
+            mass = _mass_in_range(laws, loss.constants[j], shifts, totals[1], TARGET, BLOCK_V)
+            totals = (totals[0], _wanted(mass, coefficients, j))
+        out = out + (totals,)
     return out
 
 
@@ -235,8 +273,10 @@ def block_dterms(
     loss, coefficients, rows, e, through, COMPONENTS: tl.constexpr, TARGET: tl.constexpr,
     LIVE: tl.constexpr,
 ):  # fmt: skip
-    """dterm of the whole loss, and dterm_teacher where a geometric target is live."""
+    """(dterm of the whole loss, the part of it that does not sum to 0 anyway, dterm_teacher where a
+    geometric target is live)."""
     dterm = None
+    summed = None
     teacher = None
     for j in tl.static_range(len(COMPONENTS)):
         if COMPONENTS[j] != CROSS_ENTROPY:
@@ -251,11 +291,16 @@ def block_dterms(
                     teacher = own_teacher if teacher is None else teacher + own_teacher
             own = scaled(own, coefficients, j)
             dterm = own if dterm is None else dterm + own
+            if COMPONENTS[j] == CONCRETE_SCORE and not (LIVE and TARGET == MIXTURE):
+                # centred, it would add its rounding alone
+                own = tl.where(c[6] == 0.0, 0.0, own)
+            summed = own if summed is None else summed + own
     if dterm is None:
         dterm = tl.zeros_like(e.gap)
+        summed = dterm
     if teacher is None:
         teacher = tl.zeros_like(e.gap)
-    return dterm, teacher
+    return dterm, summed, teacher
 
 
 @triton.jit

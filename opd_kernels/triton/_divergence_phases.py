@@ -36,6 +36,7 @@ from ._state import (
     zero_state,
 )
 from ._whole_rows import (
+    columns_with_gradient,
     full_grad_sum,
     statistics_of,
     store_gradient,
@@ -169,10 +170,13 @@ def _divergence_bwd_kernel(
     weight = token_weight_of(loss, row)
     grad_loss = tl.load(grad_loss_ptr + row)
     # weight 0 wins over an infinite upstream gradient, and such a row is not read
-    skipped = (weight == 0.0) | (grad_loss == 0.0)
-    here = open_laws(laws, row, tl.where(skipped, 0, laws.vocab_size))
     coefficients = coefficients_of(loss, row, COMPONENTS)
     label_weight = label_coefficient(coefficients, COMPONENTS)
+    columns = columns_with_gradient(
+        laws, loss, coefficients, label_weight, row, COMPONENTS, BLOCK_LABELS
+    )
+    readable = tl.where((weight == 0.0) | (grad_loss == 0.0), 0, columns)
+    here = open_laws(laws, row, readable)
     rows = rows_of(loss, load_row_sums(state_row_ptr, COMPONENTS), COMPONENTS)
     grad_sums = full_grad_sum(
         loss, label_weight, tl.load(state_row_ptr + GRAD_SUM), row, BLOCK_LABELS

@@ -7,6 +7,7 @@ Sums over the row and values are float64 scalars; what the terms read of a row i
 from __future__ import annotations
 
 import ctypes
+import math
 
 import triton
 import triton.language as tl
@@ -50,53 +51,67 @@ def constants(divergence: int, param0: float, param1: float) -> tuple[float, ...
         case 8:
             return _power_constants(param0, 1.0)
         case 9:
-            alpha, rest, _, _, _, factor, reach = _power_constants(param0, 1.0)
+            alpha, rest, _, _, _, factor, reach, *lows = _power_constants(param0, 1.0)
             product = alpha * (alpha - 1.0)
-            return alpha, rest, factor, reach, product, 1.0 / (alpha - 1.0), alpha / rest
+            return alpha, rest, factor, reach, product, 1.0 / (alpha - 1.0), alpha / rest, *lows
         case 10:
             return _power_constants(2.0, 2.0)
         case 11:
             return _power_constants(-1.0, 2.0)
         case 13:
             # both halves of a double: tokens whose mass is exactly head_mass are in the head
-            high = ctypes.c_float(param0).value
-            return high, param0 - high
+            return param0, _low(param0)
         case 14:
             return _alpha_beta_constants(param0, param1)
         case 15:
-            return tuple(float(param == law) for param in (param0, param1) for law in range(3))
+            weights = (float(param == law) for param in (param0, param1) for law in range(3))
+            # with no weight of the student's law dterm sums to 0 as it is
+            return *weights, float(param0 == 0 or param1 == 0)
     return ()
 
 
+def _low(value: float) -> float:
+    """What float32 loses of an exponent: 0.3, times a log-probability of 40, is off by 4e-7."""
+    return value - ctypes.c_float(value).value
+
+
 def _power_constants(alpha: float, scale: float) -> tuple[float, ...]:
-    """(alpha, 1 - alpha, scale, 1 / alpha, 1 / (1 - alpha), factor of term, reach of series)."""
+    """(alpha, 1 - alpha, scale, 1 / alpha, 1 / (1 - alpha), factor of term, reach of series, and
+    what float32 loses of the first two)."""
     rest = 1.0 - alpha
     reach = 1.0 / max(abs(alpha), abs(rest), 1.0)
-    return alpha, rest, scale, 1.0 / alpha, 1.0 / rest, scale / (alpha * (alpha - 1.0)), reach
+    factor = scale / (alpha * (alpha - 1.0))
+    lows = _low(alpha), _low(rest)
+    return alpha, rest, scale, 1.0 / alpha, 1.0 / rest, factor, reach, *lows
 
 
 def _alpha_beta_constants(a: float, b: float) -> tuple[float, ...]:
-    """(a, b, s, mixed, p0, px, q0, qx, cross_p, cross_q, 1 / a, 1 / b, reach).
+    """(a, b, s, mixed, p0, px, q0, qx, cross_p, cross_q, 1 / a, 1 / b, reach, and what float32
+    loses of a, b, s, cross_p, cross_q).
 
     Far from p = q: term = mixed p^a q^b + (p0 + px gap) p^s + (q0 + qx gap) q^s, s = a + b.
     """
     # a + b as a user means it: 0.1 - 0.1 is 0, and so is 0.3 - 0.1 - 0.2 after rounding
     s = 0.0 if abs(a + b) < 1e-12 else a + b
-    # where both are 0 the term is x^2 / 2 everywhere, and the series is exact
     mixed = p0 = px = q0 = qx = 0.0
-    if a == 0 and b != 0:
+    if a == 0 and b == 0:
+        # x^2 / 2: the series is exact, and what is out of its reach is infinite
+        q0 = math.inf
+    elif a == 0:
         p0, q0, qx = 1 / b**2, -1 / b**2, 1 / b
-    elif a != 0 and b == 0:
+    elif b == 0:
         q0, p0, px = 1 / a**2, -1 / a**2, -1 / a
-    elif a != 0 and s == 0:
+    elif s == 0:
         mixed, p0, px = 1 / a**2, -1 / a**2, 1 / a
-    elif a != 0:
+    else:
         mixed, p0, q0 = -1 / (a * b), 1 / (b * s), 1 / (a * s)
     cross_p, cross_q = (a, b) if mixed != 0 else (0.0, 0.0)
     inverse_a, inverse_b = (0.0 if x == 0 else 1 / x for x in (a, b))
     most = max(abs(a), abs(b), abs(s))
     reach = 1 / most if most > 0 else 1e30
-    return a, b, s, mixed, p0, px, q0, qx, cross_p, cross_q, inverse_a, inverse_b, reach
+    lows = (_low(x) for x in (a, b, s, cross_p, cross_q))
+    far = mixed, p0, px, q0, qx, cross_p, cross_q
+    return a, b, s, *far, inverse_a, inverse_b, reach, *lows
 
 
 # -- sums over the row ---------------------------------------------------------------------------
@@ -109,9 +124,10 @@ def divergence_row_sums(e, c, threshold, DIVERGENCE: tl.constexpr):
         overlap = e.q * mixture(e, c[0], c[1]).p_over_m
         return (tl.where(e.q == 0.0, 0.0, overlap),)
     elif DIVERGENCE == 7 or DIVERGENCE == 8 or DIVERGENCE == 10 or DIVERGENCE == 11:
-        return (geometric(e, c[0], c[1]),)
+        return (geometric(e, c[0], c[1], c[7], c[8], 0.0),)
     elif DIVERGENCE == 9:
-        return (power_term(e, c[0], c[1], c[2], c[3]), geometric(e, c[0], c[1]))
+        term = power_term(e, c[0], c[1], c[7], c[8], c[2], c[3])
+        return (term, geometric(e, c[0], c[1], c[7], c[8], 0.0))
     elif DIVERGENCE == 13:
         distance = tl.abs(student_minus_teacher(e))
         in_head = e.lp >= threshold
@@ -220,14 +236,15 @@ def divergence_dterm_teacher(e, c, r, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == 6:
         return c[0] * _forward_kl(e) - c[1] * student_minus_teacher(e)
     elif DIVERGENCE == 7 or DIVERGENCE == 8 or DIVERGENCE == 10 or DIVERGENCE == 11:
-        return power_dterm(swapped(e), c[1], c[0], c[2], c[4], c[6])
+        return power_dterm(swapped(e), c[1], c[0], c[8], c[7], c[2], c[4], c[6])
     elif DIVERGENCE == 9:
-        return c[6] * renyi_form(swapped(e), c[1], c[0], r[0])
+        return c[6] * renyi_form(swapped(e), c[1], c[0], c[8], c[7], r[0])
     elif DIVERGENCE == 12:
         return todi_dterm(swapped(e), c, r)
     elif DIVERGENCE == 13:
         return r[0] * _forward_kl(e) - r[1] * student_minus_teacher(e)
     elif DIVERGENCE == 14:
-        return alpha_beta_form(swapped(e), c[1], c[0], c[2], c[11], -r[0])
+        dual = swapped(e)
+        return alpha_beta_form(dual, c[1], c[0], c[2], c[14], c[13], c[15], c[11], -r[0])
     else:
         return -concrete_score_dterm(e, c, r)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._entry import absent, larger, mixture, ratio, student_minus_teacher
-from ._math import bregman
+from ._math import bregman, zero_times
 from ._powers import (
     alpha_beta_form,
     alpha_beta_sum,
@@ -119,7 +119,9 @@ def total_variation_dterm(e, c, r):
 
 @triton.jit
 def jeffreys_term(e, c, r):
-    return c[0] * forward_kl_term(e, c, r) + c[1] * reverse_kl_term(e, c, r)
+    # a weight of 0, as adaptive_kl may have, leaves its side out, infinite or not
+    forward, reverse = forward_kl_term(e, c, r), reverse_kl_term(e, c, r)
+    return zero_times(c[0], forward) + zero_times(c[1], reverse)
 
 
 @triton.jit
@@ -129,14 +131,15 @@ def jeffreys_dterm(e, c, r):
 
 @triton.jit
 def alpha_term(e, c, r):
-    return power_term(e, c[0], c[1], c[5], c[6])
+    return power_term(e, c[0], c[1], c[7], c[8], c[5], c[6])
 
 
 @triton.jit
 def alpha_dterm(e, c, r):
     """The textbook's form, without + scale q / alpha, where the laws barely overlap."""
-    usual = power_dterm(e, c[0], c[1], c[2], c[3], c[6])
-    return tl.where(r[0], -c[2] * c[3] * geometric(e, c[0], c[1]), usual)
+    usual = power_dterm(e, c[0], c[1], c[7], c[8], c[2], c[3], c[6])
+    textbook = -c[2] * c[3] * geometric(e, c[0], c[1], c[7], c[8], 0.0)
+    return tl.where(r[0], textbook, usual)
 
 
 @triton.jit
@@ -177,7 +180,7 @@ def renyi_term(e, c, r):
 
 @triton.jit
 def renyi_dterm(e, c, r):
-    return renyi_form(e, c[0], c[1], r[0])
+    return renyi_form(e, c[0], c[1], c[7], c[8], r[0])
 
 
 @triton.jit
@@ -209,12 +212,13 @@ def alpha_beta_term(e, c, r):
 
 @triton.jit
 def alpha_beta_dterm(e, c, r):
-    return alpha_beta_form(e, c[0], c[1], c[2], c[10], r[0])
+    return alpha_beta_form(e, c[0], c[1], c[2], c[13], c[14], c[15], c[10], r[0])
 
 
 @triton.jit
 def law_weight(e, student, teacher, uniform):
-    """The weight of concrete_score: student q + teacher p + uniform."""
+    """The weight of concrete_score: student q + teacher p + uniform over what both laws allow."""
+    uniform = tl.where(tl.abs(e.gap) == float("inf"), 0.0, uniform)
     return tl.where(absent(e), 0.0, student * e.q + teacher * e.p + uniform)
 
 

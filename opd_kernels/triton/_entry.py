@@ -23,6 +23,8 @@ class Entry(NamedTuple):
     p: Any
     q: Any
     gap: Any
+    lp_low: Any
+    lq_low: Any
 
 
 class Mixture(NamedTuple):
@@ -64,7 +66,7 @@ def absent(e):
 
 @triton.jit
 def swapped(e):
-    return Entry(e.lq, e.lp, e.q, e.p, -e.gap)
+    return Entry(e.lq, e.lp, e.q, e.p, -e.gap, e.lq_low, e.lp_low)
 
 
 @triton.jit

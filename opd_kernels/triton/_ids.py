@@ -133,6 +133,21 @@ def label_sum(loss, coefficient, row, BLOCK_LABELS: tl.constexpr):
 
 
 @triton.jit
+def has_labels(loss, coefficient, row, BLOCK_LABELS: tl.constexpr):
+    """Whether a label has a part in the loss of a row: how many have, or 0."""
+    if coefficient is None:
+        return tl.full((), 0, tl.int32)
+    else:
+        k = tl.arange(0, BLOCK_LABELS)
+        labels = tl.load(
+            loss.labels + row * loss.num_labels + k, mask=k < loss.num_labels, other=-1
+        )
+        weights = _label_weights(loss, row, BLOCK_LABELS)
+        count = tl.sum(tl.where(labels >= 0, (weights != 0.0).to(tl.int32), 0), 0)
+        return tl.where(coefficient == 0.0, 0, count)
+
+
+@triton.jit
 def subtract_labels(loss, coefficient, row, columns, first_column, dterm):
     """dterm of a block of columns, with the labels' part."""
     if coefficient is None:

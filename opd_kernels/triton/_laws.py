@@ -168,15 +168,23 @@ def shifts_of(student_lse, teacher_lse):
 
 
 @triton.jit
+def _logprob(logits, high, low):
+    """(logits - high - low rounded once, what that rounding lost)."""
+    # what a difference has lost goes with the low part of the shift
+    below, lost = difference(logits, high)
+    return difference(below, low - lost)
+
+
+@triton.jit
 def load_entry(laws, shifts, columns, inside, TARGET: tl.constexpr):
     """Entries of student and target, a mixture not yet mixed."""
     student = load_side(laws.student, columns, inside)
     target = load_target(laws, student, columns, inside, TARGET)
-    lq = (student - shifts.student_high) - shifts.student_low
-    lp = (target - shifts.teacher_high) - shifts.teacher_low
+    lq, lq_low = _logprob(student, shifts.student_high, shifts.student_low)
+    lp, lp_low = _logprob(target, shifts.teacher_high, shifts.teacher_low)
     gap, lost = difference(student, target)
     gap = (gap - shifts.gap_high) - (shifts.gap_low - lost)
-    return Entry(lp, lq, exp(lp), exp(lq), gap)
+    return Entry(lp, lq, exp(lp), exp(lq), gap, lp_low, lq_low)
 
 
 @triton.jit
@@ -198,7 +206,8 @@ def mix_target(laws, e, TARGET: tl.constexpr):
         p = _of_ends(weight, e.p, e.q, tl.where(is_absent, e.p, mix.m))
         gap = _of_ends(weight, e.gap, 0.0, tl.where(is_absent, e.gap, -mix.lm_lq))
         through = _of_ends(weight, 0.0, 1.0, tl.where(is_absent, 0.0, through))
-        return Entry(lp, e.lq, p, e.q, gap), through
+        lp_low = _of_ends(weight, e.lp_low, 0.0, tl.zeros_like(e.lp_low))
+        return Entry(lp, e.lq, p, e.q, gap, lp_low, e.lq_low), through
     else:
         return e, 0.0
 

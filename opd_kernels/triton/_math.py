@@ -49,8 +49,8 @@ def exp_unbounded(x):
 
 
 @triton.jit
-def exponent_times(factor, x):
-    """factor * x with 0 * inf = 0: a power of exponent 0 is 1, whatever its base is."""
+def zero_times(factor, x):
+    """factor * x with 0 * inf = 0: a power of exponent 0 is 1 and a weight of 0 leaves out."""
     return tl.where(factor == 0.0, 0.0, factor * x)
 
 
@@ -61,6 +61,25 @@ def difference(a, b):
     back = rounded - a
     lost = (a - (rounded - back)) - (b + back)
     return rounded, tl.where(rounded - rounded == 0.0, lost, 0.0)
+
+
+@triton.jit
+def exp_of_sum(a, x, b, y, shift, low):
+    """e^(a x + b y - shift + low), low small, the rounding of the exponent put back.
+
+    At an exponent of 60 it alone would cost 4e-6 of the result. A factor of 0 leaves its side out,
+    infinite or not.
+    """
+    first, second = zero_times(a, x), zero_times(b, y)
+    total = first + second
+    back = total - first
+    lost = (first - (total - back)) + (second - back)
+    lost += tl.fma(a, x, -first) + tl.fma(b, y, -second)
+    exponent, lost_shift = difference(total, shift)
+    value = exp_unbounded(exponent)
+    more = value * (lost + (lost_shift + low))
+    # nothing is lost where something is infinite
+    return tl.where(more - more == 0.0, value + more, value)
 
 
 @triton.jit

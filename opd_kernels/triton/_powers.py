@@ -8,46 +8,49 @@ import triton.language as tl
 
 from ._entry import absent
 from ._math import (
-    exp_unbounded,
-    exponent_times,
+    exp_of_sum,
     log1p_float64,
     phi_over_square,
     phi_over_square_difference,
+    zero_times,
 )
 
 
 @triton.jit
-def _log_geometric(e, alpha, rest):
-    """log(p^alpha q^rest), rest = 1 - alpha: from one log-probability and the gap, which is the
-    more exact of the two, or from both where one of the laws rules the token out."""
-    by_both = alpha * e.lp + rest * e.lq
-    return tl.where(e.gap - e.gap == 0.0, e.lp + rest * e.gap, by_both)
+def geometric(e, alpha, rest, alpha_low, rest_low, shift):
+    """p^alpha q^rest e^-shift, rest = 1 - alpha: of two ways the one whose rounding is smaller.
+
+    The gap is more exact than the log-probabilities where the laws are close; where it is infinite,
+    one of them rules the token out. alpha_low and rest_low are what float32 loses of the exponents.
+    """
+    by_gap = tl.abs(e.lp) + tl.abs(rest * e.gap) < tl.abs(alpha * e.lp) + tl.abs(rest * e.lq)
+    low = (alpha * e.lp_low + alpha_low * e.lp) + (rest * e.lq_low + rest_low * e.lq)
+    low = tl.where(by_gap, e.lp_low + rest_low * e.gap, low)
+    factor = tl.where(by_gap, 1.0, alpha)
+    other = tl.where(by_gap, e.gap, e.lq)
+    return tl.where(absent(e), 0.0, exp_of_sum(factor, e.lp, rest, other, shift, low))
 
 
 @triton.jit
-def geometric(e, alpha, rest):
-    """p^alpha q^rest."""
-    return tl.where(absent(e), 0.0, exp_unbounded(_log_geometric(e, alpha, rest)))
-
-
-@triton.jit
-def power_term(e, alpha, rest, factor, reach):
+def power_term(e, alpha, rest, alpha_low, rest_low, factor, reach):
     """factor (r - alpha p - rest q), r = p^alpha q^rest, rest = 1 - alpha."""
     x = e.gap
     y = rest * x
     # = p (phi(rest x) - rest phi(x)), phi(y) = e^y - 1 - y
     by_series = e.p * (x * x) * (rest * (rest * phi_over_square(y) - phi_over_square(x)))
-    directly = (geometric(e, alpha, rest) - alpha * e.p) - rest * e.q
+    r = geometric(e, alpha, rest, alpha_low, rest_low, 0.0)
+    directly = (r - alpha * e.p) - rest * e.q
     near = (x < reach) & (x > -reach)
     return tl.where(absent(e), 0.0, factor * tl.where(near, by_series, directly))
 
 
 @triton.jit
-def power_dterm(e, alpha, rest, scale, inverse_alpha, reach):
+def power_dterm(e, alpha, rest, alpha_low, rest_low, scale, inverse_alpha, reach):
     """scale (q - r) / alpha."""
     y = -alpha * e.gap
     by_series = e.q * (e.gap * (1.0 + y * phi_over_square(y)))
-    directly = (e.q - geometric(e, alpha, rest)) * inverse_alpha
+    r = geometric(e, alpha, rest, alpha_low, rest_low, 0.0)
+    directly = (e.q - r) * inverse_alpha
     near = (e.gap < reach) & (e.gap > -reach)
     return tl.where(absent(e), 0.0, scale * tl.where(near, by_series, directly))
 
@@ -64,41 +67,51 @@ def renyi_log_mass(product, sums):
 
 
 @triton.jit
-def renyi_form(e, alpha, rest, log_mass):
+def renyi_form(e, alpha, rest, alpha_low, rest_low, log_mass):
     """q - r / sum r."""
     y = -alpha * e.gap - log_mass
     by_series = -e.q * (y + (y * y) * phi_over_square(y))
-    directly = e.q - exp_unbounded(_log_geometric(e, alpha, rest) - log_mass)
+    directly = e.q - geometric(e, alpha, rest, alpha_low, rest_low, log_mass)
     near = (y < 1.0) & (y > -1.0)
     return tl.where(absent(e), 0.0, tl.where(near, by_series, directly))
+
+
+@triton.jit
+def _low(exponent, exponent_low, x, x_low):
+    """Of exponent * x, what its rounded factors have lost."""
+    return exponent * x_low + exponent_low * x
 
 
 @triton.jit
 def alpha_beta_sum(e, c, offset):
     """term, from the constants in their order; offset is the common error of the gaps."""
     x = e.gap - offset
-    ps = exp_unbounded(exponent_times(c[2], e.lp))
-    qs = exp_unbounded(exponent_times(c[2], e.lq))
-    cross = exp_unbounded(exponent_times(c[8], e.lp) + exponent_times(c[9], e.lq))
+    ps = exp_of_sum(c[2], e.lp, 0.0, 0.0, 0.0, _low(c[2], c[15], e.lp, e.lp_low))
+    qs = exp_of_sum(c[2], e.lq, 0.0, 0.0, 0.0, _low(c[2], c[15], e.lq, e.lq_low))
+    low = _low(c[8], c[16], e.lp, e.lp_low) + _low(c[9], c[17], e.lq, e.lq_low)
+    cross = exp_of_sum(c[8], e.lp, c[9], e.lq, 0.0, low)
     sx, bx = c[2] * x, c[1] * x
     series = phi_over_square(sx) + bx * phi_over_square_difference(sx, bx)
     by_series = ps * (x * x) * series
-    from_p = c[4] * ps + tl.where(ps == 0.0, 0.0, exponent_times(c[5], x) * ps)
-    from_q = c[6] * qs + tl.where(qs == 0.0, 0.0, exponent_times(c[7], x) * qs)
+    from_p = c[4] * ps + tl.where(ps == 0.0, 0.0, zero_times(c[5], x) * ps)
+    from_q = c[6] * qs + tl.where(qs == 0.0, 0.0, zero_times(c[7], x) * qs)
     directly = (c[3] * cross + from_p) + from_q
+    # powers that overflow against each other: the term itself grows without bound
+    directly = tl.where((directly == directly) | (x != x), directly, float("inf"))
     near = (x < c[12]) & (x > -c[12])
     return tl.where(absent(e), 0.0, tl.where(near, by_series, directly))
 
 
 @triton.jit
-def alpha_beta_form(e, a, b, s, inverse_a, offset):
+def alpha_beta_form(e, a, b, s, a_low, b_low, s_low, inverse_a, offset):
     """(q^s - p^a q^b) / a; q^s gap where a = 0."""
     x = e.gap - offset
     # finite, so that y is 0 where a is
     bounded = tl.where(x > 1e30, 1e30, tl.where(x < -1e30, -1e30, x))
     y = -a * bounded
-    qs = exp_unbounded(exponent_times(s, e.lq))
-    cross = exp_unbounded(exponent_times(a, e.lp) + exponent_times(b, e.lq))
+    qs = exp_of_sum(s, e.lq, 0.0, 0.0, 0.0, _low(s, s_low, e.lq, e.lq_low))
+    low = _low(a, a_low, e.lp, e.lp_low) + _low(b, b_low, e.lq, e.lq_low)
+    cross = exp_of_sum(a, e.lp, b, e.lq, 0.0, low)
     by_series = tl.where(qs == 0.0, 0.0, qs * (x * (1.0 + y * phi_over_square(y))))
     directly = (qs - cross) * inverse_a
     # a = 0 is always near: y is 0 then, x however large

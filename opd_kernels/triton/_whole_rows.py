@@ -6,9 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._components import add_block_terms, block_dterms, loss_of, total_of
+from ._components import add_block_terms, block_dterms, loss_of, reads_teacher, total_of
 from ._divergences import forward_kl_term, reverse_kl_term
-from ._ids import id_statistics, label_sum, subtract_labels
+from ._ids import has_labels, id_statistics, label_sum, subtract_labels
 from ._laws import GEOMETRIC, load_entry, load_mixed_entry, load_uncapped
 from ._math import softcap_slope
 from ._rows import split
@@ -62,10 +62,10 @@ def terms_of(
         inside = columns < laws.vocab_size
         e, through = load_mixed_entry(laws, shifts, columns, inside, TARGET)
         lanes = add_block_terms(loss, coefficients, rows, e, lanes, COMPONENTS)
-        dterm, teacher = block_dterms(
+        dterm, summed, teacher = block_dterms(
             loss, coefficients, rows, e, through, COMPONENTS, TARGET, LIVE
         )
-        dterm_sum += dterm
+        dterm_sum += summed
         if LIVE and TARGET == GEOMETRIC:
             teacher_sum += teacher
         if dterm_row_ptr is not None:
@@ -76,6 +76,16 @@ def terms_of(
     for j in tl.static_range(len(COMPONENTS)):
         terms = terms + (total_of(lanes[j]),)
     return terms, total_of(dterm_sum), total_of(teacher_sum)
+
+
+@triton.jit
+def columns_with_gradient(
+    laws, loss, coefficients, label_weight, row, COMPONENTS: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr,
+):  # fmt: skip
+    """All columns, or none where nothing in the row has a gradient: 0 wins over NaN logits."""
+    labels = has_labels(loss, label_weight, row, BLOCK_LABELS)
+    return tl.where(reads_teacher(coefficients, COMPONENTS) + labels == 0, 0, laws.vocab_size)
 
 
 @triton.jit
@@ -103,12 +113,13 @@ def store_gradient(
         columns = begin + tl.arange(0, BLOCK_V)
         inside = columns < laws.vocab_size
         e, through = load_mixed_entry(laws, shifts, columns, inside, TARGET)
-        dterm, teacher = block_dterms(
+        dterm, _, teacher = block_dterms(
             loss, coefficients, rows, e, through, COMPONENTS, TARGET, LIVE
         )
         gradient = minus_share(dterm, e.q, grad_sums)
         if LIVE and TARGET == GEOMETRIC:
-            gradient += laws.from_student * (teacher - e.p * teacher_grad_sum)
+            through = laws.from_student * (teacher - e.p * teacher_grad_sum)
+            gradient += tl.where(reads_teacher(coefficients, COMPONENTS) == 0, 0.0, through)
         gradient = subtract_labels(loss, label_weight, row, columns, first_column, gradient)
         if laws.student.softcap is not None:
             logits = load_uncapped(laws.student, columns, inside)

@@ -40,6 +40,7 @@ from ._state import (
     zero_state,
 )
 from ._whole_rows import (
+    columns_with_gradient,
     full_grad_sum,
     minus_share,
     statistics_of,
@@ -181,19 +182,22 @@ def _divergence_fwd_grad_kernel(
         grad_sums = full_grad_sum(loss, label_weight, grad_sum, row, BLOCK_LABELS)
         # the thread that reads a column may not be the one that wrote it
         tl.debug_barrier()
+        readable = columns_with_gradient(
+            laws, loss, coefficients, label_weight, row, COMPONENTS, BLOCK_LABELS
+        )
         if OVERWRITES_TWICE:
             for begin in range(0, laws.vocab_size, BLOCK_V):
                 columns = begin + tl.arange(0, BLOCK_V)
                 inside = columns < laws.vocab_size
                 dterm = tl.load(student_row_ptr + columns, mask=inside, other=0.0)
-                q = tl.load(here.teacher.logits + columns, mask=inside, other=0.0)
+                q = tl.load(q_row_ptr + columns, mask=columns < readable, other=0.0)
                 tl.store(
                     student_row_ptr + columns, scale * minus_share(dterm, q, grad_sums), mask=inside
                 )
         else:
             store_gradient(
-                here, loss, coefficients, label_weight, rows, shifts, row, 0, grad_sums,
-                teacher_grad_sum.to(tl.float32), scale, student_row_ptr, laws.vocab_size,
+                open_laws(laws, row, readable), loss, coefficients, label_weight, rows, shifts,
+                row, 0, grad_sums, teacher_grad_sum.to(tl.float32), scale, student_row_ptr, laws.vocab_size,
                 COMPONENTS, TARGET, LIVE, BLOCK_V,
             )  # fmt: skip
 

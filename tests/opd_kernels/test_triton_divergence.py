@@ -262,12 +262,14 @@ def test_triton_fused_linear_divergence_opcheck():
     tensors = [*inputs.tensors(), None, None, *pair]
     trained = [leaf(x) if i in (0, 1, 6, 7) else x for i, x in enumerate(tensors)]
     live = laws._replace(student_bias=leaf(laws.student_bias))
-    rest = ("", 0.0, "triton")
     ops = torch.ops.opd
     torch.library.opcheck(
-        ops.fused_linear_divergence_sum, (*trained, *live, 1 << 20, [True] * 5, True, *rest)
+        ops.fused_linear_divergence_sum,
+        (*trained, *live, 1 << 20, [True] * 5, True, "", 0.0, "triton"),
     )
-    torch.library.opcheck(ops.fused_linear_divergence_fwd, (*trained, *live, 1 << 20, True, *rest))
+    torch.library.opcheck(
+        ops.fused_linear_divergence_fwd, (*trained, *live, 1 << 20, True, "", "triton")
+    )
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

@@ -65,7 +65,7 @@ def _evaluate_kernel(
     inside = index < count
     lp = tl.load(lp_ptr + index, mask=inside, other=0.0)
     lq = tl.load(lq_ptr + index, mask=inside, other=0.0)
-    e = Entry(lp, lq, exp(lp), exp(lq), lq - lp)
+    e = Entry(lp, lq, exp(lp), exp(lq), lq - lp, tl.zeros_like(lp), tl.zeros_like(lp))
     sums = ()
     if given is None:
         sums = _sums_of(e, c, threshold, inside, DIVERGENCE)
