@@ -14,13 +14,16 @@ CXX ?= g++
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build test test-full test-core demo demo-full bench lint clean
+.PHONY: help build test test-full test-core demo demo-full bench bench-full peers lint clean
 
 help:
 	@echo "make demo       train a small model on-policy from scratch on the CPU, through the fused kernel"
 	@echo "make test       the tests (no GPU needed)"
 	@echo "make demo-full  the demo's whole table: all arms, three seeds; can be interrupted and resumed"
-	@echo "make bench      benchmarks of the kernels, as ratios to their own GEMMs and to peers"
+	@echo "make bench      benchmarks of the kernels, as ratios to their own GEMMs and to peers; writes"
+	@echo "                docs/benchmarks.md; a quarter of an hour on a quiet machine"
+	@echo "make bench-full the same, and every divergence against torch.compile"
+	@echo "make peers      what they are compared with: the bench extra (Liger, TRL, orda) into .venv"
 	@echo "make test-full  the tests with the slow ones, and the core under sanitizers"
 	@echo "make build      only set up .venv and build"
 
@@ -63,10 +66,17 @@ demo: build
 demo-full: build
 	@$(BIN)/python examples/first_light/demo.py --full
 
-bench: build
+# torch is there already (.dependencies), so that no peer can pull another build of it
+peers: $(VENV)/.dependencies
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_FLAGS) $$($(BIN)/python -c \
+	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
+
+bench: BENCH_FLAGS ?= -m "not slow"
+bench bench-full: build
 	@mkdir -p build
-	$(BIN)/python -m pytest benchmarks -q -c benchmarks/pytest.ini --benchmark-json=build/bench.json
-	$(BIN)/python benchmarks/report.py build/bench.json
+	@# a missed goal fails the run (1) and is reported; an interrupted run (2) is not
+	$(BIN)/python -m pytest benchmarks -q -c benchmarks/pytest.ini $(BENCH_FLAGS) --benchmark-json=build/bench.json; \
+	  status=$$?; test $$status -gt 1 || $(BIN)/python benchmarks/report.py build/bench.json || exit; exit $$status
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

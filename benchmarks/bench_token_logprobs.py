@@ -38,6 +38,7 @@ def bench_token_logprobs(benchmark):
             "eager": with_backward(eager, (student, token_ids)),
         },
         floor="copy",
-        rounds=5,
+        rounds=7,
+        budget_s=8,
     )
     assert ratios[harness.OURS] < ratios["eager"], ratios

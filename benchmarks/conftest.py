@@ -12,6 +12,17 @@ import pytest
 import torch
 
 import opd_kernels as opk
+from benchmarks import harness, peers
+
+
+def pytest_addoption(parser):
+    """--rounds 1 shows in a few minutes that everything runs; its figures mean nothing."""
+    parser.addoption("--rounds", type=int, default=harness.max_rounds, help="at most this many")
+
+
+def pytest_configure(config):
+    """Makes it known to the harness."""
+    harness.max_rounds = config.getoption("--rounds")
 
 
 def cpu_name() -> str:
@@ -37,6 +48,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         python=platform.python_version(),
         torch=torch.__version__,
         opd_kernels=opk.__version__,
+        peers=peers.installed(),
         commit=commit,
     )
 

@@ -8,66 +8,250 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
+OURS = "opd_kernels"
 
 HEADER = """# Benchmarks
 
-Written by `make bench` from `benchmarks/results/cpu.json`; do not edit. No GPU has run these
-kernels yet, so there is no GPU number here.
+How long do the losses take, and how much memory, on a CPU: against the matrix products that nobody
+can do without, and against other people's code. Written by `make bench` from
+`benchmarks/results/cpu.json`; do not edit. No GPU has run these kernels yet, so there is no GPU
+number here.
 
-Machine: {cpu}, {threads} threads; torch {torch}, Python {python}, commit {commit}.
+Machine: {cpu}, {threads} threads; torch {torch}, Python {python}, commit {commit}. {peers}
 
-Every figure is a ratio of best times within one run, in which the variants took turns; the divisor
-is the *floor* of the group: the float32 GEMMs that the loss cannot do without, as plain torch.mm
-calls, or one copy of the logits. In brackets the ratio of medians. On a shared virtual machine such
-as this the same figure moves by a fifth between runs, and a best time may fall below its own floor.
-{note}
+**How to read it.** Every time is a ratio within one run, in which the variants took turns: the best
+time of one over the best time of another, in brackets the same of medians. Everything is forward +
+backward. T tokens, vocabulary V, hidden sizes Ds (student) and Dt (teacher). On a shared virtual
+machine a figure moves by a fifth between runs, and a best time may fall below its own floor.
 """
+
+REPRODUCE = """## How to reproduce
+
+    make peers   # optional: the `bench` extra (Liger-Kernel, TRL, orda-kernel) into .venv
+    make bench   # about a quarter of an hour on two cores; `make bench-full`: every divergence
+
+on a machine that does nothing else. Peers that are not installed are left out. It ends with an
+error if a goal is missed, and writes this page all the same. Compilation is not timed: each variant
+runs once before the first round. `torch.compile` is one graph (`fullgraph=True`). A variant that is
+more than twice as slow as ours takes part in fewer rounds, and is compared with ours in those.
+`benchmarks/conftest.py` refuses to time a kernel that is wrong; `tests/benchmarks/test_peers.py`
+holds that the peers compute the same loss and gradient.
+"""
+
+PEERS = """`eager` and `torch.compile` are the textbook formulas (`benchmarks/eager.py`) on float32
+logits. `liger` is Liger-Kernel's chunked JSD, the loss of its that runs on a CPU, as it is and with
+its own compilation. `trl` is TRL's `ChunkedDivergenceFunction` and `orda` orda-kernel's
+`distillation_loss`, both on their torch paths: their kernels are Triton."""
+
+# prefix of a group -> question and what to know
+QUESTIONS = {
+    "every divergence": (
+        "How far is each divergence from its own matrix products?",
+        "`fused_linear_divergence`, float32, over the four GEMMs that the loss cannot do without "
+        "(logits of student and teacher, dX, dW) as plain torch.mm calls with fresh results. Into "
+        "buffers that exist already the GEMMs take less; a training step has none, since dW at "
+        "least is new in each.",
+    ),
+    "peers float32": (
+        "How long do others take for the same loss, float32?",
+        f"Time over the bare GEMMs. {PEERS}",
+    ),
+    "peers float32 frozen head": (
+        "... when the head is frozen?",
+        "No dW then: the floor is three GEMMs.",
+    ),
+    "peers float32 other divergences": (
+        "... for the rest of the family?",
+        "Time over the bare GEMMs. Only torch has all of it.",
+    ),
+    "peers bfloat16": (
+        "How long do others take, bfloat16 inputs?",
+        "Time over the bare GEMMs in float32, which is what ours runs: its logits are float32 "
+        "whatever the inputs are. So are those of `eager`, `torch.compile` and `trl`; the others "
+        "multiply bfloat16 numbers and round each logit to bfloat16, which is faster on a CPU that "
+        "has instructions for it and less accurate everywhere. One case has all the peers.",
+    ),
+    "peers peak memory": (
+        "How much memory does each take?",
+        "JSD: peak resident memory of a step on top of inputs and heads, gradients included, each "
+        "contestant in a process of its own; in brackets as a multiple of ours.",
+    ),
+    "workspace float32": (
+        "What does a small workspace cost in time?",
+        "JSD with `workspace_bytes` of so many MiB; time over the bare GEMMs.",
+    ),
+    "workspace memory": (
+        "Does the workspace hold its budget?",
+        "JSD: peak extra memory as a share of workspace + gradients; 105% is the most allowed.",
+    ),
+    "other inputs": (
+        "Other inputs",
+        "JSD, time over the bare GEMMs in float32: a vocabulary that is no multiple of a vector, "
+        "and float16.",
+    ),
+    "gradient_tolerance": (
+        "What does leaving out small gradients save?",
+        "`gradient_tolerance` on peaked laws; time over the bare dense GEMMs.",
+    ),
+    "divergence torch": (
+        "How long does `divergence` take from logits?",
+        "In times of one copy of the student's logits, 256 x 32,000.",
+    ),
+    "fused_linear_token_logprobs": (
+        "How long does `fused_linear_token_logprobs` take?",
+        "Over its four GEMMs.",
+    ),
+    "token_logprobs": (
+        "How long does `token_logprobs` take from logits?",
+        "In times of one copy of the logits.",
+    ),
+}
 
 
 def condense(run: dict) -> dict:
     """The parts of a run that mean something elsewhere."""
-    rows = [
-        {"group": bench["group"], "name": bench["name"], **bench["extra_info"]}
-        for bench in run["benchmarks"]
-    ]
-    return {"machine": run["machine_info"], "benchmarks": rows}
+    rows, goals = [], []
+    for bench in run["benchmarks"]:
+        info = dict(bench["extra_info"])
+        goals += info.pop("goals", [])
+        rows.append({"group": bench["group"] or "", "name": bench["name"], **info})
+    return {"machine": run["machine_info"], "goals": goals, "benchmarks": rows}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def goals_table(goals: list[dict]) -> str:
+    """What was promised, what was measured."""
+    rows = []
+    for goal in goals:
+        measured = "not measured"
+        if goal["measured"] is not None:
+            measured = f"{goal['measured']:.2f}"
+            if goal["medians"] is not None:
+                measured += f" ({goal['medians']:.2f})"
+        verdict = {True: "met", False: "**missed**", None: "open"}[goal["met"]]
+        must = f"{goal['sense']} {goal['limit']:.2f}"
+        rows.append([goal["goal"], must, measured, verdict, goal["note"]])
+    return table(["goal", "must be", "measured", "", ""], rows)
+
+
+def label(row: dict) -> str:
+    """What tells a row from the others of its group."""
+    name, _, params = row["name"].partition("[")
+    return row.get("row") or params.removesuffix("]") or name.removeprefix("bench_")
+
+
+def cell(row: dict, variant: str) -> str:
+    """Ratio of bests, in brackets of medians."""
+    best = row["ratio_to_floor"].get(variant)
+    median = row["ratio_to_floor_medians"].get(variant)
+    return "" if best is None else f"{best:.2f} ({median:.2f})"
+
+
+def ratios_table(rows: list[dict]) -> str:
+    """A row per benchmark, a column per variant; the floor is 1 by definition."""
+    floor = rows[0]["floor"]
+    variants = list(dict.fromkeys(name for row in rows for name in row["ratio_to_floor"]))
+    variants.remove(floor)
+    lines = [[label(row), *(cell(row, variant) for variant in variants)] for row in rows]
+    rounds = sorted({count for row in rows for count in row.get("rounds", {}).values()})
+    left_out = {name: why for row in rows for name, why in row.get("left_out", {}).items()}
+    notes = "".join(f"\nNot timed: {name}. {why}.\n" for name, why in left_out.items())
+    if rounds:
+        span = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
+        notes = f"\nRounds: {span}.\n{notes}"
+    return table([f"over {floor}", *variants], lines) + notes
+
+
+def each_variant_table(rows: list[dict]) -> str:
+    """One benchmark of many variants: a row per variant."""
+    (row,) = rows
+    variants = [name for name in row["ratio_to_floor"] if name != row["floor"]]
+    return table(["", f"over {row['floor']}"], [[name, cell(row, name)] for name in variants])
+
+
+def contest_memory_table(rows: list[dict]) -> str:
+    """A row per contestant, a column per case."""
+    peaks = rows[0]["peak_extra_bytes"]
+    own = peaks[OURS]
+    lines = []
+    for name, measured in peaks.items():
+        cells = []
+        for case in own:
+            peak = measured.get(case)
+            cells.append("" if peak is None else f"{peak / 2**20:.0f} MiB ({peak / own[case]:.2f})")
+        lines.append([name, *cells])
+    return table(["", *own], lines)
+
+
+def workspace_memory_table(rows: list[dict]) -> str:
+    """A row per budget."""
+    lines = []
+    for row in rows:
+        sizes = (row["workspace_bytes"], row["gradient_bytes"], row["peak_extra_bytes"])
+        share = row["peak_extra_bytes"] / (row["workspace_bytes"] + row["gradient_bytes"])
+        cells = [f"{size / 2**20:.1f} MiB" for size in sizes]
+        lines.append([label(row), *cells, f"{100 * share:.1f}%"])
+    return table(["", "workspace_bytes", "gradients", "peak extra", "of the first two"], lines)
+
+
+def rendering(group: str, rows: list[dict]) -> Callable[[list[dict]], str] | None:
+    """How the rows of a group are shown; None for rows that carry nothing to show."""
+    if group.startswith("every divergence"):
+        return each_variant_table
+    if all("ratio_to_floor" in row for row in rows):
+        return ratios_table
+    if all("workspace_bytes" in row for row in rows):
+        return workspace_memory_table
+    if all(isinstance(row.get("peak_extra_bytes"), dict) for row in rows):
+        return contest_memory_table
+    return None
+
+
+def question_of(group: str) -> str:
+    """The longest key of QUESTIONS that the group starts with, or the group itself."""
+    return max((key for key in QUESTIONS if group.startswith(key)), key=len, default=group)
 
 
 def page(results: dict) -> str:
-    """The Markdown page."""
-    lines = [HEADER.format(note=results.get("note", ""), **results["machine"])]
-    groups: dict[str, list[dict]] = {}
+    """The Markdown page: goals, how to reproduce, then a question at a time."""
+    machine = dict(results["machine"])
+    versions = ", ".join(f"{name} {version}" for name, version in machine.pop("peers", {}).items())
+    peers = f"Peers: {versions}." if versions else "No peer package was installed."
+    lines = [HEADER.format(peers=peers, **machine)]
+    if results.get("goals"):
+        lines += ["## Goals\n", goals_table(results["goals"])]
+    lines.append(REPRODUCE)
+    questions: dict[str, dict[str, list[dict]]] = {key: {} for key in QUESTIONS}
     for row in results["benchmarks"]:
+        groups = questions.setdefault(question_of(row["group"]), {})
         groups.setdefault(row["group"], []).append(row)
-    for group, rows in groups.items():
-        lines.append(f"## {group}\n")
-        if "ratio_to_floor" in rows[0]:
-            variants = list(dict.fromkeys(v for row in rows for v in row["ratio_to_floor"]))
-            lines.append("| | " + " | ".join(variants) + " |")
-            lines.append("|---" * (len(variants) + 1) + "|")
-            for row in rows:
-                cells = []
-                for variant in variants:
-                    best = row["ratio_to_floor"].get(variant)
-                    median = row["ratio_to_floor_medians"].get(variant)
-                    cells.append("" if best is None else f"{best:.2f} ({median:.2f})")
-                lines.append(f"| `{row['name']}` | " + " | ".join(cells) + " |")
-        else:
-            lines.append("| | workspace_bytes | gradients | peak extra | of the first two |")
-            lines.append("|---|---|---|---|---|")
-            for row in rows:
-                budget = row["workspace_bytes"] + row["gradient_bytes"]
-                sizes = (row["workspace_bytes"], row["gradient_bytes"], row["peak_extra_bytes"])
-                cells = " | ".join(f"{size / 2**20:.1f} MiB" for size in sizes)
-                share = row["peak_extra_bytes"] / budget
-                lines.append(f"| `{row['name']}` | {cells} | {100 * share:.1f}% |")
-        lines.append("")
-    return "\n".join(lines)
+    for key, groups in questions.items():
+        if not groups:
+            continue
+        heading, explanation = QUESTIONS.get(key, (key, ""))
+        lines.append(f"## {heading}\n")
+        if explanation:
+            lines.append(f"{explanation}\n")
+        for group, rows in groups.items():
+            render = rendering(group, rows)
+            if render is None:
+                continue
+            rest = group.removeprefix(key).strip()
+            if rest:
+                lines.append(f"{rest}\n")
+            lines.append(render(rows))
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def main(path: str) -> None:
@@ -76,6 +260,8 @@ def main(path: str) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
+    print(goals_table(results["goals"]))
+    print(f"{RESULTS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)} are written")
 
 
 if __name__ == "__main__":

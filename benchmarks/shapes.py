@@ -27,5 +27,3 @@ CPU = Shape(512, 32_000, 512, 1024)
 CPU_LARGE_VOCAB = Shape(128, 151_936, 256, 512)
 # GPT-2's vocabulary is no multiple of anything
 CPU_AWKWARD = Shape(255, 50_257, 384, 768)
-
-CPU_SHAPES = (CPU, CPU_LARGE_VOCAB, CPU_AWKWARD)

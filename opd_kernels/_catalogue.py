@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -44,7 +45,7 @@ class Parameter:
             return value
         if isinstance(self.default, tuple):
             return _pair_of_laws(owner, key, value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{owner}: {key} must be a number, got {value!r}.")
         number = float(value)
         # at least this far inside, or float32 would put it on the end itself

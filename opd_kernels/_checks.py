@@ -8,13 +8,26 @@ read: a check never waits for a device.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEFAULT_WORKSPACE_BYTES = 1 << 30
+
+
+def no_forward_mode(op: str, *tensors: Tensor) -> None:
+    """The kernels have no forward-mode derivative; without this it would come out as zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"{op}: forward-mode derivatives (torch.func.jvp) must be taken with "
+            "backend='reference'; the kernels have reverse mode only."
+        )
 
 
 def real_dtype(*tensors: Tensor) -> torch.dtype:
@@ -113,7 +126,7 @@ def vocab_prefix(op: str, vocab_size: int | None, **widths: int) -> int:
 
 def temperature(op: str, name: str, value: float) -> float:
     """A positive finite number."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
     if not 0 < value < math.inf:
         raise ValueError(f"{op}: {name} must be positive and finite, got {value}.")
@@ -136,10 +149,17 @@ def temperatures(op: str, value: object) -> tuple[float | Tensor, float | Tensor
     )
 
 
+def real_values(op: str, name: str, value: Tensor) -> None:
+    """No complex numbers: torch would drop their imaginary part with a warning."""
+    if value.dtype.is_complex:
+        raise TypeError(f"{op}: {name} must hold real numbers, got {value.dtype}.")
+
+
 def per_token(rows, name: str, value: Tensor) -> Tensor:
     """[T] in the kernel's dtype, contiguous and without gradient; rows is a `_laws.Rows`."""
     tensor(rows.op, name, value, 1)
     length(rows.op, name, value, rows.num_tokens, "the hidden states or logits")
+    real_values(rows.op, name, value)
     if value.device != rows.device:
         raise ValueError(f"{rows.op}: {name} must be on {rows.device}, got {value.device}.")
     if value.requires_grad:
@@ -159,7 +179,7 @@ def softcap(op: str, name: str, value: float | None) -> float:
 
 def logit_scale(op: str, name: str, value: float) -> float:
     """A finite number that is not 0."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
     if value == 0 or not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite and not 0, got {value}.")
@@ -237,7 +257,9 @@ def bias(rows, name: str, value: Tensor, vocab_size: int) -> Tensor:
 
 def used_reference(op: str, model: Tensor | None, *options: object) -> None:
     """Bias, softcap and logit scale of a reference model only where there is one."""
-    if model is None and any(option is not None and option != 1.0 for option in options):
+    given = [value for value in options if value is not None and not isinstance(value, Tensor)]
+    tensors = [value for value in options if isinstance(value, Tensor)]
+    if model is None and (tensors or any(value != 1.0 for value in given)):
         raise ValueError(
             f"{op}: reference_bias, reference_softcap and reference_logit_scale must come with a "
             "reference model, got none."
@@ -285,6 +307,7 @@ def token_weights(
         return None
     tensor(op, "token_weights", value, 1)
     length(op, "token_weights", value, num_tokens, "the hidden states or logits")
+    real_values(op, "token_weights", value)
     if value.device != device:
         raise ValueError(f"{op}: token_weights must be on {device}, got {value.device}.")
     if value.requires_grad:
@@ -341,6 +364,23 @@ def token_ids_in_range(
             f"{op}: {name} must be {'below' if padding else 'in [0,'} {vocab_size}"
             f"{'' if padding else ')'}, got {int(value[position])} at position {where}."
             + ("" if padding else " Drop ignored positions (-100) before the call.")
+        )
+
+
+def values_in_range(
+    op: str, name: str, value: Tensor, weights: Tensor | None, low: float, high: float, words: str
+) -> None:
+    """Values of the tokens that count. For the body of an op, on CPU: elsewhere it would wait."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return
+    outside = ~((value >= low) & (value <= high))
+    if weights is not None:
+        outside &= weights != 0
+    outside = torch.nonzero(outside)
+    if len(outside):
+        position = int(outside[0])
+        raise ValueError(
+            f"{op}: {name} must be {words}, got {float(value[position])} at position {position}."
         )
 
 

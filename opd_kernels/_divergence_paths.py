@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch, _laws, _linear, _parallel, sparse_gradient
-from ._checks import real_dtype, token_ids_in_range
+from ._checks import real_dtype, token_ids_in_range, values_in_range
 from .divergence import CLOSE_LSE, FINISH, LSE, OPEN, ROW_SUMS, TERMS
 
 OP = "fused_linear_divergence"
@@ -104,6 +104,15 @@ def _check_ids(laws: _laws.Laws, options: Options) -> None:
             # of a token that does not count, no id is read
             ids = torch.where(laws.token_weights == 0, torch.zeros_like(ids), ids)
         token_ids_in_range(OP, ids, total)
+    tiny, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    positive = (tiny, largest, "positive and finite")
+    for name, values, bounds in (
+        ("student temperature", laws.student_temperatures, positive),
+        ("teacher temperature", laws.teacher_temperatures, positive),
+        ("teacher_weight of the mixture", laws.mixture_weights, (0.0, 1.0, "in [0, 1]")),
+    ):
+        if values is not None:
+            values_in_range(OP, name, values, laws.token_weights, *bounds)
 
 
 class _Chunk(NamedTuple):

@@ -34,6 +34,8 @@ STATISTICS = (
     "student_topk_mass",
     "teacher_topk_mass",
 )
+# of a gradient_tolerance: what each token has lost
+DROPPED = "gradient_dropped_l1"
 _TARGET_TEACHER, _TARGET_GEOMETRIC, _TARGET_MIXTURE = range(3)
 _CROSS_ENTROPY = "cross_entropy"
 # ids of the divergences whose terms need no sum over the row first (kRowSums of divergences.h)
@@ -198,9 +200,12 @@ def pack(
     )
 
 
-def statistic_names(op: str, names: Sequence[str], laws: Laws) -> tuple[str, ...]:
+def statistic_names(op: str, names: Sequence[str], laws: Laws, tolerance: float) -> tuple[str, ...]:
     """The names, checked; those of ids need the ids."""
     names = _checks.names(op, "statistics", names)
+    if tolerance:
+        # comes with the rest whether it is asked for or not
+        names = tuple(name for name in names if name != DROPPED)
     for name in names:
         _checks.one_of(op, "statistics", name, STATISTICS)
         if name.endswith("_logprobs") and laws.token_ids is None:

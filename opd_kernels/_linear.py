@@ -153,7 +153,8 @@ def _slice_columns(
 def active_tokens(token_weights: Tensor | None) -> Tensor | None:
     """Indices of the tokens of non-zero weight; None if there are no weights.
 
-    On a GPU this is the op's one host sync, and only with weights.
+    On a GPU this is a host sync: with weights, and in the backward of reduction "none", where the
+    upstream gradient is one.
     """
     return None if token_weights is None else torch.nonzero(token_weights).squeeze(1)
 

@@ -69,6 +69,7 @@ def divergence(
     Raises:
         ValueError: shapes, vocabulary widths, temperature or weights that do not fit.
         TypeError: a dtype or type that is not supported.
+        RuntimeError: labels, temperatures or weights of a mixture out of range, found on CPU.
         UnsupportedBackendError: a requested backend cannot run the call.
 
     Notes:
@@ -125,6 +126,7 @@ def divergence(
             label_weights=label_weights,
             vocab_size=vocab_size,
         ).to(rows.real)
+    _checks.no_forward_mode(_OP, student_logits, teacher_logits)
     loss, *_ = _dispatch.row_ops(chosen).divergence_fwd(
         _checks.unit_stride(student_logits),
         _checks.unit_stride(teacher_logits.detach()),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -127,12 +128,12 @@ def _component(position: int, item: object) -> tuple[float | Tensor, Divergence]
     coefficient, divergence = item
     if isinstance(coefficient, Tensor):
         return coefficient, parse(divergence)
-    if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
+    if isinstance(coefficient, bool) or not isinstance(coefficient, numbers.Real):
         raise TypeError(
             f"divergence: the coefficient of component {position} must be a number or a tensor of "
             f"one number per token, got {coefficient!r}."
         )
-    if not math.isfinite(coefficient):
+    if not -math.inf < coefficient < math.inf:
         raise ValueError(
             f"divergence: the coefficient of component {position} must be finite, "
             f"got {coefficient}."

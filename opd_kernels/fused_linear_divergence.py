@@ -167,8 +167,8 @@ def fused_linear_divergence(
     )
     lora = _checks.lora(rows, student_lora, heads["student"][1])
     _checks.one_of(_OP, "reduction", reduction, ("sum", "none"))
-    statistics = _laws.statistic_names(_OP, statistics, laws)
     tolerance = _checks.gradient_tolerance(_OP, gradient_tolerance, reduction)
+    statistics = _laws.statistic_names(_OP, statistics, laws, tolerance)
     whole_rows = _laws.needs_whole_rows(laws.divergences)
     if group_name and whole_rows is not None:
         raise ValueError(f"{_OP}: process_group must be None here: {whole_rows}.")
@@ -211,6 +211,7 @@ def fused_linear_divergence(
         return FusedLinearDivergenceOutput(
             loss.to(rows.real), {name: row.to(rows.real) for name, row in named.items()}
         )
+    _checks.no_forward_mode(_OP, *heads["student"][:2], *heads["teacher"][:2])
     plan_heads = [weight for _, weight, _ in heads.values()]
     local_size = _parallel.local_size(group_name, vocab_size)
     why = _parallel.WHOLE_ROWS if group_name else whole_rows
@@ -239,7 +240,7 @@ def fused_linear_divergence(
         )
     returned = {name: named[STATISTICS.index(name)] for name in statistics}
     if tolerance:
-        returned["gradient_dropped_l1"] = named[-1]
+        returned[_laws.DROPPED] = named[-1]
     return FusedLinearDivergenceOutput(loss, returned)
 
 

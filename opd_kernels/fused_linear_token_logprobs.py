@@ -96,6 +96,7 @@ def fused_linear_token_logprobs(
             vocab_size=vocab_size,
         )
     else:
+        _checks.no_forward_mode(_OP, hidden, lm_head_weight)
         values = torch.ops.opd.fused_linear_token_logprobs_fwd(
             *inputs, *law, workspace_bytes, chosen
         )

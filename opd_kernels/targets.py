@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 
 from torch import Tensor
 
@@ -61,9 +62,10 @@ class Mixture:
 
 
 def _number(owner: str, name: str, value: object, besides: str = "") -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner}: {name} must be a number{besides}, got {value!r}.")
-    if not math.isfinite(value):
+    # not math.isfinite, which torch.compile cannot trace for a number that changes
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{owner}: {name} must be finite, got {value}.")
     return float(value)
 

@@ -117,6 +117,7 @@ def token_logprobs(
             vocab_size=vocab_size,
         )
     else:
+        _checks.no_forward_mode(_OP, logits)
         values = _dispatch.row_ops(chosen).token_logprobs_fwd(
             _checks.unit_stride(logits), token_ids, *law
         )

@@ -414,3 +414,31 @@ def test_fused_linear_divergence_reads_no_id_of_a_token_that_does_not_count():
         statistics=["student_logprobs"],
     )
     assert out.statistics["student_logprobs"][1] == 0.0
+
+
+def test_forward_mode_is_refused_and_not_zero():
+    student, teacher = torch.randn(3, 20), torch.randn(3, 20)
+    head = torch.randn(20, 20)
+    calls = (
+        lambda x: opk.divergence(x, teacher),
+        lambda x: opk.fused_linear_divergence(x, head, teacher, head).loss,
+        lambda x: opk.token_logprobs(x, torch.zeros(3, dtype=torch.long)).logprobs,
+        lambda x: opk.fused_linear_token_logprobs(x, head, torch.zeros(3).long()).logprobs,
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="backend='reference'"):
+            torch.func.jvp(call, (student,), (torch.ones_like(student),))
+    exact = torch.func.jvp(
+        lambda x: opk.divergence(x, teacher, backend="reference"),
+        (student,),
+        (torch.ones_like(student),),
+    )
+    assert bool(exact[1].isfinite().all())
+
+
+def test_divergence_refuses_complex_weights():
+    student, teacher = torch.randn(3, 20), torch.randn(3, 20)
+    with pytest.raises(TypeError, match="token_weights must hold real numbers"):
+        opk.divergence(student, teacher, token_weights=torch.ones(3, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="temperature must hold real numbers"):
+        opk.divergence(student, teacher, temperature=torch.ones(3, dtype=torch.complex64))

@@ -350,6 +350,16 @@ def _call(**changes):
             ValueError,
             r"token_ids must be in \[0, 700\), got -100 at position 0. Drop ignored",
         ),
+        (
+            {"temperature": torch.linspace(1.0, -0.1, NUM_TOKENS, dtype=F64)},
+            ValueError,
+            "student temperature must be positive and finite, got .* at position 20",
+        ),
+        (
+            {"target": targets.mixture(torch.linspace(0, 1.1, NUM_TOKENS, dtype=F64))},
+            ValueError,
+            r"teacher_weight of the mixture must be in \[0, 1\], got .* at position 21",
+        ),
         ({"gradient_tolerance": 0.0}, ValueError, "gradient_tolerance must be positive"),
         ({"workspace_bytes": 100}, ValueError, "workspace_bytes must be at least"),
         (
