@@ -197,8 +197,8 @@ def _divergence_fwd_grad_kernel(
         else:
             store_gradient(
                 open_laws(laws, row, readable), loss, coefficients, label_weight, rows, shifts,
-                row, 0, grad_sums, teacher_grad_sum.to(tl.float32), scale, student_row_ptr, laws.vocab_size,
-                COMPONENTS, TARGET, LIVE, BLOCK_V,
+                row, 0, grad_sums, teacher_grad_sum.to(tl.float32), scale, student_row_ptr,
+                laws.vocab_size, COMPONENTS, TARGET, LIVE, BLOCK_V,
             )  # fmt: skip
 
 
