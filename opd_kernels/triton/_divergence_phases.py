@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._components import coefficients_of, row_sums_of, rows_of, thresholds_of, token_weight_of
 from ._ids import cross_entropy_of, label_coefficient
-from ._laws import add_lse, open_laws, shifts_of
+from ._laws import Laws, add_lse, shifts_of, slope_of
 from ._packing import NUM_STATISTICS, Packed, has_row_sums, pack
 from ._rows import launch
 from ._state import (
@@ -43,7 +43,6 @@ from ._whole_rows import (
     store_loss,
     store_nothing,
     store_statistics,
-    student_slope,
     terms_of,
 )
 
@@ -63,7 +62,10 @@ def _lse_kernel(
     row = tl.program_id(0).to(tl.int64)
     state_row_ptr = state_row(state_ptr, row, COMPONENTS)
     if token_weight_of(loss, row) != 0.0:
-        here = open_laws(laws, row, laws.vocab_size)
+        here = Laws(
+            laws.student, laws.teacher, laws.reference, laws.from_student, laws.from_teacher,
+            laws.from_reference, laws.mixture_weights, laws.vocab_size, row,
+        )  # fmt: skip
         for k in tl.static_range(2):
             lse_ptr = state_row_ptr + STUDENT_LSE + k
             largest_ptr = state_row_ptr + STUDENT_LARGEST + k
@@ -85,7 +87,10 @@ def _row_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     state_row_ptr = state_row(state_ptr, row, COMPONENTS)
     if token_weight_of(loss, row) != 0.0:
-        here = open_laws(laws, row, laws.vocab_size)
+        here = Laws(
+            laws.student, laws.teacher, laws.reference, laws.from_student, laws.from_teacher,
+            laws.from_reference, laws.mixture_weights, laws.vocab_size, row,
+        )  # fmt: skip
         coefficients = coefficients_of(loss, row, COMPONENTS)
         shifts = _shifts_of_row(state_row_ptr)
         thresholds = thresholds_of(here, loss, shifts, COMPONENTS, TARGET, BLOCK_V)
@@ -104,7 +109,10 @@ def _terms_kernel(
     row = tl.program_id(0).to(tl.int64)
     state_row_ptr = state_row(state_ptr, row, COMPONENTS)
     if token_weight_of(loss, row) != 0.0:
-        here = open_laws(laws, row, laws.vocab_size)
+        here = Laws(
+            laws.student, laws.teacher, laws.reference, laws.from_student, laws.from_teacher,
+            laws.from_reference, laws.mixture_weights, laws.vocab_size, row,
+        )  # fmt: skip
         coefficients = coefficients_of(loss, row, COMPONENTS)
         shifts = _shifts_of_row(state_row_ptr)
         rows = rows_of(loss, load_row_sums(state_row_ptr, COMPONENTS), COMPONENTS)
@@ -176,7 +184,10 @@ def _divergence_bwd_kernel(
         laws, loss, coefficients, label_weight, row, COMPONENTS, BLOCK_LABELS
     )
     readable = tl.where((weight == 0.0) | (grad_loss == 0.0), 0, columns)
-    here = open_laws(laws, row, readable)
+    here = Laws(
+        laws.student, laws.teacher, laws.reference, laws.from_student, laws.from_teacher,
+        laws.from_reference, laws.mixture_weights, readable, row,
+    )  # fmt: skip
     rows = rows_of(loss, load_row_sums(state_row_ptr, COMPONENTS), COMPONENTS)
     grad_sums = full_grad_sum(
         loss, label_weight, tl.load(state_row_ptr + GRAD_SUM), row, BLOCK_LABELS
@@ -184,7 +195,7 @@ def _divergence_bwd_kernel(
     teacher_grad_sum = tl.load(state_row_ptr + TEACHER_GRAD_SUM).to(tl.float32)
     store_gradient(
         here, loss, coefficients, label_weight, rows, _shifts_of_row(state_row_ptr), row,
-        first_column, grad_sums, teacher_grad_sum, student_slope(here, weight * grad_loss),
+        first_column, grad_sums, teacher_grad_sum, slope_of(laws.student, row, weight * grad_loss),
         grad_ptr + row * stride_grad, grad_width, COMPONENTS, TARGET, LIVE, BLOCK_V,
     )  # fmt: skip
 

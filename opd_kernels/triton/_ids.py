@@ -44,7 +44,7 @@ def _columns_of(
 @triton.jit
 def _logprobs_at(laws, shifts, columns, inside, TARGET: tl.constexpr):
     """(log q, log p) of some columns."""
-    student = load_side(laws.student, columns, inside)
+    student = load_side(laws.student, laws.row, columns, inside)
     target = load_target(laws, student, columns, inside, TARGET)
     lq = (student - shifts.student_high) - shifts.student_low
     return lq, (target - shifts.teacher_high) - shifts.teacher_low
@@ -111,14 +111,14 @@ def cross_entropy_of(
 
 @triton.jit
 def label_coefficient(coefficients, COMPONENTS: tl.constexpr):
-    """The coefficient of cross_entropy in the loss, summed; None where it is no part of it."""
-    out = None
+    """The coefficient of cross_entropy in the loss, summed."""
+    out = tl.full((), 0.0, tl.float32)
     for j in tl.static_range(len(COMPONENTS)):
         if COMPONENTS[j] == CROSS_ENTROPY:
-            one = 1.0
-            if len(coefficients) > 0:
-                one = coefficients[j]
-            out = one if out is None else out + one
+            if len(coefficients) == 0:
+                out += 1.0
+            else:
+                out += coefficients[j]
     return out
 
 
@@ -135,7 +135,7 @@ def label_sum(loss, coefficient, row, BLOCK_LABELS: tl.constexpr):
 @triton.jit
 def has_labels(loss, coefficient, row, BLOCK_LABELS: tl.constexpr):
     """Whether a label has a part in the loss of a row: how many have, or 0."""
-    if coefficient is None:
+    if loss.labels is None:
         return tl.full((), 0, tl.int32)
     else:
         k = tl.arange(0, BLOCK_LABELS)
@@ -150,7 +150,7 @@ def has_labels(loss, coefficient, row, BLOCK_LABELS: tl.constexpr):
 @triton.jit
 def subtract_labels(loss, coefficient, row, columns, first_column, dterm):
     """dterm of a block of columns, with the labels' part."""
-    if coefficient is None:
+    if loss.labels is None:
         return dterm
     else:
         for k in range(0, loss.num_labels):

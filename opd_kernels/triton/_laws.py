@@ -21,7 +21,7 @@ MIXTURE = tl.constexpr(2)
 
 
 class Side(NamedTuple):
-    """softcap(scale * (logits + bias)) / temperature; a pointer of temperatures wins."""
+    """softcap(scale * (logits + bias)) / temperature; temperatures is a pointer, and wins."""
 
     logits: Any
     stride: Any
@@ -33,7 +33,11 @@ class Side(NamedTuple):
 
 
 class Laws(NamedTuple):
-    """The three sides and the target: coefficients of a geometric one, weights of a mixture."""
+    """The three sides and the target: coefficients of a geometric one, weights of a mixture.
+
+    row is that of a program, whose columns are vocab_size. A kernel makes it in place: Triton 3.6
+    lets no device function return a None.
+    """
 
     student: Any
     teacher: Any
@@ -41,8 +45,9 @@ class Laws(NamedTuple):
     from_student: Any
     from_teacher: Any
     from_reference: Any
-    mixture_weight: Any
+    mixture_weights: Any
     vocab_size: Any
+    row: Any = None
 
 
 class Shifts(NamedTuple):
@@ -57,35 +62,10 @@ class Shifts(NamedTuple):
 
 
 @triton.jit
-def _open_side(side, row):
-    temperature = side.temperature
-    if side.temperatures is not None:
-        temperature = tl.load(side.temperatures + row)
-    return Side(
-        side.logits + row * side.stride, None, side.bias, side.scale, side.softcap, temperature,
-        None,
-    )  # fmt: skip
-
-
-@triton.jit
-def open_laws(laws, row, vocab_size):
-    """The laws of one row: its pointers, temperatures and weight. vocab_size 0: it is not read."""
-    reference = laws.reference
-    if laws.reference is not None:
-        reference = _open_side(laws.reference, row)
-    weight = laws.mixture_weight
-    if laws.mixture_weight is not None:
-        weight = tl.load(laws.mixture_weight + row)
-    return Laws(
-        _open_side(laws.student, row), _open_side(laws.teacher, row), reference,
-        laws.from_student, laws.from_teacher, laws.from_reference, weight, vocab_size,
-    )  # fmt: skip
-
-
-@triton.jit
-def load_uncapped(side, columns, inside):
+def load_uncapped(side, row, columns, inside):
     """scale * (logits + bias) in float32; -inf where not inside, before a scale."""
-    logits = tl.load(side.logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    row_ptr = side.logits + row * side.stride
+    logits = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
     if side.bias is not None:
         logits = logits + tl.load(side.bias + columns, mask=inside, other=0.0)
     if side.scale is not None:
@@ -94,16 +74,30 @@ def load_uncapped(side, columns, inside):
 
 
 @triton.jit
-def load_side(side, columns, inside):
+def load_side(side, row, columns, inside):
     """The logits that a law is the softmax of; -inf where not inside, where nothing has mass."""
-    logits = load_uncapped(side, columns, inside)
+    logits = load_uncapped(side, row, columns, inside)
     if side.softcap is not None:
         logits = softcap(logits, side.softcap)
-    if side.temperature is not None:
+    if side.temperatures is not None:
+        logits = tl.div_rn(logits, tl.load(side.temperatures + row))
+    elif side.temperature is not None:
         logits = tl.div_rn(logits, side.temperature)
     if side.scale is not None or side.softcap is not None:
         logits = tl.where(inside, logits, float("-inf"))
     return logits
+
+
+@triton.jit
+def slope_of(side, row, factor):
+    """factor * d (the logits of the law) / d logits, but for a softcap."""
+    if side.scale is not None:
+        factor = factor * side.scale
+    if side.temperatures is not None:
+        factor = factor / tl.load(side.temperatures + row)
+    elif side.temperature is not None:
+        factor = factor / side.temperature
+    return factor
 
 
 @triton.jit
@@ -116,7 +110,7 @@ def _add_scaled(total, factor, logits):
 @triton.jit
 def load_target(laws, student, columns, inside, TARGET: tl.constexpr):
     """Logits of the teacher, or of the geometric mean that stands in for it."""
-    logits = load_side(laws.teacher, columns, inside)
+    logits = load_side(laws.teacher, laws.row, columns, inside)
     if TARGET == GEOMETRIC:
         if laws.from_teacher is None:
             logits = tl.zeros_like(logits)
@@ -126,7 +120,7 @@ def load_target(laws, student, columns, inside, TARGET: tl.constexpr):
         if laws.from_student is not None:
             logits = _add_scaled(logits, laws.from_student, student)
         if laws.from_reference is not None:
-            reference = load_side(laws.reference, columns, inside)
+            reference = load_side(laws.reference, laws.row, columns, inside)
             logits = _add_scaled(logits, laws.from_reference, reference)
         logits = tl.where(inside, logits, float("-inf"))
     return logits
@@ -144,7 +138,7 @@ def add_lse(
         inside = columns < laws.vocab_size
         logits = None
         if OF_STUDENT or laws.from_student is not None:
-            logits = load_side(laws.student, columns, inside)
+            logits = load_side(laws.student, laws.row, columns, inside)
         if not OF_STUDENT:
             logits = load_target(laws, logits, columns, inside, TARGET)
         lanes, sums, where_largest = add_to_lanes(logits, columns, lanes, sums, where_largest)
@@ -178,7 +172,7 @@ def _logprob(logits, high, low):
 @triton.jit
 def load_entry(laws, shifts, columns, inside, TARGET: tl.constexpr):
     """Entries of student and target, a mixture not yet mixed."""
-    student = load_side(laws.student, columns, inside)
+    student = load_side(laws.student, laws.row, columns, inside)
     target = load_target(laws, student, columns, inside, TARGET)
     lq, lq_low = _logprob(student, shifts.student_high, shifts.student_low)
     lp, lp_low = _logprob(target, shifts.teacher_high, shifts.teacher_low)
@@ -196,7 +190,7 @@ def _of_ends(weight, of_teacher, of_student, between):
 def mix_target(laws, e, TARGET: tl.constexpr):
     """(e with the mixture as its teacher, d log mixture / d log q through the student in it)."""
     if TARGET == MIXTURE:
-        weight = laws.mixture_weight
+        weight = tl.load(laws.mixture_weights + laws.row)
         mix = mixture(e, weight, 1.0 - weight)
         lm = tl.where(e.gap <= 0.0, e.lp + mix.lm_lp, e.lq + mix.lm_lq)
         through = (1.0 - weight) * mix.q_over_m

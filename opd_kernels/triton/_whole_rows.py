@@ -92,7 +92,7 @@ def columns_with_gradient(
 def full_grad_sum(loss, label_weight, grad_sum, row, BLOCK_LABELS: tl.constexpr):
     """Sum of dterm, the labels' part included, as two float32: near a sum of 1 or 1/2, where the
     student has all but one token ruled out, the gradient is what rounding would leave of it."""
-    if label_weight is not None:
+    if loss.labels is not None:
         grad_sum = grad_sum - label_sum(loss, label_weight, row, BLOCK_LABELS)
     return split(grad_sum)
 
@@ -122,21 +122,11 @@ def store_gradient(
             gradient += tl.where(reads_teacher(coefficients, COMPONENTS) == 0, 0.0, through)
         gradient = subtract_labels(loss, label_weight, row, columns, first_column, gradient)
         if laws.student.softcap is not None:
-            logits = load_uncapped(laws.student, columns, inside)
+            logits = load_uncapped(laws.student, laws.row, columns, inside)
             gradient *= softcap_slope(logits, laws.student.softcap)
         gradient = tl.where(inside, scale * gradient, 0.0)
         gradient = gradient.to(grad_row_ptr.dtype.element_ty)
         tl.store(grad_row_ptr + columns, gradient, mask=columns < grad_width)
-
-
-@triton.jit
-def student_slope(laws, scale):
-    """scale * d (the logits of the law) / d logits, but for a softcap."""
-    if laws.student.scale is not None:
-        scale = scale * laws.student.scale
-    if laws.student.temperature is not None:
-        scale = scale / laws.student.temperature
-    return scale
 
 
 @triton.jit

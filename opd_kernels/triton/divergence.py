@@ -24,7 +24,7 @@ from ._components import (
 )
 from ._divergence_phases import divergence_bwd_, divergence_phase_, launch_bwd
 from ._ids import cross_entropy_of, label_coefficient
-from ._laws import add_lse, open_laws, shifts_of
+from ._laws import Laws, add_lse, shifts_of, slope_of
 from ._packing import NUM_STATISTICS, pack
 from ._rows import launch
 from ._state import (
@@ -48,7 +48,6 @@ from ._whole_rows import (
     store_loss,
     store_nothing,
     store_statistics,
-    student_slope,
     terms_of,
 )
 
@@ -113,7 +112,10 @@ def _divergence_fwd_kernel(
     else:
         # the thread that stores a scalar may not be the one that zeroed it
         tl.debug_barrier()
-        here = open_laws(laws, row, laws.vocab_size)
+        here = Laws(
+            laws.student, laws.teacher, laws.reference, laws.from_student, laws.from_teacher,
+            laws.from_reference, laws.mixture_weights, laws.vocab_size, row,
+        )  # fmt: skip
         coefficients = coefficients_of(loss, row, COMPONENTS)
         student, teacher, shifts, cross_entropy, statistics, thresholds, sums = _open_row(
             here, loss, ids, coefficients, statistics_ptr, row, COMPONENTS, TARGET,
@@ -158,7 +160,10 @@ def _divergence_fwd_grad_kernel(
             zero = tl.zeros((BLOCK_V,), tl.float32)
             tl.store(student_row_ptr + columns, zero, mask=columns < laws.vocab_size)
     else:
-        here = open_laws(laws, row, laws.vocab_size)
+        here = Laws(
+            laws.student, laws.teacher, laws.reference, laws.from_student, laws.from_teacher,
+            laws.from_reference, laws.mixture_weights, laws.vocab_size, row,
+        )  # fmt: skip
         coefficients = coefficients_of(loss, row, COMPONENTS)
         _, _, shifts, cross_entropy, _, _, sums = _open_row(
             here, loss, ids, coefficients, statistics_ptr, row, COMPONENTS, TARGET,
@@ -168,7 +173,10 @@ def _divergence_fwd_grad_kernel(
         label_weight = label_coefficient(coefficients, COMPONENTS)
         dterm_row_ptr, q_row_ptr = None, None
         if OVERWRITES_TWICE:
-            dterm_row_ptr, q_row_ptr = student_row_ptr, here.teacher.logits
+            dterm_row_ptr, q_row_ptr = (
+                student_row_ptr,
+                laws.teacher.logits + row * laws.teacher.stride,
+            )
             # a logit of a label may have been read by a thread that is not through yet
             tl.debug_barrier()
         terms, grad_sum, teacher_grad_sum = terms_of(
@@ -178,7 +186,7 @@ def _divergence_fwd_grad_kernel(
         store_loss(
             loss, coefficients, terms, sums, cross_entropy, weight, loss_ptr, row, COMPONENTS
         )
-        scale = student_slope(here, weight)
+        scale = slope_of(laws.student, row, weight)
         grad_sums = full_grad_sum(loss, label_weight, grad_sum, row, BLOCK_LABELS)
         # the thread that reads a column may not be the one that wrote it
         tl.debug_barrier()
@@ -195,8 +203,12 @@ def _divergence_fwd_grad_kernel(
                     student_row_ptr + columns, scale * minus_share(dterm, q, grad_sums), mask=inside
                 )
         else:
+            silent = Laws(
+                laws.student, laws.teacher, laws.reference, laws.from_student, laws.from_teacher,
+                laws.from_reference, laws.mixture_weights, readable, row,
+            )  # fmt: skip
             store_gradient(
-                open_laws(laws, row, readable), loss, coefficients, label_weight, rows, shifts,
+                silent, loss, coefficients, label_weight, rows, shifts,
                 row, 0, grad_sums, teacher_grad_sum.to(tl.float32), scale, student_row_ptr,
                 laws.vocab_size, COMPONENTS, TARGET, LIVE, BLOCK_V,
             )  # fmt: skip

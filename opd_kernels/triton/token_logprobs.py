@@ -13,19 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._laws import _open_side, load_side, load_uncapped
+from ._laws import load_side, load_uncapped, slope_of
 from ._math import exp, softcap_slope
 from ._packing import _side
 from ._rows import add_to_lanes, close_lanes, launch, open_lanes, split, tile
 
 
 @triton.jit
-def _row_lse(law, vocab_size, BLOCK_V: tl.constexpr):
+def _row_lse(law, row, vocab_size, BLOCK_V: tl.constexpr):
     """Log-sum-exp of one row in float64."""
     largest, total, where_largest = open_lanes(BLOCK_V)
     for begin in range(0, vocab_size, BLOCK_V):
         columns = begin + tl.arange(0, BLOCK_V)
-        logits = load_side(law, columns, columns < vocab_size)
+        logits = load_side(law, row, columns, columns < vocab_size)
         largest, total, where_largest = add_to_lanes(logits, columns, largest, total, where_largest)
     row_largest, row_total, _ = close_lanes(largest, total, where_largest, vocab_size)
     return row_largest.to(tl.float64) + tl.log(row_total)
@@ -36,19 +36,18 @@ def _token_logprobs_fwd_kernel(
     law, token_ids_ptr, logprobs_ptr, lse_ptr, entropy_ptr, vocab_size, BLOCK_V: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    here = _open_side(law, row)
-    lse = _row_lse(here, vocab_size, BLOCK_V)
+    lse = _row_lse(law, row, vocab_size, BLOCK_V)
     high, low = split(lse)
     entropy = tl.zeros((BLOCK_V,), tl.float32)
     for begin in range(0, vocab_size, BLOCK_V):
         columns = begin + tl.arange(0, BLOCK_V)
-        lq = (load_side(here, columns, columns < vocab_size) - high) - low
+        lq = (load_side(law, row, columns, columns < vocab_size) - high) - low
         q = exp(lq)
         entropy -= tl.where(q == 0.0, 0.0, q * lq)
     token_id = tl.load(token_ids_ptr + row)
     # an id out of range is the caller's error: NaN, not a read beyond the row
     is_token = (token_id >= 0) & (token_id < vocab_size)
-    logprob = (load_side(here, token_id, is_token) - high) - low
+    logprob = (load_side(law, row, token_id, is_token) - high) - low
     tl.store(logprobs_ptr + row, tl.where(is_token, logprob, float("nan")))
     tl.store(lse_ptr + row, lse)
     tl.store(entropy_ptr + row, tl.sum(entropy, 0))
@@ -60,7 +59,6 @@ def _token_logprobs_bwd_kernel(
     grad_logits_ptr, vocab_size, grad_width, stride_grad, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    here = _open_side(law, row)
     grad_row_ptr = grad_logits_ptr + row * stride_grad
     grad_logprob = tl.load(grad_logprobs_ptr + row)
     grad_lse = tl.load(grad_lse_ptr + row).to(tl.float32)
@@ -70,22 +68,18 @@ def _token_logprobs_bwd_kernel(
     # a row that counts for nothing is not read, so that NaN in it stays there
     is_zero = (grad_logprob == 0.0) & (grad_lse == 0.0) & (grad_entropy == 0.0)
     readable = tl.where(is_zero, 0, vocab_size)
-    slope = 1.0
-    if law.scale is not None:
-        slope = slope * law.scale
-    if here.temperature is not None:
-        slope = slope / here.temperature
+    slope = slope_of(law, row, 1.0)
     c0 = slope * (grad_lse - grad_logprob - grad_entropy * tl.load(entropy_ptr + row))
     c1 = -slope * grad_entropy
     for begin in range(0, grad_width, BLOCK_V):
         columns = begin + tl.arange(0, BLOCK_V)
         inside = columns < readable
-        lq = (load_side(here, columns, inside) - high) - low
+        lq = (load_side(law, row, columns, inside) - high) - low
         q = exp(lq)
         gradient = tl.where(q == 0.0, 0.0, q * (c0 + c1 * lq))
         gradient += tl.where(columns == token_id, slope * grad_logprob, 0.0)
-        if here.softcap is not None:
-            gradient *= softcap_slope(load_uncapped(here, columns, inside), here.softcap)
+        if law.softcap is not None:
+            gradient *= softcap_slope(load_uncapped(law, row, columns, inside), law.softcap)
         gradient = tl.where(inside, gradient, 0.0)
         gradient = gradient.to(grad_logits_ptr.dtype.element_ty)
         tl.store(grad_row_ptr + columns, gradient, mask=columns < grad_width)
