@@ -218,6 +218,40 @@ def test_triton_backward_skips_rows_without_upstream_gradient():
     assert bool((gradient[1:] == 0).all()) and not bool((gradient[0] == 0).all())
 
 
+@pytest.mark.parametrize("order", [0.5, 3.0])
+def test_triton_renyi_of_laws_far_apart_is_the_compiled_one(order):
+    # sum r underflows float32 at one order and overflows it at the other
+    logits = [torch.zeros(1, 40), torch.zeros(1, 40), None]
+    logits[0][0, 3], logits[1][0, 7] = 85.0, 85.0
+    laws = laws_of(logits[0], 40, divergence=D.renyi(order))
+    expected = CPU.divergence_fwd(*logits, *laws, False)
+    actual = TRITON.divergence_fwd(*logits, *laws, False)
+    assert bool(expected[0].isfinite().all())
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=0)
+    gradients = [
+        ops.divergence_bwd(torch.ones(1), state, *logits, *laws)
+        for ops, state in ((TRITON, actual[1]), (CPU, expected[1]))
+    ]
+    assert_same(gradients[:1], gradients[1:])
+
+
+@pytest.mark.parametrize("ops", [CPU, TRITON], ids=["cpu", "triton"])
+def test_row_of_coefficients_zero_has_no_gradient_whatever_it_holds(ops):
+    logits, laws = call_of(
+        "plain",
+        token_weights=None,
+        divergence=[(WEIGHTS, "jsd"), (WEIGHTS, "cross_entropy")],
+        **LABELS,
+    )
+    loss, state, _ = ops.divergence_fwd(*logits, *laws, False)
+    gradient = ops.divergence_bwd(torch.ones(NUM_TOKENS), state, *logits, *laws)
+    assert loss[1] == 0 and bool((gradient[1] == 0).all())
+    student, teacher = logits[0].clone(), logits[1].clone()
+    loss, _ = ops.divergence_fwd_grad_(student, teacher, None, *laws, False)
+    assert loss[1] == 0 and bool((student[1, :VOCAB] == 0).all())
+    assert bool(student[0, :VOCAB].isfinite().all())
+
+
 def test_triton_phases_refuse_adaptive_kl_in_the_core_s_words():
     logits, laws = call_of("plain", divergence="adaptive_kl")
     state = torch.empty(NUM_TOKENS, laws.state_size, dtype=F64)
