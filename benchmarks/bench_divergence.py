@@ -59,6 +59,6 @@ def bench_divergence(benchmark, divergence, dtype):
         },
         floor="copy",
         rounds=7,
-        budget_s=2,
+        budget_s=1.5,
     )
     assert ratios[harness.OURS] < ratios["eager"], ratios

@@ -101,7 +101,7 @@ def bench_every_divergence(benchmark):
     for name in opk.divergences.DIVERGENCES:
         variants[name] = with_backward(ours(name, **labels_of(name, CPU)), tensors)
     benchmark.group = f"every divergence float32 {CPU}"
-    turns = harness.take_turns(benchmark, variants, rounds=8, budget_s=65, lead="reverse_kl")
+    turns = harness.take_turns(benchmark, variants, rounds=8, budget_s=55, lead="reverse_kl")
     ratios = harness.record(benchmark, turns, "gemms")
     ratios = {name: ratios[name] for name in opk.divergences.DIVERGENCES}
     worst = max(ratios, key=ratios.get)

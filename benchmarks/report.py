@@ -60,11 +60,12 @@ QUESTIONS = {
     ),
     "peers float32": (
         "How long do others take for the same loss, float32?",
-        f"Time over the bare GEMMs. {PEERS}",
+        f"Time over the bare GEMMs. {PEERS} An empty cell is a peer left out to save time, behind "
+        "its own compiled form in other rows.",
     ),
     "peers float32 frozen head": (
         "... when the head is frozen?",
-        "No dW then: the floor is three GEMMs.",
+        "No dW then: the floor is three GEMMs. The quickest of the peers.",
     ),
     "peers float32 other divergences": (
         "... for the rest of the family?",

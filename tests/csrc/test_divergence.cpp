@@ -330,7 +330,7 @@ void test_refusals() {
     args.reference = {{nullptr, 0, OPD_FLOAT64}, nullptr, 1.0, 0.0, 1.0, nullptr};
   });
   static const int64_t ids[2] = {0, 10};
-  refused("token_ids must be in [0, 10), got 10 at position 1",
+  refused("token_ids must be below 10, got 10 at position 1",
           [](auto& args) { args.token_ids = ids; });
   refused("loss and state", [](auto& args) { args.state = nullptr; });
 }
