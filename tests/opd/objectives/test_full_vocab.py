@@ -128,7 +128,11 @@ def test_workspace_does_not_change_the_loss(student, teacher, batch):
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+# parts of these are constants of the gradient by definition
+@pytest.mark.parametrize(
+    "divergence",
+    [name for name in DIVERGENCES if name not in ("todi", "adaptive_kl", "concrete_score")],
+)
 def test_gradient_is_that_of_finite_differences(divergence):
     generator = torch.Generator().manual_seed(3)
     head, other = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
