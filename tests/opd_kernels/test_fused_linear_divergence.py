@@ -461,11 +461,12 @@ def test_fused_linear_divergence_opcheck(dtype, case):
         (*trained, *live, workspace, [True] * 5, True, *rest),
     )
     torch.library.opcheck(
-        torch.ops.opd.fused_linear_divergence_fwd, (*trained, *live, workspace, True, *rest)
+        torch.ops.opd.fused_linear_divergence_fwd,
+        (*trained, *live, workspace, True, "", "cpu"),
     )
     torch.library.opcheck(
         torch.ops.opd.fused_linear_divergence_bwd,
-        (torch.ones(case.num_tokens), *tensors, *laws, workspace, [True] * 5, *rest),
+        (torch.ones(case.num_tokens), *tensors, *laws, workspace, [True] * 5, "", "cpu"),
     )
 
 
