@@ -145,7 +145,7 @@ def test_ctrl_c_or_a_kill_ends_the_demo_with_one_line_that_says_how_to_go_on(tmp
     while not (tmp_path / "seed0" / "teacher.log").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == 130, output
     last = output.strip().splitlines()[-1]
     assert last.startswith("stopped; to go on:") and f"--root {tmp_path} --seeds 0" in last
