@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._registration import register
 
 # a 16-bit head is widened to float32 in slices on CPU, where the 16-bit GEMM is 10 to 100 times
 # slower; they may take this share of the workspace
@@ -29,9 +28,6 @@ _MAX_HEAD_SLICE_ROWS = 8192
 _FEWEST_TOKENS = {"cpu": 16, "cuda": 128}
 _FEWEST_COLUMNS = 64
 NO_PATH_B = "this op needs whole rows"
-
-
-register("advise_huge_pages_", fake=lambda buffer: None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,10 +267,7 @@ class LowRank(NamedTuple):
 
 def new_buffer(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised float32 (float64) buffer on the device of `like`, for a GEMM to fill."""
-    buffer = like.new_empty(shape, dtype=_checks.real_dtype(like))
-    if buffer.device.type == "cpu":
-        torch.ops.opd.advise_huge_pages_(buffer)
-    return buffer
+    return like.new_empty(shape, dtype=_checks.real_dtype(like))
 
 
 def new_grad_weight(weight: Tensor, vocab_size: int, num_tokens: int) -> Tensor:

@@ -14,10 +14,6 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "opd/opd.h"
 
 // What a call says of its laws and of its loss; opd_kernels/_laws.py packs it. `numbers`: scale,
@@ -76,7 +72,6 @@ STABLE_TORCH_LIBRARY(opd, m) {
   m.def(
       "segment_scan_group_statistics(Tensor values, Tensor? mask, Tensor offsets, "
       "int correction) -> (Tensor count, Tensor mean, Tensor std, Tensor leave_one_out_mean)");
-  m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   // the columns of a chunk's gradient that some token needs, and what the others sum to
   m.def(
       "sparse_gradient_mark(Tensor grad_logits, Tensor? token_weights, float tolerance) -> "
@@ -635,22 +630,6 @@ void sparse_gradient_add_(Tensor target, Tensor columns, Tensor rows) {
   check(opd_sparse_gradient_add_cpu(&args));
 }
 
-// A large fresh buffer is touched for the first time by the GEMM that fills it; in 4 KiB pages those
-// faults cost as much as a row kernel. Only whole huge pages inside the buffer are asked for, so
-// that no memory beyond it is taken. A kernel that declines loses time, never correctness.
-void advise_huge_pages_(Tensor buffer) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(buffer.data_ptr());
-  const uintptr_t end = begin + buffer.numel() * buffer.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = end / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)buffer;
-#endif
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
@@ -669,5 +648,4 @@ STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
   m.impl("sparse_gradient_mark", TORCH_BOX(&sparse_gradient_mark));
   m.impl("sparse_gradient_pack_", TORCH_BOX(&sparse_gradient_pack_));
   m.impl("sparse_gradient_add_", TORCH_BOX(&sparse_gradient_add_));
-  m.impl("advise_huge_pages_", TORCH_BOX(&advise_huge_pages_));
 }
