@@ -300,19 +300,15 @@ class _Run:
         if self.with_grad:
             ones = torch.ones_like(loss)
             for columns, logits in each_slice():
-                student_logits, *others = logits
-                with _linear.phase(student_logits, OP, "rows"):
+                with _linear.phase(logits[0], OP, "rows"):
                     self.rows.divergence_bwd_(
-                        student_logits,
                         ones,
                         state,
-                        *others,
+                        *logits,
                         *chunk.laws.columns(columns),
                         self.first_column + columns.start,
                     )
-                self._backproject(
-                    chunk, student_logits, columns, others[0], first=columns.start == 0
-                )
+                self._backproject(chunk, logits[0], columns, logits[1], first=columns.start == 0)
         return loss, statistics
 
     def _backproject(

@@ -50,7 +50,7 @@ STABLE_TORCH_LIBRARY(opd, m) {
   // the log-sum-exps, 5 finishes
   m.def("divergence_phase_(Tensor(a!) state, " OPD_LOGITS OPD_LAWS
         ", int phase, int first_column, bool with_statistics) -> (Tensor loss, Tensor statistics)");
-  m.def("divergence_bwd_(Tensor(a!) student_logits, Tensor grad_loss, Tensor state, "
+  m.def("divergence_bwd_(Tensor grad_loss, Tensor state, Tensor(a!) student_logits, "
         "Tensor teacher_logits, Tensor? reference_logits, " OPD_LAWS ", int first_column) -> ()");
   m.def("token_logprobs_fwd(Tensor logits, Tensor token_ids, " OPD_LAW
         ") -> (Tensor logprobs, Tensor lse, Tensor entropy)");
@@ -339,7 +339,7 @@ Tensor divergence_bwd(Tensor grad_loss, Tensor state, Tensor student_logits, Ten
   return grad;
 }
 
-void divergence_bwd_(Tensor student_logits, Tensor grad_loss, Tensor state, Tensor teacher_logits,
+void divergence_bwd_(Tensor grad_loss, Tensor state, Tensor student_logits, Tensor teacher_logits,
                      Optional reference_logits, OPD_LAW_PARAMETERS, int64_t first_column) {
   Laws laws = OPD_LAW_ARGUMENTS;
   opd_divergence_args_t args =

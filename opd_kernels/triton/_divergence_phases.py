@@ -15,7 +15,7 @@ from torch import Tensor
 from ._components import coefficients_of, row_sums_of, rows_of, thresholds_of, token_weight_of
 from ._ids import cross_entropy_of, label_coefficient
 from ._laws import Laws, add_lse, shifts_of, slope_of
-from ._packing import NUM_STATISTICS, Packed, has_row_sums, pack
+from ._packing import NUM_STATISTICS, Packed, has_row_sums, takes_laws
 from ._rows import launch
 from ._state import (
     CROSS_ENTROPY_SUM,
@@ -212,50 +212,25 @@ def launch_bwd(
     )  # fmt: skip
 
 
+@takes_laws
 def divergence_phase_(
     state: Tensor,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    reference_logits: Tensor | None,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    reference_bias: Tensor | None,
-    student_temperatures: Tensor | None,
-    teacher_temperatures: Tensor | None,
-    token_weights: Tensor | None,
-    coefficients: Tensor | None,
-    mixture_weights: Tensor | None,
-    labels: Tensor | None,
-    label_weights: Tensor | None,
-    token_ids: Tensor | None,
-    topk_ids: Tensor | None,
-    divergences: list[int],
-    params: list[float],
-    numbers: list[float],
-    target: int,
-    live_target: bool,
-    vocab_size: int,
+    packed: Packed,
     phase: int,
     first_column: int,
     with_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics) of `opd::divergence_phase_`: empty but for the last phase."""
-    packed = pack(
-        student_logits, teacher_logits, reference_logits,
-        student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
-        token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids,
-        divergences, params, numbers, target, live_target, vocab_size,
-    )  # fmt: skip
     if packed.needs_whole_rows and phase in (LSE, ROW_SUMS, TERMS):
         raise RuntimeError("divergence: adaptive_kl sorts the teacher's law and needs whole rows")
     finishes = phase == FINISH
-    num_tokens = student_logits.shape[0]
-    loss = student_logits.new_empty(num_tokens if finishes else 0, dtype=torch.float32)
+    num_tokens = state.shape[0]
+    loss = state.new_empty(num_tokens if finishes else 0, dtype=torch.float32)
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if finishes and with_statistics else 0)
     if phase == OPEN:
         _open(state)
     elif phase == CLOSE_LSE:
-        _close_lse(state, token_weights)
+        _close_lse(state, packed.loss.token_weights)
     else:
         _launch_phase(packed, phase, state, first_column, loss, statistics, with_statistics)
     return loss, statistics
@@ -308,37 +283,7 @@ def _launch_phase(
         )  # fmt: skip
 
 
-def divergence_bwd_(
-    student_logits: Tensor,
-    grad_loss: Tensor,
-    state: Tensor,
-    teacher_logits: Tensor,
-    reference_logits: Tensor | None,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    reference_bias: Tensor | None,
-    student_temperatures: Tensor | None,
-    teacher_temperatures: Tensor | None,
-    token_weights: Tensor | None,
-    coefficients: Tensor | None,
-    mixture_weights: Tensor | None,
-    labels: Tensor | None,
-    label_weights: Tensor | None,
-    token_ids: Tensor | None,
-    topk_ids: Tensor | None,
-    divergences: list[int],
-    params: list[float],
-    numbers: list[float],
-    target: int,
-    live_target: bool,
-    vocab_size: int,
-    first_column: int,
-) -> None:
+@takes_laws
+def divergence_bwd_(grad_loss: Tensor, state: Tensor, packed: Packed, first_column: int) -> None:
     """`opd::divergence_bwd_`: the gradient overwrites the float32 student logits."""
-    packed = pack(
-        student_logits, teacher_logits, reference_logits,
-        student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
-        token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids,
-        divergences, params, numbers, target, live_target, vocab_size,
-    )  # fmt: skip
-    launch_bwd(packed, grad_loss, state, student_logits, first_column)
+    launch_bwd(packed, grad_loss, state, packed.laws.student.logits, first_column)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import triton
@@ -120,6 +123,26 @@ def pack(
         },
         num_warps,
     )  # fmt: skip
+
+
+def takes_laws(launcher: Callable) -> Callable:
+    """`launcher(..., packed, ...)` called with the arguments of `pack` in the place of `packed`.
+
+    The signature says so too: it is that of the op's schema.
+    """
+    own = list(inspect.signature(launcher).parameters.values())
+    packed = [parameter.name for parameter in own].index("packed")
+    expanded = list(inspect.signature(pack).parameters.values())
+    after = packed + len(expanded)
+
+    @functools.wraps(launcher)
+    def launch(*arguments: object) -> object:
+        laws = pack(*arguments[packed:after])
+        return launcher(*arguments[:packed], laws, *arguments[after:])
+
+    parameters = [*own[:packed], *expanded, *own[packed + 1 :]]
+    launch.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return launch
 
 
 def has_row_sums(components: tuple[int, ...]) -> bool:

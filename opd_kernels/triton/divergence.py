@@ -25,7 +25,7 @@ from ._components import (
 from ._divergence_phases import divergence_bwd_, divergence_phase_, launch_bwd
 from ._ids import cross_entropy_of, label_coefficient
 from ._laws import Laws, add_lse, shifts_of, slope_of
-from ._packing import NUM_STATISTICS, pack
+from ._packing import NUM_STATISTICS, Packed, takes_laws
 from ._rows import launch
 from ._state import (
     STUDENT_ARGMAX,
@@ -214,37 +214,13 @@ def _divergence_fwd_grad_kernel(
             )  # fmt: skip
 
 
+@takes_laws
 def divergence_fwd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    reference_logits: Tensor | None,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    reference_bias: Tensor | None,
-    student_temperatures: Tensor | None,
-    teacher_temperatures: Tensor | None,
-    token_weights: Tensor | None,
-    coefficients: Tensor | None,
-    mixture_weights: Tensor | None,
-    labels: Tensor | None,
-    label_weights: Tensor | None,
-    token_ids: Tensor | None,
-    topk_ids: Tensor | None,
-    divergences: list[int],
-    params: list[float],
-    numbers: list[float],
-    target: int,
-    live_target: bool,
-    vocab_size: int,
+    packed: Packed,
     with_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, state, statistics) of `opd::divergence_fwd`."""
-    packed = pack(
-        student_logits, teacher_logits, reference_logits,
-        student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
-        token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids,
-        divergences, params, numbers, target, live_target, vocab_size,
-    )  # fmt: skip
+    student_logits = packed.laws.student.logits
     num_tokens = student_logits.shape[0]
     loss = student_logits.new_empty(num_tokens, dtype=torch.float32)
     state = loss.new_empty(num_tokens, packed.state_size, dtype=torch.float64)
@@ -257,74 +233,26 @@ def divergence_fwd(
     return loss, state, statistics
 
 
+@takes_laws
 def divergence_bwd(
     grad_loss: Tensor,
     state: Tensor,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    reference_logits: Tensor | None,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    reference_bias: Tensor | None,
-    student_temperatures: Tensor | None,
-    teacher_temperatures: Tensor | None,
-    token_weights: Tensor | None,
-    coefficients: Tensor | None,
-    mixture_weights: Tensor | None,
-    labels: Tensor | None,
-    label_weights: Tensor | None,
-    token_ids: Tensor | None,
-    topk_ids: Tensor | None,
-    divergences: list[int],
-    params: list[float],
-    numbers: list[float],
-    target: int,
-    live_target: bool,
-    vocab_size: int,
+    packed: Packed,
 ) -> Tensor:
     """grad_student_logits of `opd::divergence_bwd`, zero beyond `vocab_size`."""
-    packed = pack(
-        student_logits, teacher_logits, reference_logits,
-        student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
-        token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids,
-        divergences, params, numbers, target, live_target, vocab_size,
-    )  # fmt: skip
+    student_logits = packed.laws.student.logits
     grad_student_logits = student_logits.new_empty(student_logits.shape)
     launch_bwd(packed, grad_loss, state, grad_student_logits, 0)
     return grad_student_logits
 
 
+@takes_laws
 def divergence_fwd_grad_(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    reference_logits: Tensor | None,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    reference_bias: Tensor | None,
-    student_temperatures: Tensor | None,
-    teacher_temperatures: Tensor | None,
-    token_weights: Tensor | None,
-    coefficients: Tensor | None,
-    mixture_weights: Tensor | None,
-    labels: Tensor | None,
-    label_weights: Tensor | None,
-    token_ids: Tensor | None,
-    topk_ids: Tensor | None,
-    divergences: list[int],
-    params: list[float],
-    numbers: list[float],
-    target: int,
-    live_target: bool,
-    vocab_size: int,
+    packed: Packed,
     with_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics) of `opd::divergence_fwd_grad_`; student_logits becomes the gradient."""
-    packed = pack(
-        student_logits, teacher_logits, reference_logits,
-        student_bias, teacher_bias, reference_bias, student_temperatures, teacher_temperatures,
-        token_weights, coefficients, mixture_weights, labels, label_weights, token_ids, topk_ids,
-        divergences, params, numbers, target, live_target, vocab_size,
-    )  # fmt: skip
+    student_logits = packed.laws.student.logits
     num_tokens = student_logits.shape[0]
     loss = student_logits.new_empty(num_tokens, dtype=torch.float32)
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)

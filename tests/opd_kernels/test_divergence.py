@@ -510,7 +510,7 @@ def test_divergence_bwd_opcheck(dtype, everything):
     torch.library.opcheck(torch.ops.opd.divergence_bwd, arguments)
     student, *others = logits
     torch.library.opcheck(
-        torch.ops.opd.divergence_bwd_, (student, torch.ones_like(loss), state, *others, *laws, 0)
+        torch.ops.opd.divergence_bwd_, (torch.ones_like(loss), state, student, *others, *laws, 0)
     )
 
 
@@ -596,9 +596,9 @@ def test_divergence_in_slices_is_divergence_of_whole_rows(dtype, divergence):
     for columns in slices:
         part = student[:, columns].clone()
         torch.ops.opd.divergence_bwd_(
-            part,
             torch.ones_like(loss),
             sliced,
+            part,
             teacher[:, columns],
             None,
             *laws.columns(columns),

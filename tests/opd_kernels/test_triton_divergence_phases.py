@@ -107,7 +107,7 @@ def backward_in_slices(ops, grad_loss, state, logits, laws):
     grads = []
     for part in SLICES:
         student, *others = columns(logits, part)
-        ops.divergence_bwd_(student, grad_loss, state, *others, *laws.columns(part), part.start)
+        ops.divergence_bwd_(grad_loss, state, student, *others, *laws.columns(part), part.start)
         grads.append(student)
     return torch.cat(grads, dim=1)
 
@@ -288,7 +288,7 @@ def test_triton_divergence_opcheck():
     loss, state, _ = TRITON.divergence_fwd(*logits, *laws, False)
     ones = torch.ones_like(loss)
     torch.library.opcheck(TRITON.divergence_bwd, (ones, state, *logits, *laws))
-    torch.library.opcheck(TRITON.divergence_bwd_, (student, ones, state, *others, *laws, 0))
+    torch.library.opcheck(TRITON.divergence_bwd_, (ones, state, student, *others, *laws, 0))
     torch.library.opcheck(TRITON.divergence_fwd_grad_, (*logits, *laws, True))
     for phase in (TERMS, FINISH):
         torch.library.opcheck(TRITON.divergence_phase_, (state, *logits, *laws, phase, 0, True))
