@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// 16 bytes of a row at a time, as float: 4 float32 or 8 16-bit values.
+#pragma once
+
+#include "half.h"
+#include "launch.h"
+
+namespace opd {
+namespace cuda {
+
+template <class Storage>
+constexpr int kPerLoad = static_cast<int>(16 / sizeof(Storage));
+
+OPD_HD bool is_aligned_16(const void* pointer) {
+  return (reinterpret_cast<uintptr_t>(pointer) & 15) == 0;
+}
+
+// values[0 .. kPerLoad) of a 16-byte address.
+template <class Storage>
+__device__ __forceinline__ void load_16(const Storage* __restrict__ from, float* values) {
+  union {
+    uint4 bits;
+    Storage items[kPerLoad<Storage>];
+  } chunk;
+  chunk.bits = *reinterpret_cast<const uint4*>(from);
+#pragma unroll
+  for (int i = 0; i < kPerLoad<Storage>; ++i) values[i] = to_real(chunk.items[i]);
+}
+
+template <class Storage>
+__device__ __forceinline__ void store_16(const float* values, Storage* __restrict__ to) {
+  union {
+    uint4 bits;
+    Storage items[kPerLoad<Storage>];
+  } chunk;
+#pragma unroll
+  for (int i = 0; i < kPerLoad<Storage>; ++i) from_real(values[i], &chunk.items[i]);
+  *reinterpret_cast<uint4*>(to) = chunk.bits;
+}
+
+}  // namespace cuda
+}  // namespace opd
