@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, gemm
 
 # a 16-bit head is widened to float32 in slices on CPU, where the 16-bit GEMM is 10 to 100 times
 # slower; they may take this share of the workspace
@@ -75,7 +75,8 @@ class Plan:
 
 def widens(tensor: Tensor) -> bool:
     """Whether GEMMs with this operand run on float32 copies of it."""
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+    is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return is_half and tensor.device.type == "cpu" and not gemm.is_own(tensor)
 
 
 def plan(
@@ -99,6 +100,12 @@ def plan(
     itemsize = _checks.real_dtype(heads[0]).itemsize
     hidden_sizes = [head.shape[1] for head in heads]
     fixed_bytes = itemsize * (sum(hidden_sizes) + hidden_sizes[0])
+    reserved = gemm.LARGEST_WORKSPACE if gemm.is_own(heads[0]) else 0
+    if workspace_bytes >= _HEAD_SLICE_SHARE * reserved:
+        workspace_bytes -= reserved
+    else:
+        # a budget of a few tokens: kept to but for these few KiB
+        reserved = 0
     row_bytes = 0
     if any(widens(head) for head in heads):
         row_bytes = itemsize * max(hidden_sizes)
@@ -128,7 +135,7 @@ def plan(
     if num_tokens:
         # equal chunks: a short last one would run its GEMMs at a worse shape
         chunk_tokens = -(-num_tokens // -(-num_tokens // chunk_tokens))
-    used = chunk_tokens * token_bytes + slice_bytes
+    used = chunk_tokens * token_bytes + slice_bytes + reserved
     return Plan(num_tokens, chunk_tokens, vocab_size, columns, slice_rows, used, why)
 
 
@@ -180,11 +187,7 @@ def _head_slices(weight: Tensor, vocab_size: int, rows: int) -> Iterator[tuple[s
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, slice_rows: int) -> None:
     """out = hidden @ weight[:V].T with float32 (float64) accumulation and result, out [C, V]."""
     for columns, piece in _head_slices(weight, out.shape[1], slice_rows):
-        target = out[:, columns]
-        if piece.dtype == out.dtype:
-            torch.mm(hidden, piece.t(), out=target)
-        else:
-            torch.ops.aten.mm.dtype_out(hidden, piece.t(), out.dtype, out=target)
+        gemm.gemm(out[:, columns], hidden, piece.t())
         # or two slices would be alive while the next one is widened
         del piece
 
@@ -194,14 +197,9 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor, slice_rows: int) -> Tensor:
     result = grad_logits.new_empty(grad_logits.shape[0], weight.shape[1])
     for columns, piece in _head_slices(weight, grad_logits.shape[1], slice_rows):
         gradient = grad_logits[:, columns]
-        if piece.dtype != gradient.dtype:
+        if not gemm.is_own(gradient):
             gradient = gradient.to(piece.dtype)
-            torch.ops.aten.mm.dtype_out(gradient, piece, result.dtype, out=result)
-        elif columns.start == 0:
-            # out= also keeps autocast from rounding the operands
-            torch.mm(gradient, piece, out=result)
-        else:
-            result.addmm_(gradient, piece)
+        gemm.gemm(result, gradient, piece, accumulate=columns.start > 0)
         del piece
     return result
 
@@ -210,18 +208,10 @@ def accumulate_grad_weight(
     target: Tensor, grad_logits: Tensor, hidden: Tensor, first: bool
 ) -> None:
     """target[:V] (+)= grad_logits.T @ hidden, in target's float32 (float64)."""
-    target = target[: grad_logits.shape[1]]
     gradient = grad_logits.t()
-    if hidden.dtype != target.dtype:
+    if not gemm.is_own(grad_logits):
         gradient = gradient.to(hidden.dtype)
-        if first:
-            torch.ops.aten.mm.dtype_out(gradient, hidden, target.dtype, out=target)
-        else:
-            torch.ops.aten.addmm.dtype_out(target, gradient, hidden, target.dtype, out=target)
-    elif first:
-        torch.mm(gradient, hidden, out=target)
-    else:
-        target.addmm_(gradient, hidden)
+    gemm.gemm(target[: grad_logits.shape[1]], gradient, hidden, accumulate=not first)
 
 
 class LowRank(NamedTuple):
