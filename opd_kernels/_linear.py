@@ -100,12 +100,6 @@ def plan(
     itemsize = _checks.real_dtype(heads[0]).itemsize
     hidden_sizes = [head.shape[1] for head in heads]
     fixed_bytes = itemsize * (sum(hidden_sizes) + hidden_sizes[0])
-    reserved = gemm.LARGEST_WORKSPACE if gemm.is_own(heads[0]) else 0
-    if workspace_bytes >= _HEAD_SLICE_SHARE * reserved:
-        workspace_bytes -= reserved
-    else:
-        # a budget of a few tokens: kept to but for these few KiB
-        reserved = 0
     row_bytes = 0
     if any(widens(head) for head in heads):
         row_bytes = itemsize * max(hidden_sizes)
@@ -113,6 +107,13 @@ def plan(
     column_bytes = itemsize * len(heads)
     token_bytes = fixed_bytes + column_bytes * vocab_size
     fewest = min(num_tokens, _FEWEST_TOKENS.get(heads[0].device.type, _FEWEST_TOKENS["cuda"]))
+    reserved = 0
+    if gemm.is_own(heads[0]):
+        most_tokens = min(num_tokens, workspace_bytes // token_bytes)
+        reserved = gemm.workspace_bytes(max(most_tokens, *hidden_sizes))
+        # a budget of a few tokens is kept to but for this
+        reserved = reserved if reserved <= workspace_bytes // 2 else 0
+    workspace_bytes -= reserved
     fits = (workspace_bytes - row_bytes) // token_bytes
     if whole_rows is not None or fits >= max(1, fewest):
         _checks.workspace(op, workspace_bytes, token_bytes + row_bytes, whole_rows)

@@ -4,7 +4,7 @@
 | variable | meaning |
 |---|---|
 | `OPD_BACKEND` | backend for every call that names none: cuda, triton, cpu, reference |
-| `OPD_CPU_GEMM` | own, library: which GEMMs run on a CPU; unset: what is quicker on this one |
+| `OPD_CPU_GEMM` | own, library: the GEMMs on a CPU; unset: the quicker. Read on import |
 | `TRITON_INTERPRET` | Triton's own: 1 runs Triton kernels on CPU tensors, for tests |
 """
 

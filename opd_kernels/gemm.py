@@ -7,28 +7,31 @@ others `opd::gemm_` is quicker: docs/decisions/0004-cpu-gemm.md has the measurem
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from . import env
 from ._registration import register
 
-# bytes of the packed operand that our own kernel keeps while it runs, at most: kDepth x kShared
-# float32 of csrc/core/gemm.cpp
-LARGEST_WORKSPACE = 2 << 20
+# kDepth and kShared of csrc/core/gemm.cpp, and the widest of its tiles
+_DEPTH, _SHARED, _TILE = 512, 1024, 32
 
-
-@cache
-def _preferred() -> bool:
-    chosen = env.cpu_gemm()
-    return bool(torch.ops.opd.gemm_preferred()) if chosen is None else chosen == "own"
+# read once, since torch.compile traces what asks for it
+OWN = (env.cpu_gemm() or ("own" if torch.ops.opd.gemm_preferred() else "library")) == "own"
 
 
 def is_own(tensor: Tensor) -> bool:
     """Whether products of this operand run in our own kernel."""
-    return tensor.device.type == "cpu" and tensor.dtype != torch.float64 and _preferred()
+    return OWN and tensor.device.type == "cpu" and tensor.dtype != torch.float64
+
+
+def workspace_bytes(lines: int) -> int:
+    """What our own kernel allocates for a while, at most.
+
+    It packs the smaller operand: `lines` is the larger of tokens and hidden size, whatever the
+    size of the vocabulary.
+    """
+    return 4 * _DEPTH * (min(_SHARED, lines + _TILE))
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> Tensor:

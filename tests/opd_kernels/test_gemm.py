@@ -16,10 +16,8 @@ SHAPES = ((24, 300, 64), (24, 64, 300), (300, 64, 24), (5, 33, 513), (37, 2, 1),
 
 @pytest.fixture
 def way(request, monkeypatch):
-    monkeypatch.setenv("OPD_CPU_GEMM", request.param)
-    gemm._preferred.cache_clear()
-    yield request.param
-    gemm._preferred.cache_clear()
+    monkeypatch.setattr(gemm, "OWN", request.param == "own")
+    return request.param
 
 
 def operands(m, n, k, dtype, transposed):
@@ -76,7 +74,7 @@ def test_gemm_is_out_of_autocasts_reach(way):
 
 
 def test_gemm_copies_an_operand_without_a_unit_stride(monkeypatch):
-    monkeypatch.setattr(gemm, "_preferred", lambda: True)
+    monkeypatch.setattr(gemm, "OWN", True)
     a, b = torch.randn(6, 40)[:, ::2], torch.randn(20, 5)
     torch.testing.assert_close(gemm.gemm(torch.empty(6, 5), a, b), a @ b)
 
