@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,6 +29,9 @@ _MAX_HEAD_SLICE_ROWS = 8192
 # the vocabulary and forming its logits again
 _FEWEST_TOKENS = {"cpu": 16, "cuda": 128}
 _FEWEST_COLUMNS = 64
+# on a CPU: buffers up to this size are kept between calls, and no plan asks for more than this of a
+# larger budget
+KEPT_BYTES = 256 << 20
 NO_PATH_B = "this op needs whole rows"
 
 
@@ -97,6 +102,7 @@ def plan(
     Raises:
         ValueError: the workspace does not even hold one token.
     """
+    _checks.byte_count(op, workspace_bytes)
     itemsize = _checks.real_dtype(heads[0]).itemsize
     hidden_sizes = [head.shape[1] for head in heads]
     fixed_bytes = itemsize * (sum(hidden_sizes) + hidden_sizes[0])
@@ -107,6 +113,8 @@ def plan(
     column_bytes = itemsize * len(heads)
     token_bytes = fixed_bytes + column_bytes * vocab_size
     fewest = min(num_tokens, _FEWEST_TOKENS.get(heads[0].device.type, _FEWEST_TOKENS["cuda"]))
+    if heads[0].device.type == "cpu":
+        workspace_bytes = min(workspace_bytes, KEPT_BYTES)
     reserved = 0
     if gemm.is_own(heads[0]):
         most_tokens = min(num_tokens, workspace_bytes // token_bytes)
@@ -259,6 +267,49 @@ class LowRank(NamedTuple):
 def new_buffer(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised float32 (float64) buffer on the device of `like`, for a GEMM to fill."""
     return like.new_empty(shape, dtype=_checks.real_dtype(like))
+
+
+class _Kept(threading.local):
+    """The buffer that this thread's next call may take."""
+
+    buffer: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+@contextlib.contextmanager
+def borrowed_buffer(like: Tensor, *shape: int) -> Iterator[Tensor]:
+    """`new_buffer` for as long as the block runs.
+
+    On a CPU its memory is kept for this thread's next call, up to KEPT_BYTES: the system hands out
+    pages one fault at a time, which may cost a tenth of a whole loss. `release_workspace` frees it.
+    """
+    real, size = _checks.real_dtype(like), math.prod(shape)
+    reusable = (
+        like.device.type == "cpu"
+        and real == torch.float32
+        and size * real.itemsize <= KEPT_BYTES
+        # tests fill new memory with NaN to see who reads it unwritten
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+    if not reusable:
+        yield new_buffer(like, *shape)
+        return
+    # nobody else finds it until it is given back
+    kept, _kept.buffer = _kept.buffer, None
+    if kept is None or kept.numel() < size:
+        kept = None
+        kept = new_buffer(like, size)
+    try:
+        yield kept[:size].view(shape)
+    finally:
+        _kept.buffer = kept
+
+
+def release_workspace() -> None:
+    """Frees what this thread keeps for its next call on a CPU, at most 256 MiB."""
+    _kept.buffer = None
 
 
 def new_grad_weight(weight: Tensor, vocab_size: int, num_tokens: int) -> Tensor:

@@ -116,3 +116,41 @@ def test_cpu_gemm_of_the_environment(monkeypatch):
         env.cpu_gemm()
     monkeypatch.setenv("OPD_CPU_GEMM", "")
     assert env.cpu_gemm() is None
+
+
+def test_cpu_buffers_are_kept_for_the_next_call_and_released(monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    like = torch.empty(1)
+    opk.release_workspace()
+    with _linear.borrowed_buffer(like, 4, 5) as first, _linear.borrowed_buffer(like, 4, 5) as other:
+        assert first.shape == (4, 5) and first.data_ptr() != other.data_ptr()
+        address = first.data_ptr()
+    with _linear.borrowed_buffer(like, 2, 3) as smaller:
+        assert smaller.data_ptr() == address and smaller.is_contiguous()
+    with _linear.borrowed_buffer(like, 100, 100) as larger:
+        assert larger.shape == (100, 100)
+    monkeypatch.setattr(_linear, "KEPT_BYTES", 100)
+    with _linear.borrowed_buffer(like, 10, 10) as beyond:
+        assert beyond.data_ptr() != larger.data_ptr()
+    opk.release_workspace()
+    assert _linear._kept.buffer is None
+
+
+def test_cpu_plan_asks_for_no_more_than_is_kept():
+    plan = _linear.plan("op", 100_000, 32_000, [torch.empty(32_000, 1)] * 2, 1 << 30)
+    assert 0.9 * _linear.KEPT_BYTES < plan.workspace_bytes <= _linear.KEPT_BYTES
+
+
+def test_a_loss_in_a_kept_buffer_is_that_in_a_new_one():
+    torch.use_deterministic_algorithms(False)
+    tensors = [torch.randn(9, 16), torch.randn(50, 16), torch.randn(9, 24), torch.randn(50, 24)]
+    tensors[0].requires_grad_()
+    results = []
+    for _ in range(3):
+        tensors[0].grad = None
+        loss = opk.fused_linear_divergence(*tensors, divergence="jsd").loss
+        loss.backward()
+        results.append((loss.detach(), tensors[0].grad))
+    opk.release_workspace()
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
