@@ -38,6 +38,7 @@ constexpr int64_t kDepth = 512;
 constexpr int64_t kShared = 1024;
 
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kFewestTasks = 32;
 
 int64_t panels(int64_t lines, int64_t width) { return (lines + width - 1) / width; }
 
@@ -52,7 +53,11 @@ OPD_HD __m128 load_4(const BFloat16* from) {
   return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), bits));
 }
 OPD_HD __m128 load_4(const Float16* from) {
+#if defined(__F16C__)
+  return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
   return _mm_setr_ps(to_real(from[0]), to_real(from[1]), to_real(from[2]), to_real(from[3]));
+#endif
 }
 
 template <class Storage>
@@ -275,7 +280,9 @@ void multiply(opd_parallel_for_fn parallel_for, const Operand<A>& a, const Opera
           pack_panel<kSharedWidth>(b, line, begin, here, packed);
         }
       });
-      const int64_t group = own_across ? kOwnGroup : 1, width = group * kOwnWidth;
+      // where that leaves enough of them for many threads
+      const bool grouped = own_across && own_lines >= kFewestTasks * kOwnGroup * kOwnWidth;
+      const int64_t group = grouped ? kOwnGroup : 1, width = group * kOwnWidth;
       parallel_rows(parallel_for, panels(own_lines, width), [&](int64_t own) {
         alignas(64) float packed[kPackedSize];
         Ahead ahead;
