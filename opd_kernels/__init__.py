@@ -4,6 +4,7 @@
 from . import divergences, errors, reference, targets
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
+from ._linear import release_workspace
 from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
@@ -35,6 +36,7 @@ __all__ = [
     "group_statistics",
     "kernel_table",
     "reference",
+    "release_workspace",
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",

@@ -384,10 +384,15 @@ def values_in_range(
         )
 
 
-def workspace(op: str, value: int, smallest: int, why: str | None = None) -> int:
-    """A byte budget that holds at least one token."""
+def byte_count(op: str, value: int) -> int:
+    """A byte budget."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: workspace_bytes must be an int, got {type(value).__name__}.")
+    return value
+
+
+def workspace(op: str, value: int, smallest: int, why: str | None = None) -> int:
+    """A byte budget that holds at least one token."""
     if value < smallest:
         raise ValueError(
             f"{op}: workspace_bytes must be at least {smallest} (one token of this vocabulary"

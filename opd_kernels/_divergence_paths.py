@@ -162,9 +162,6 @@ class _Run:
             num_tokens if options.gradient_tolerance else 0, dtype=real
         )
         self.gradients = self._new_gradients(new, num_active)
-        self.buffers = _linear.new_buffer(
-            student, len(inputs.heads()), self.plan.chunk_tokens, self.plan.slice_columns
-        )
         self.low_rank = None
         if inputs.student_lora_a is not None:
             self.low_rank = _linear.LowRank(
@@ -172,9 +169,11 @@ class _Run:
             )
 
     def run(self) -> tuple[Tensor, Gradients, Tensor]:
-        for begin, end in self.plan.chunks():
-            # a function, so that its gathered rows are gone before the next chunk's exist
-            self._run_chunk(begin, end)
+        shape = (len(self.inputs.heads()), self.plan.chunk_tokens, self.plan.slice_columns)
+        with _linear.borrowed_buffer(self.inputs.student_hidden, *shape) as self.buffers:
+            for begin, end in self.plan.chunks():
+                # a function, so that its gathered rows are gone before the next chunk's exist
+                self._run_chunk(begin, end)
         if self.group is not None:
             self.group.sum_gradients(
                 self.gradients.student_hidden, self.gradients.student_lora_a, self.dropped

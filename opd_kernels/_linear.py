@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, gemm
 
 # a 16-bit head is widened to float32 in slices on CPU, where the 16-bit GEMM is 10 to 100 times
 # slower; they may take this share of the workspace
@@ -27,6 +29,9 @@ _MAX_HEAD_SLICE_ROWS = 8192
 # the vocabulary and forming its logits again
 _FEWEST_TOKENS = {"cpu": 16, "cuda": 128}
 _FEWEST_COLUMNS = 64
+# on a CPU: buffers up to this size are kept between calls, and no plan asks for more than this of a
+# larger budget
+KEPT_BYTES = 256 << 20
 NO_PATH_B = "this op needs whole rows"
 
 
@@ -75,7 +80,8 @@ class Plan:
 
 def widens(tensor: Tensor) -> bool:
     """Whether GEMMs with this operand run on float32 copies of it."""
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+    is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return is_half and tensor.device.type == "cpu" and not gemm.is_own(tensor)
 
 
 def plan(
@@ -96,6 +102,7 @@ def plan(
     Raises:
         ValueError: the workspace does not even hold one token.
     """
+    _checks.byte_count(op, workspace_bytes)
     itemsize = _checks.real_dtype(heads[0]).itemsize
     hidden_sizes = [head.shape[1] for head in heads]
     fixed_bytes = itemsize * (sum(hidden_sizes) + hidden_sizes[0])
@@ -106,6 +113,15 @@ def plan(
     column_bytes = itemsize * len(heads)
     token_bytes = fixed_bytes + column_bytes * vocab_size
     fewest = min(num_tokens, _FEWEST_TOKENS.get(heads[0].device.type, _FEWEST_TOKENS["cuda"]))
+    if heads[0].device.type == "cpu":
+        workspace_bytes = min(workspace_bytes, KEPT_BYTES)
+    reserved = 0
+    if gemm.is_own(heads[0]):
+        most_tokens = min(num_tokens, workspace_bytes // token_bytes)
+        reserved = gemm.workspace_bytes(max(most_tokens, *hidden_sizes))
+        # a budget of a few tokens is kept to but for this
+        reserved = reserved if reserved <= workspace_bytes // 2 else 0
+    workspace_bytes -= reserved
     fits = (workspace_bytes - row_bytes) // token_bytes
     if whole_rows is not None or fits >= max(1, fewest):
         _checks.workspace(op, workspace_bytes, token_bytes + row_bytes, whole_rows)
@@ -128,7 +144,7 @@ def plan(
     if num_tokens:
         # equal chunks: a short last one would run its GEMMs at a worse shape
         chunk_tokens = -(-num_tokens // -(-num_tokens // chunk_tokens))
-    used = chunk_tokens * token_bytes + slice_bytes
+    used = chunk_tokens * token_bytes + slice_bytes + reserved
     return Plan(num_tokens, chunk_tokens, vocab_size, columns, slice_rows, used, why)
 
 
@@ -180,11 +196,7 @@ def _head_slices(weight: Tensor, vocab_size: int, rows: int) -> Iterator[tuple[s
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, slice_rows: int) -> None:
     """out = hidden @ weight[:V].T with float32 (float64) accumulation and result, out [C, V]."""
     for columns, piece in _head_slices(weight, out.shape[1], slice_rows):
-        target = out[:, columns]
-        if piece.dtype == out.dtype:
-            torch.mm(hidden, piece.t(), out=target)
-        else:
-            torch.ops.aten.mm.dtype_out(hidden, piece.t(), out.dtype, out=target)
+        gemm.gemm(out[:, columns], hidden, piece.t())
         # or two slices would be alive while the next one is widened
         del piece
 
@@ -194,14 +206,9 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor, slice_rows: int) -> Tensor:
     result = grad_logits.new_empty(grad_logits.shape[0], weight.shape[1])
     for columns, piece in _head_slices(weight, grad_logits.shape[1], slice_rows):
         gradient = grad_logits[:, columns]
-        if piece.dtype != gradient.dtype:
+        if not gemm.is_own(gradient):
             gradient = gradient.to(piece.dtype)
-            torch.ops.aten.mm.dtype_out(gradient, piece, result.dtype, out=result)
-        elif columns.start == 0:
-            # out= also keeps autocast from rounding the operands
-            torch.mm(gradient, piece, out=result)
-        else:
-            result.addmm_(gradient, piece)
+        gemm.gemm(result, gradient, piece, accumulate=columns.start > 0)
         del piece
     return result
 
@@ -210,18 +217,10 @@ def accumulate_grad_weight(
     target: Tensor, grad_logits: Tensor, hidden: Tensor, first: bool
 ) -> None:
     """target[:V] (+)= grad_logits.T @ hidden, in target's float32 (float64)."""
-    target = target[: grad_logits.shape[1]]
     gradient = grad_logits.t()
-    if hidden.dtype != target.dtype:
+    if not gemm.is_own(grad_logits):
         gradient = gradient.to(hidden.dtype)
-        if first:
-            torch.ops.aten.mm.dtype_out(gradient, hidden, target.dtype, out=target)
-        else:
-            torch.ops.aten.addmm.dtype_out(target, gradient, hidden, target.dtype, out=target)
-    elif first:
-        torch.mm(gradient, hidden, out=target)
-    else:
-        target.addmm_(gradient, hidden)
+    gemm.gemm(target[: grad_logits.shape[1]], gradient, hidden, accumulate=not first)
 
 
 class LowRank(NamedTuple):
@@ -268,6 +267,49 @@ class LowRank(NamedTuple):
 def new_buffer(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised float32 (float64) buffer on the device of `like`, for a GEMM to fill."""
     return like.new_empty(shape, dtype=_checks.real_dtype(like))
+
+
+class _Kept(threading.local):
+    """The buffer that this thread's next call may take."""
+
+    buffer: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+@contextlib.contextmanager
+def borrowed_buffer(like: Tensor, *shape: int) -> Iterator[Tensor]:
+    """`new_buffer` for as long as the block runs.
+
+    On a CPU its memory is kept for this thread's next call, up to KEPT_BYTES: the system hands out
+    pages one fault at a time, which may cost a tenth of a whole loss. `release_workspace` frees it.
+    """
+    real, size = _checks.real_dtype(like), math.prod(shape)
+    reusable = (
+        like.device.type == "cpu"
+        and real == torch.float32
+        and size * real.itemsize <= KEPT_BYTES
+        # tests fill new memory with NaN to see who reads it unwritten
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+    if not reusable:
+        yield new_buffer(like, *shape)
+        return
+    # nobody else finds it until it is given back
+    kept, _kept.buffer = _kept.buffer, None
+    if kept is None or kept.numel() < size:
+        kept = None
+        kept = new_buffer(like, size)
+    try:
+        yield kept[:size].view(shape)
+    finally:
+        _kept.buffer = kept
+
+
+def release_workspace() -> None:
+    """Frees what this thread keeps for its next call on a CPU, at most 256 MiB."""
+    _kept.buffer = None
 
 
 def new_grad_weight(weight: Tensor, vocab_size: int, num_tokens: int) -> Tensor:

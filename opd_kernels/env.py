@@ -4,6 +4,7 @@
 | variable | meaning |
 |---|---|
 | `OPD_BACKEND` | backend for every call that names none: cuda, triton, cpu, reference |
+| `OPD_CPU_GEMM` | own, library: the GEMMs on a CPU; unset: the quicker. Read on import |
 | `TRITON_INTERPRET` | Triton's own: 1 runs Triton kernels on CPU tensors, for tests |
 """
 
@@ -20,3 +21,15 @@ def forced_backend() -> str | None:
 def triton_interpreted() -> bool:
     """Whether Triton kernels run under Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def cpu_gemm() -> str | None:
+    """`OPD_CPU_GEMM`, or None.
+
+    Raises:
+        ValueError: it is set to something else.
+    """
+    chosen = os.environ.get("OPD_CPU_GEMM") or None
+    if chosen not in (None, "own", "library"):
+        raise ValueError(f"OPD_CPU_GEMM must be 'own' or 'library', got {chosen!r}.")
+    return chosen

@@ -168,8 +168,8 @@ def _fwd(*arguments):
     plan = _plan(inputs, law, workspace_bytes, inputs.hidden.shape[0])
     outputs = fwd_outputs(inputs.hidden)
     low_rank = inputs.low_rank()
-    buffer = _linear.new_buffer(inputs.hidden, plan.chunk_tokens, law.vocab_size)
-    for begin, end in plan.chunks():
+
+    def run_chunk(buffer: Tensor, begin: int, end: int) -> None:
         chunk = _linear.take(inputs.hidden, None, begin, end)
         logits = buffer[: end - begin]
         _form_logits(logits, chunk, inputs.lm_head_weight, low_rank, plan.head_slice_rows)
@@ -178,6 +178,11 @@ def _fwd(*arguments):
             values = rows.token_logprobs_fwd(logits, inputs.token_ids[here], *law.rows(here))
         for output, value in zip(outputs, values, strict=True):
             output[begin:end] = value
+
+    shape = (plan.chunk_tokens, law.vocab_size)
+    with _linear.borrowed_buffer(inputs.hidden, *shape) as buffer:
+        for begin, end in plan.chunks():
+            run_chunk(buffer, begin, end)
     return outputs
 
 
@@ -243,9 +248,8 @@ def _bwd(grad_logprobs, grad_lse, grad_entropy, *arguments):
         for source, wanted in zip(_sources(inputs, law)[2:], with_grads[2:], strict=True)
     )
     per_token = (grad_logprobs, grad_lse, grad_entropy, inputs.token_ids, lse, entropy)
-    buffer = _linear.new_buffer(hidden, plan.chunk_tokens, law.vocab_size)
 
-    def run_chunk(begin: int, end: int) -> None:
+    def run_chunk(buffer: Tensor, begin: int, end: int) -> None:
         here = token_idx[begin:end]
         chunk = _linear.take(hidden, token_idx, begin, end)
         *upstream, token_ids, chunk_lse, chunk_entropy = (values[here] for values in per_token)
@@ -269,8 +273,9 @@ def _bwd(grad_logprobs, grad_lse, grad_entropy, *arguments):
         if grad_hidden is not None:
             _linear.put(grad_hidden, token_idx, begin, end, grad_chunk)
 
-    for begin, end in plan.chunks():
-        run_chunk(begin, end)
+    with _linear.borrowed_buffer(hidden, plan.chunk_tokens, law.vocab_size) as buffer:
+        for begin, end in plan.chunks():
+            run_chunk(buffer, begin, end)
     formed = (grad_hidden, grad_head, grad_bias, grad_down, grad_up)
     return tuple(
         hidden.new_empty(0) if gradient is None else gradient.to(source.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _linear
 from ._registration import register
+from .gemm import gemm, is_own
 
 # beyond this share of the columns, packing them costs what the shorter GEMMs save
 LARGEST_SHARE = 0.75
@@ -134,11 +135,9 @@ def grad_hidden(packed: Packed, head: Tensor) -> Tensor:
             weight = out.copy_(head[columns])
         else:
             weight = head[columns]
-        if weight.dtype == real:
-            result.addmm_(gradient, weight)
-        else:
+        if not is_own(gradient):
             gradient = gradient.to(weight.dtype)
-            torch.ops.aten.addmm.dtype_out(result, gradient, weight, real, out=result)
+        gemm(result, gradient, weight, accumulate=True)
         del weight
     return result
 
@@ -147,9 +146,7 @@ def add_grad_weight(rows, target: Tensor, packed: Packed, hidden: Tensor) -> Non
     """target [V, D] += dW, on the rows whose columns count."""
     for piece, columns, out in _pieces(packed, target.shape[1]):
         gradient = packed.grad_logits[:, piece].t()
-        if hidden.dtype == out.dtype:
-            torch.mm(gradient, hidden, out=out)
-        else:
+        if not is_own(gradient):
             gradient = gradient.to(hidden.dtype)
-            torch.ops.aten.mm.dtype_out(gradient, hidden, out.dtype, out=out)
+        gemm(out, gradient, hidden)
         rows.sparse_gradient_add_(target, columns, out)

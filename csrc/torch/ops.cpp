@@ -80,6 +80,9 @@ STABLE_TORCH_LIBRARY(opd, m) {
       "sparse_gradient_pack_(Tensor(a!) packed, Tensor grad_logits, Tensor? token_weights, "
       "Tensor columns, Tensor kept) -> Tensor dropped");
   m.def("sparse_gradient_add_(Tensor(a!) target, Tensor columns, Tensor rows) -> ()");
+  // out (+)= a @ b, float32, a and b also of 16 bits; where the library's GEMMs are slow
+  m.def("gemm_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
+  m.def("gemm_preferred() -> bool");
   // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
   m.def("fused_linear_divergence_sum(" OPD_HIDDEN OPD_LAWS
         ", int workspace_bytes, bool[] with_grads, bool with_statistics, str process_group, "
@@ -630,9 +633,47 @@ void sparse_gradient_add_(Tensor target, Tensor columns, Tensor rows) {
   check(opd_sparse_gradient_add_cpu(&args));
 }
 
+opd_gemm_operand_t operand(const Tensor& matrix) {
+  const bool one_row = matrix.size(0) == 1, one_column = matrix.size(1) == 1;
+  // the stride of a dimension of size 1 says nothing
+  return {matrix.data_ptr(), one_row ? 1 : matrix.stride(0), one_column ? 1 : matrix.stride(1),
+          dtype_of(matrix)};
+}
+
+bool gemm_preferred() { return opd_gemm_preferred() != 0; }
+
+void gemm_(Tensor out, Tensor a, Tensor b, bool accumulate) {
+  require(out.dim() == 2 && a.dim() == 2 && b.dim() == 2 && a.size(0) == out.size(0) &&
+              b.size(1) == out.size(1) && a.size(1) == b.size(0),
+          "opd: gemm_ takes out [m, n], a [m, k] and b [k, n]");
+  require(out.scalar_type() == ScalarType::Float &&
+              (out.numel() == 0 || out.size(1) == 1 || out.stride(1) == 1),
+          "opd: out must be float32 and contiguous along its rows");
+  opd_gemm_args_t args{};
+  args.struct_size = sizeof(args);
+  args.m = out.size(0);
+  args.n = out.size(1);
+  args.k = a.size(1);
+  args.parallel_for = &parallel_for;
+  args.a = operand(a);
+  args.b = operand(b);
+  args.out = out.data_ptr();
+  args.out_row_stride = out.size(0) == 1 ? args.n : out.stride(0);
+  args.accumulate = accumulate;
+  const int64_t bytes = opd_gemm_workspace_bytes(args.m, args.n, args.k);
+  Tensor workspace = torch::stable::new_empty(out, {bytes}, ScalarType::Byte);
+  args.workspace = workspace.data_ptr();
+  check(opd_gemm_cpu(&args));
+}
+
 }  // namespace
 
+STABLE_TORCH_LIBRARY_IMPL(opd, CompositeExplicitAutograd, m) {
+  m.impl("gemm_preferred", TORCH_BOX(&gemm_preferred));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
+  m.impl("gemm_", TORCH_BOX(&gemm_));
   m.impl("divergence_fwd", TORCH_BOX(&divergence_fwd));
   m.impl("divergence_bwd", TORCH_BOX(&divergence_bwd));
   m.impl("divergence_fwd_grad_", TORCH_BOX(&divergence_fwd_grad_));

@@ -267,6 +267,32 @@ OPD_API opd_status_t opd_divergence_eval(int32_t divergence, double param0, doub
                                          const double* student_logprob, double* term,
                                          double* dterm, double* dterm_teacher, double* value);
 
+/* out[i, j] = sum_k a[i, k] b[k, j], or that added to it, in float32: the GEMMs of an LM head on a CPU
+ * whose library is slow. Operands may be transposed views and of 16 bits. Every sum runs in the order
+ * of k in blocks whose size is fixed: results do not depend on the number of threads. */
+typedef struct opd_gemm_operand_t {
+  const void* data;
+  int64_t row_stride, column_stride; /* in elements; one of them is 1 */
+  int32_t dtype;                     /* OPD_FLOAT32, OPD_BFLOAT16 or OPD_FLOAT16 */
+} opd_gemm_operand_t;
+
+typedef struct opd_gemm_args_t {
+  uint32_t struct_size;
+  int64_t m, n, k;
+  opd_parallel_for_fn parallel_for;
+  opd_gemm_operand_t a; /* [m, k] */
+  opd_gemm_operand_t b; /* [k, n] */
+  void* out;            /* [m, n] float32, out; contiguous along its rows */
+  int64_t out_row_stride;
+  int32_t accumulate; /* 1: out += */
+  void* workspace;    /* opd_gemm_workspace_bytes(m, n, k) bytes, overwritten */
+} opd_gemm_args_t;
+
+OPD_API int64_t opd_gemm_workspace_bytes(int64_t m, int64_t n, int64_t k);
+/* 1 where this is expected to be faster than the usual library: an x86 CPU with AVX2, not Intel's. */
+OPD_API int32_t opd_gemm_preferred(void);
+OPD_API opd_status_t opd_gemm_cpu(const opd_gemm_args_t* args);
+
 /* ---- Segments: per-token values packed one segment (sequence, turn, group) after another. ---- */
 
 /* Segment s is the tokens offsets[s] .. offsets[s + 1] - 1; empty segments are allowed. */
