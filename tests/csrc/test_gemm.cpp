@@ -21,7 +21,8 @@ struct Matrix {
 template <class Storage>
 void fill(Matrix& matrix, int64_t rows, int64_t columns, bool transposed, int32_t dtype) {
   // room between lines, and what lies there must not be read
-  const int64_t line = (transposed ? rows : columns) + 3, lines = transposed ? columns : rows;
+  const int64_t length = transposed ? rows : columns, lines = transposed ? columns : rows;
+  const int64_t line = length + (length % 2 == 0 ? 4 : 3);
   std::vector<Storage> stored(line * lines);
   for (auto& value : stored) opd::from_real(std::numeric_limits<float>::quiet_NaN(), &value);
   std::normal_distribution<float> normal;
@@ -96,6 +97,10 @@ void check_product(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_tr
 int main() {
   for (bool a_transposed : {false, true}) {
     for (bool b_transposed : {false, true}) {
+      // an even and an odd depth of bfloat16 pairs, and strides of both kinds
+      for (int64_t k : {1101, 1102, 1103, 2}) {
+        check_product(33, 65, k, a_transposed, b_transposed, OPD_BFLOAT16, OPD_BFLOAT16, k == 1101);
+      }
       // more of each than one tile, one panel, one shared group; fewer rows and fewer columns
       check_product(5, 70, 600, a_transposed, b_transposed, OPD_FLOAT32, OPD_FLOAT32, false);
       check_product(70, 33, 7, a_transposed, b_transposed, OPD_BFLOAT16, OPD_FLOAT32, true);

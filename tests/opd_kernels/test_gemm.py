@@ -43,7 +43,9 @@ def test_gemm_is_right_to_float32(way, shape, transposed, accumulate):
 
 
 @pytest.mark.parametrize("way", ["own"], indirect=True)
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32, torch.float16)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+)
 def test_own_gemm_widens_16_bits_exactly(way, dtypes):
     a, b = operands(24, 300, 700, torch.float32, False)
     a, b = a.to(dtypes[0]), b.to(dtypes[1])
@@ -52,6 +54,18 @@ def test_own_gemm_widens_16_bits_exactly(way, dtypes):
     gemm.gemm(out, a, b)
     gemm.gemm(widened, a.float(), b.float())
     assert torch.equal(out, widened)
+
+
+@pytest.mark.parametrize("way", ["own"], indirect=True)
+@pytest.mark.parametrize("k", [2, 700, 701, 3000])
+def test_own_gemm_of_bfloat16_is_as_exact_as_of_float32(way, k):
+    a, b = (operand.bfloat16() for operand in operands(24, 300, k, torch.float32, False))
+    exact = a.double() @ b.double()
+    out, widened = torch.empty(24, 300), torch.empty(24, 300)
+    gemm.gemm(out, a, b)
+    gemm.gemm(widened, a.float(), b.float())
+    error, of_float32 = ((x - exact).norm() / exact.norm() for x in (out, widened))
+    assert error <= 2 * of_float32 + 1e-8
 
 
 @pytest.mark.parametrize("way", ["own"], indirect=True)
