@@ -32,11 +32,10 @@ struct ForwardParameters {
 struct Seen {
   float largest = kLowest, sum = 0.0f, weighted = 0.0f;
 
-  // relative to `other`, at least as large as `largest`
+  // `other` is at least as large as `largest`
   __device__ __forceinline__ void move_to(float other) {
-    // nothing seen yet: the sums are zero or NaN
-    const float distance = largest == kLowest ? 0.0f : largest - other;
-    const float decay = exp(distance);
+    const float distance = largest - other, decay = exp(distance);
+    // -inf, of nothing seen yet, times a sum of 0
     weighted = decay == 0.0f ? 0.0f : decay * (weighted + sum * distance);
     sum *= decay;
     largest = other;
@@ -173,6 +172,7 @@ __device__ __forceinline__ void store(const float (&values)[N], bool is_aligned,
     } chunk;
 #pragma unroll
     for (int i = 0; i < N; ++i) from_real(values[i], &chunk.items[i % (8 / sizeof(Storage))]);
+    expect_aligned(to, 8);
     *reinterpret_cast<uint2*>(to) = chunk.bits;
   } else {
 #pragma unroll
@@ -206,9 +206,8 @@ __global__ void __launch_bounds__(kThreads, 2) token_logprobs_backward(BackwardP
   const RowLaw law(p.side, row);
   const float slope = law.slope();
   const double lse = p.lse[row];
-  const float high = static_cast<float>(lse);
-  // inf - inf would hide that the row has no finite logit
-  const float low = high - high == 0.0f ? static_cast<float>(lse - high) : 0.0f;
+  // in two parts: the rounding of a large lse to float32 would scale the whole row
+  const float high = static_cast<float>(lse), low = static_cast<float>(lse - high);
   const RowGradient gradient{law,
                              p.token_ids[row],
                              high,
