@@ -313,16 +313,21 @@ void check_wrong_offsets() {
     args.values = values.data() + kRoom;
     args.out = buffer.data() + kRoom;
     args.scratch = scratch.data() + kRoom;
+    const auto check_guards = [&] {
+      for (int64_t i = 0; i < kRoom; ++i) {
+        expect::that(buffer[i] == 77.0f && buffer[buffer.size() - 1 - i] == 77.0f, "a write outside");
+      }
+    };
     expect::that(opd_segment_scan_cuda(&args, nullptr) == OPD_OK, opd_last_error());
+    check_guards();
     opd_segment_broadcast_args_t spread{};
     spread.struct_size = sizeof(spread);
     spread.segments = args.segments;
-    spread.segment_values = values.data() + kRoom;
+    const float given[2] = {1.0f, 2.0f};
+    spread.segment_values = given;
     spread.out = args.out;
     expect::that(opd_segment_broadcast_cuda(&spread, nullptr) == OPD_OK, opd_last_error());
-    for (int64_t i = 0; i < kRoom; ++i) {
-      expect::that(buffer[i] == 77.0f && buffer[buffer.size() - 1 - i] == 77.0f, "a write outside");
-    }
+    check_guards();
   }
 }
 
