@@ -132,14 +132,14 @@ __global__ void __launch_bounds__(kThreads) segment_sum(ReduceParameters<Real> p
   p.out[blockIdx.x] = static_cast<Real>(p.is_mean ? mean : sum);
 }
 
-struct Min {
+struct Earlier {
   __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const { return a < b ? a : b; }
 };
 
 constexpr int64_t kNoToken = std::numeric_limits<int64_t>::max();
 
 __device__ __forceinline__ int64_t first_token(int64_t token) {
-  return reduce_block(token, reinterpret_cast<int64_t*>(shared_memory()), kNoToken, Min());
+  return reduce_block(token, reinterpret_cast<int64_t*>(shared_memory()), kNoToken, Earlier());
 }
 
 // The first token that attains the largest value times `sign`, or the first NaN.
