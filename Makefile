@@ -14,7 +14,7 @@ CXX ?= g++
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build test test-full test-core demo demo-full bench bench-full peers lint clean
+.PHONY: help build test test-full test-core test-cuda-compile demo demo-full bench bench-full peers lint clean
 
 help:
 	@echo "make demo       train a small model on-policy from scratch on the CPU, through the fused kernel"
@@ -25,6 +25,9 @@ help:
 	@echo "make bench-full the same, and every divergence against torch.compile"
 	@echo "make peers      what they are compared with: the bench extra (Liger, TRL, orda) into .venv"
 	@echo "make test-full  the tests with the slow ones, and the core under sanitizers"
+	@echo "make test-cuda-compile"
+	@echo "                every CUDA kernel for sm_80, sm_90a and sm_100a, and the machine code held to"
+	@echo "                limits; needs nvcc, no GPU"
 	@echo "make build      only set up .venv and build"
 
 $(VENV)/.dependencies: requirements.txt constraints.txt
@@ -59,6 +62,10 @@ test-full: build test-core
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/asan
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/asan --output-on-failure
 	$(BIN)/python -m pytest tests -q -m "not cuda"
+
+# make test compiles all of them for Hopper and a few for the others
+test-cuda-compile: build
+	$(BIN)/python -m pytest tests/opd_kernels/test_cuda_compile.py -q
 
 demo: build
 	@$(BIN)/python examples/first_light/demo.py

@@ -205,7 +205,8 @@ OPD_API opd_status_t opd_token_logprobs_fwd_cpu(const opd_token_logprobs_fwd_arg
 
 /* grad_logits[t, v] = (g_logprob (1[v = id] - q_v) + g_lse q_v - g_entropy q_v (log q_v + H)) *
  * d (the logits of Q_t)_v / d logits[t, v]; what a bias gets is its sum over t. grad_logits may be the
- * logits themselves (float32 or float64). */
+ * logits themselves (float32 or float64), or 16-bit in the memory of float32 logits: the same data,
+ * twice the row_stride. */
 typedef struct opd_token_logprobs_bwd_args_t {
   uint32_t struct_size;
   opd_token_logprobs_spec_t spec;
