@@ -5,6 +5,7 @@
 |---|---|
 | `OPD_BACKEND` | backend for every call that names none: cuda, triton, cpu, reference |
 | `TRITON_INTERPRET` | Triton's own: 1 runs Triton kernels on CPU tensors, for tests |
+| `OPD_CUDA_EMULATION` | path of opd_emulated.so, which runs the CUDA kernels on CPU tensors, for tests |
 """
 
 from __future__ import annotations
@@ -20,3 +21,8 @@ def forced_backend() -> str | None:
 def triton_interpreted() -> bool:
     """Whether Triton kernels run under Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def cuda_emulation() -> str | None:
+    """`OPD_CUDA_EMULATION`, or None."""
+    return os.environ.get("OPD_CUDA_EMULATION") or None
