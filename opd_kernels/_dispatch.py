@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ OPS = (
     "fused_linear_token_logprobs",
     "segment_scan",
 )
-
 
 # the oldest GPUs that csrc/cuda is written for
 _OLDEST_CAPABILITY = (8, 0)
@@ -45,8 +43,14 @@ class Row(NamedTuple):
     objection: Callable[[Meta], str | None]
 
 
+def _constant_for_dynamo(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo: seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def _cuda(meta: Meta) -> str | None:
-    if meta.device == "cpu" and _library.cuda_emulated():
+    if meta.device == "cpu" and _cuda_emulated():
         return None
     if meta.device != "cuda":
         return f"the tensors are on {meta.device}"
@@ -55,7 +59,12 @@ def _cuda(meta: Meta) -> str | None:
     return None if meta.capability is None else _gpu_objection(meta.capability)
 
 
-@cache
+@_constant_for_dynamo
+def _cuda_emulated() -> bool:
+    return _library.cuda_emulated()
+
+
+@_constant_for_dynamo
 def _gpu_objection(capability: tuple[int, int]) -> str | None:
     gpu = f"the GPU has compute capability {capability[0]}.{capability[1]}"
     if capability < _OLDEST_CAPABILITY:
@@ -145,7 +154,7 @@ def meta_of(tensor: Tensor) -> Meta:
     return Meta(device.type, tensor.dtype, _capability(device.type, device.index))
 
 
-@torch.compiler.assume_constant_result
+@_constant_for_dynamo
 def _capability(device: str, index: int | None) -> tuple[int, int] | None:
     known = device == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_capability(index) if known else None

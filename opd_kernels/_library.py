@@ -51,6 +51,7 @@ def _load_cuda() -> str | None:
 CUDA_OBJECTION = _load_cuda()
 
 
+@cache
 def architectures() -> tuple[str, ...]:
     """What the loaded CUDA kernels were compiled for, as CMake says it: ("80-real", "90a-real")."""
     function = ctypes.CDLL(str(CUDA_PATH)).opd_cuda_architectures
@@ -58,24 +59,21 @@ def architectures() -> tuple[str, ...]:
     return tuple(function().decode().split(";"))
 
 
+@cache
 def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
     """Whether code for one of these architectures runs on a GPU of this compute capability."""
-    wanted = 10 * capability[0] + capability[1]
-    for architecture in architectures:
-        number, suffix, kind = re.fullmatch(
-            r"(\d+)([af]?)(-real|-virtual)?", architecture
-        ).groups()
-        built = int(number)
-        same_major = built // 10 == capability[0] and built <= wanted
-        if suffix == "a":
-            matches = built == wanted
-        elif suffix == "f" or kind == "-real":
-            matches = same_major
-        else:
-            matches = built <= wanted
-        if matches:
-            return True
-    return False
+    return any(_code_runs_on(capability, architecture) for architecture in architectures)
+
+
+def _code_runs_on(capability: tuple[int, int], architecture: str) -> bool:
+    """CUDA's rules: machine code within a major version, code for "90a" nowhere else, PTX upwards."""
+    number, suffix, kind = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", architecture).groups()
+    built, wanted = divmod(int(number), 10), capability
+    if suffix == "a":
+        return built == wanted
+    if suffix == "f" or kind == "-real":
+        return built[0] == wanted[0] and built <= wanted
+    return built <= wanted
 
 
 @cache
