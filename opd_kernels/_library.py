@@ -44,7 +44,8 @@ def _load_cuda() -> str | None:
     try:
         torch.ops.load_library(str(CUDA_PATH))
     except OSError as error:
-        return f"{CUDA_PATH.name} does not load ({error}); run {_BUILD} to rebuild it"
+        cause = error.__cause__ or error
+        return f"{CUDA_PATH.name} does not load ({cause}); run {_BUILD} to rebuild it"
     return None
 
 
@@ -66,7 +67,7 @@ def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool
 
 
 def _code_runs_on(capability: tuple[int, int], architecture: str) -> bool:
-    """CUDA's rules: machine code within a major version, code for "90a" nowhere else, PTX upwards."""
+    """CUDA's rules: machine code within a major version, that for "90a" nowhere else, PTX upwards."""
     number, suffix, kind = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", architecture).groups()
     built, wanted = divmod(int(number), 10), capability
     if suffix == "a":
@@ -83,7 +84,7 @@ def _load_emulation(path: str) -> None:
     except OSError as error:
         raise BuildError(
             f"opd_kernels: OPD_CUDA_EMULATION must be the path of opd_emulated.so, got {path!r} "
-            f"({error})."
+            f"({error.__cause__ or error})."
         ) from error
 
 

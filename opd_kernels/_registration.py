@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers an op's fake, its backward and its twins on other backends, each once.
 
-A row kernel is three torch ops with one schema, one fake and one backward: `opd::x` (compiled, CPU),
-`opd_cuda::x` (compiled, CUDA) and `opd_triton::x` (Triton). Schemas are read from the compiled
-library, never written twice.
+A row kernel is three torch ops with one schema, one fake and one backward: `opd::x` (compiled, for
+CPU), `opd_cuda::x` (compiled, for CUDA) and `opd_triton::x` (Triton). Schemas are read from the
+compiled library, never written twice.
 """
 
 from __future__ import annotations

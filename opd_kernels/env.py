@@ -5,7 +5,7 @@
 |---|---|
 | `OPD_BACKEND` | backend for every call that names none: cuda, triton, cpu, reference |
 | `TRITON_INTERPRET` | Triton's own: 1 runs Triton kernels on CPU tensors, for tests |
-| `OPD_CUDA_EMULATION` | path of opd_emulated.so, which runs the CUDA kernels on CPU tensors, for tests |
+| `OPD_CUDA_EMULATION` | path of opd_emulated.so: CUDA kernels on CPU tensors, for tests |
 """
 
 from __future__ import annotations
