@@ -67,7 +67,7 @@ def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool
 
 
 def _code_runs_on(capability: tuple[int, int], architecture: str) -> bool:
-    """CUDA's rules: machine code within a major version, that for "90a" nowhere else, PTX upwards."""
+    """CUDA's rules: machine code within a major version, that of 90a nowhere else, PTX upwards."""
     number, suffix, kind = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", architecture).groups()
     built, wanted = divmod(int(number), 10), capability
     if suffix == "a":
