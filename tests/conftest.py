@@ -43,7 +43,7 @@ def emulated_cuda_library():
     """Path of the CUDA kernels as C++ on CPU tensors; compiled if they are not."""
     from tests import native
 
-    return native.build("opd_torch_emulated") / "tests" / "csrc" / "opd_emulated.so"
+    return native.build("opd_torch_emulated") / "opd_emulated.so"
 
 
 @pytest.fixture
