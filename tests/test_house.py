@@ -91,7 +91,8 @@ MAY_IMPORT = {
 MAY_INCLUDE = {
     "csrc/include/": r"opd/\w+\.h",
     "csrc/core/": r"opd/\w+\.h|\w+\.h",
-    "csrc/torch/": r"opd/opd\.h|arguments\.h|row_ops\.h|torch/(csrc/(stable|inductor/aoti_torch/c)|headeronly)/.*",
+    "csrc/torch/": r"opd/opd\.h|(arguments|row_ops)\.h|"
+    r"torch/(csrc/(stable|inductor/aoti_torch/c)|headeronly)/.*",
     "csrc/cuda/": r"opd/\w+\.h|\w+\.(h|cuh)|cuda\w*\.h",
 }
 OP_CODE = ("opd_kernels/*.py", "opd_kernels/triton/*.py")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The raw CUDA divergence ops under emulation against the CPU's: state, phases, slices, in place."""
+"""The raw CUDA divergence ops under emulation against the CPU's: state, phases, in place."""
 
 from __future__ import annotations
 
