@@ -2,6 +2,7 @@
 # `make demo` and `make test` need Python >= 3.11, g++ and make; they set up .venv by themselves.
 #   PYTHON=python3.12   another interpreter        PIP_FLAGS="..."   passed to pip install
 #   OPD_MARCH=x86-64-v3 binaries that travel       CXX=g++-13        another compiler
+#   OPD_CUDA=1          build the CUDA kernels here too, where there is nvcc and no GPU; 0: never
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -11,6 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
   && echo $$p && break; done)
 CXX ?= g++
+# compiling the CUDA kernels for every GPU takes minutes; their emulation is tested without nvcc
+CORE_CUDA := -DOPD_CUDA=$(if $(filter 1,$(OPD_CUDA)),ON,OFF)
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -53,12 +56,12 @@ test: build test-core
 	$(BIN)/python -m pytest tests -q -m "not slow and not cuda"
 
 test-core: $(VENV)/.dependencies
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF $(CORE_CUDA) >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/core
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/core --output-on-failure
 
 test-full: build test-core
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -G Ninja -DOPD_TORCH=OFF -DOPD_SANITIZE=ON >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -G Ninja -DOPD_TORCH=OFF -DOPD_CUDA=OFF -DOPD_SANITIZE=ON >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/asan
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/asan --output-on-failure
 	$(BIN)/python -m pytest tests -q -m "not cuda"
@@ -90,4 +93,4 @@ lint: $(VENV)/.dependencies
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf build dist *.egg-info opd_kernels/_C.so $(VENV)/.built
+	rm -rf build dist *.egg-info opd_kernels/_C.so opd_kernels/_C_cuda.so $(VENV)/.built

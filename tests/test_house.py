@@ -21,12 +21,13 @@ import opd_kernels
 from opd_kernels import _dispatch, _registration
 from opd_kernels.divergences import DIVERGENCES
 from opd_kernels.reference import divergences as reference_divergences
-from tests import public_api
+from tests import native, public_api
 from tests.cases import LABEL_SPECS, SPECS
 
 ROOT = Path(__file__).parents[1]
 HEADER = "csrc/include/opd/divergences.h"
 OPS_CPP = "csrc/torch/ops.cpp"
+ROW_OPS = "csrc/torch/row_ops.h"
 MIRROR = "opd_kernels/triton/_divergences.py"
 SOURCE_SUFFIXES = (".py", ".cpp", ".cc", ".c", ".h", ".cu", ".cuh")
 STANDARD_LIBRARY = sys.stdlib_module_names
@@ -35,12 +36,15 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 
 LAYERS = (
     "csrc/core/{op}.cpp",
+    "csrc/cuda/{op}.cu",
     "opd_kernels/{op}.py",
     "opd_kernels/triton/{op}.py",
     "opd_kernels/reference/{op}.py",
     "tests/opd_kernels/test_{op}.py",
+    "tests/opd_kernels/test_cuda_{op}.py",
     "tests/opd_kernels/test_triton_{op}.py",
     "tests/csrc/test_{op}.cpp",
+    "tests/csrc/test_cuda_{op}.cpp",
     "benchmarks/bench_{op}.py",
 )
 _ROW_KERNEL = "its GEMMs are the library's and its row kernel is that of the op without the prefix"
@@ -49,9 +53,12 @@ ABSENT = {
     for op in ("fused_linear_divergence", "fused_linear_token_logprobs")
     for layer in (
         "csrc/core/{op}.cpp",
+        "csrc/cuda/{op}.cu",
         "opd_kernels/triton/{op}.py",
+        "tests/opd_kernels/test_cuda_{op}.py",
         "tests/opd_kernels/test_triton_{op}.py",
         "tests/csrc/test_{op}.cpp",
+        "tests/csrc/test_cuda_{op}.cpp",
     )
 }
 _LIBRARY = "on a GPU the GEMMs are the library's"
@@ -89,7 +96,8 @@ MAY_IMPORT = {
 MAY_INCLUDE = {
     "csrc/include/": r"opd/\w+\.h",
     "csrc/core/": r"opd/\w+\.h|\w+\.h",
-    "csrc/torch/": r"opd/opd\.h|torch/(csrc/(stable|inductor/aoti_torch/c)|headeronly)/.*",
+    "csrc/torch/": r"opd/opd\.h|(arguments|row_ops)\.h|"
+    r"torch/(csrc/(stable|inductor/aoti_torch/c)|headeronly)/.*",
     "csrc/cuda/": r"opd/\w+\.h|\w+\.(h|cuh)|cuda\w*\.h",
 }
 OP_CODE = ("opd_kernels/*.py", "opd_kernels/triton/*.py")
@@ -205,6 +213,37 @@ def test_schemas_are_the_registered_fakes():
     report(
         [f"{name}: schema in {OPS_CPP}, no fake" for name in sorted(declared - registered)]
         + [f"{name}: fake without a schema" for name in sorted(registered - declared)]
+    )
+
+
+def test_every_row_kernel_has_a_body_for_cpu_and_cuda():
+    """An op of a schema is a loop in Python, or has a body in row_ops.h and a twin in opd_cuda."""
+    block = read(ROW_OPS).partition("#define OPD_ROW_OPS(X)")[2].partition("\n\n")[0]
+    bodies = set(re.findall(r"X\((\w+)\)", block))
+    assert bodies, f"no OPD_ROW_OPS list was found in {ROW_OPS}"
+    twins = {
+        name.removeprefix("opd_cuda::")
+        for name in _registration.REGISTERED
+        if name.startswith("opd_cuda::")
+    }
+    report(
+        [f"{name}: no `python` and no body in {ROW_OPS}" for name in sorted(twins - bodies)]
+        + [f"{name}: a body in {ROW_OPS} and no opd_cuda::{name}" for name in bodies - twins]
+        + [f"{name}: a body without a schema in {OPS_CPP}" for name in bodies - set(schemas())]
+    )
+
+
+def test_every_cuda_entry_point_has_a_kernel_and_a_refusal():
+    declared = native.cuda_entry_points()
+    assert declared, "no entry point opd_*_cuda was found in csrc/include/opd/opd.h"
+    refusals = read("csrc/core/without_cuda.cpp")
+    report(
+        [f"{name}: no kernel in csrc/cuda" for name in native.unwritten("")]
+        + [
+            f"csrc/core/without_cuda.cpp: {name} is missing"
+            for name in declared
+            if not re.search(rf"\b{name}\b", refusals)
+        ]
     )
 
 

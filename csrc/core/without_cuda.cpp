@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA entry points of a library that was built without CUDA.
+// The CUDA entry points of a library that was built without CUDA; weak, so that a kernel takes the
+// place of its own.
 #include "check.h"
 
 namespace {
@@ -12,7 +13,7 @@ opd_status_t unsupported() {
 }  // namespace
 
 #define OPD_WITHOUT_CUDA(NAME, ARGS) \
-  opd_status_t NAME(const ARGS*, void*) { return unsupported(); }
+  __attribute__((weak)) opd_status_t NAME(const ARGS*, void*) { return unsupported(); }
 
 OPD_WITHOUT_CUDA(opd_divergence_fwd_cuda, opd_divergence_args_t)
 OPD_WITHOUT_CUDA(opd_divergence_bwd_cuda, opd_divergence_args_t)
@@ -30,6 +31,6 @@ OPD_WITHOUT_CUDA(opd_segment_reduce_cuda, opd_segment_reduce_args_t)
 OPD_WITHOUT_CUDA(opd_segment_broadcast_cuda, opd_segment_broadcast_args_t)
 OPD_WITHOUT_CUDA(opd_group_statistics_cuda, opd_group_statistics_args_t)
 
-opd_status_t opd_divergence_phase_cuda(const opd_divergence_args_t*, int32_t, void*) {
+__attribute__((weak)) opd_status_t opd_divergence_phase_cuda(const opd_divergence_args_t*, int32_t, void*) {
   return unsupported();
 }

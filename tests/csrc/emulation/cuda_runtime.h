@@ -111,6 +111,7 @@ inline int& emulated_multiprocessors() {
 }
 inline int& emulated_capability() {
   static int value = 90;
+  if (const char* text = std::getenv("OPD_EMULATION_CAPABILITY")) value = std::atoi(text);
   return value;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
