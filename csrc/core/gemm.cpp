@@ -444,7 +444,7 @@ opd_status_t opd_gemm_cpu(const opd_gemm_args_t* args) {
     const bool empty = args->k == 0;
     opd::check_operand("a", args->a, empty);
     opd::check_operand("b", args->b, empty);
-    opd::check_pointers(opd::kGemm, "out and workspace", {args->out, args->workspace});
+    opd::check_pointer(opd::kGemm, "out", args->out);
     OPD_CHECK(args->out_row_stride >= args->n, opd::kGemm, ": rows of out must not overlap");
     if (empty) {
       for (int64_t i = 0; i < args->m && !args->accumulate; ++i) {
@@ -453,6 +453,7 @@ opd_status_t opd_gemm_cpu(const opd_gemm_args_t* args) {
       }
       return;
     }
+    opd::check_pointer(opd::kGemm, "workspace", args->workspace);
     opd::run_gemm(*args);
   });
 }

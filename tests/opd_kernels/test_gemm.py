@@ -93,6 +93,13 @@ def test_gemm_copies_an_operand_without_a_unit_stride(monkeypatch):
     torch.testing.assert_close(gemm.gemm(torch.empty(6, 5), a, b), a @ b)
 
 
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_gemm_of_no_products_is_zero(way):
+    a, b, out = torch.empty(3, 0), torch.empty(0, 5), torch.ones(3, 5)
+    assert torch.equal(gemm.gemm(out, a, b, accumulate=True), torch.ones(3, 5))
+    assert torch.equal(gemm.gemm(out, a, b), torch.zeros(3, 5))
+
+
 def test_gemm_op_refuses_what_does_not_fit():
     a, b, out = torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5)
     for arguments, words in (
@@ -153,6 +160,36 @@ def test_cpu_buffers_are_kept_for_the_next_call_and_released(monkeypatch):
 def test_cpu_plan_asks_for_no_more_than_is_kept():
     plan = _linear.plan("op", 100_000, 32_000, [torch.empty(32_000, 1)] * 2, 1 << 30)
     assert 0.9 * _linear.KEPT_BYTES < plan.workspace_bytes <= _linear.KEPT_BYTES
+
+
+def test_cpu_plan_holds_one_token_wherever_the_budget_does(monkeypatch):
+    monkeypatch.setattr(gemm, "OWN", True)
+    whole_rows = _linear.NO_PATH_B
+    # 3 MiB a token; the packed operand would take 2 more
+    head = torch.empty(1).expand(750_000, 2048)
+    plan = _linear.plan("op", 5, 750_000, [head], 4 << 20, whole_rows=whole_rows)
+    assert plan.chunk_tokens == 1 and plan.workspace_bytes <= 4 << 20
+    with pytest.raises(ValueError, match=f"got {2 << 20}"):
+        _linear.plan("op", 5, 750_000, [head], 2 << 20, whole_rows=whole_rows)
+    # a token beyond what is kept is not refused to a budget that has room for it
+    head = torch.empty(1).expand(80_000_000, 1)
+    plan = _linear.plan("op", 5, 80_000_000, [head], 1 << 30, whole_rows=whole_rows)
+    assert plan.chunk_tokens == 1 and plan.workspace_bytes > _linear.KEPT_BYTES
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_a_buffer_kept_by_inference_mode_serves_training(way):
+    torch.use_deterministic_algorithms(False)
+    opk.release_workspace()
+    hidden, head, token_ids = torch.randn(9, 16), torch.randn(50, 16), torch.arange(9)
+    lora = (torch.randn(2, 16), torch.randn(50, 2), 0.5)
+    with torch.inference_mode():
+        evaluated = opk.fused_linear_token_logprobs(hidden, head, token_ids, lora=lora).logprobs
+    hidden.requires_grad_()
+    trained = opk.fused_linear_token_logprobs(hidden, head, token_ids, lora=lora).logprobs
+    trained.sum().backward()
+    opk.release_workspace()
+    assert torch.equal(trained, evaluated) and hidden.grad.isfinite().all()
 
 
 def test_a_loss_in_a_kept_buffer_is_that_in_a_new_one():
