@@ -8,6 +8,7 @@ import torch
 
 import opd_kernels as opk
 from opd_kernels import _linear, env, gemm
+from tests.tolerance import assert_within_eager
 
 WAYS = ("own", "library")
 # logits, dX and dW of an LM head, and one of each with lines left over
@@ -66,6 +67,30 @@ def test_own_gemm_of_bfloat16_is_as_exact_as_of_float32(way, k):
     gemm.gemm(widened, a.float(), b.float())
     error, of_float32 = ((x - exact).norm() / exact.norm() for x in (out, widened))
     assert error <= 2 * of_float32 + 1e-8
+
+
+@pytest.mark.parametrize("way", ["own"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden_size", [512, 2048])
+def test_own_gemm_is_as_exact_as_the_library(way, dtype, hidden_size):
+    """Products of one sign, whose rounding errors add up the more of them are in one sum."""
+    hidden, head = torch.rand(48, hidden_size).to(dtype), torch.rand(96, hidden_size).to(dtype)
+    alike = hidden[:, :1].expand(-1, hidden_size), head[:, :1].expand(-1, hidden_size)
+    for a, b in ((hidden, head.t()), (alike[0].contiguous(), alike[1].contiguous().t())):
+        eager = torch.mm(a.float(), b.float())
+        own = gemm.gemm(torch.empty(48, 96), a, b)
+        assert_within_eager(own, eager, a.double() @ b.double(), f"{hidden_size} products")
+
+
+@pytest.mark.parametrize("way", ["own"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_own_gemm_of_a_row_does_not_depend_on_the_others(way, dtype):
+    a, b = (matrix.to(dtype) for matrix in operands(100, 500, 1500, torch.float32, False))
+    start = torch.randn(100, 500)
+    together = gemm.gemm(start.clone(), a, b, accumulate=True)
+    rows, columns = slice(5, 42), slice(3, 77)
+    alone = gemm.gemm(start[rows, columns].clone(), a[rows], b[:, columns], accumulate=True)
+    assert torch.equal(alone, together[rows, columns])
 
 
 @pytest.mark.parametrize("way", ["own"], indirect=True)
