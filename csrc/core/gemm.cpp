@@ -7,6 +7,7 @@
 // operand: [k][kTileRows] of A and [k][kTileColumns] of B. Every tile is summed by one thread in the
 // order of k, so results do not depend on the number of threads.
 #include <algorithm>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
