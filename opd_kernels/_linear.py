@@ -113,14 +113,17 @@ def plan(
     column_bytes = itemsize * len(heads)
     token_bytes = fixed_bytes + column_bytes * vocab_size
     fewest = min(num_tokens, _FEWEST_TOKENS.get(heads[0].device.type, _FEWEST_TOKENS["cuda"]))
+    # what a call that cannot cut the vocabulary needs at least
+    one_token = 0 if whole_rows is None else token_bytes + row_bytes
     if heads[0].device.type == "cpu":
-        workspace_bytes = min(workspace_bytes, KEPT_BYTES)
+        workspace_bytes = min(workspace_bytes, max(KEPT_BYTES, one_token))
     reserved = 0
     if gemm.is_own(heads[0]):
         most_tokens = min(num_tokens, workspace_bytes // token_bytes)
         reserved = gemm.workspace_bytes(max(most_tokens, *hidden_sizes))
         # a budget of a few tokens is kept to but for this
-        reserved = reserved if reserved <= workspace_bytes // 2 else 0
+        if workspace_bytes - reserved < max(reserved, one_token):
+            reserved = 0
     workspace_bytes -= reserved
     fits = (workspace_bytes - row_bytes) // token_bytes
     if whole_rows is not None or fits >= max(1, fewest):
@@ -300,7 +303,9 @@ def borrowed_buffer(like: Tensor, *shape: int) -> Iterator[Tensor]:
     kept, _kept.buffer = _kept.buffer, None
     if kept is None or kept.numel() < size:
         kept = None
-        kept = new_buffer(like, size)
+        # one of inference mode's could not be written to outside of it
+        with torch.inference_mode(False):
+            kept = new_buffer(like, size)
     try:
         yield kept[:size].view(shape)
     finally:

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -119,12 +120,15 @@ int main() {
   args.struct_size = sizeof(args);
   args.m = 1, args.n = 2, args.k = 0;
   args.a = args.b = {&value, 1, 1, OPD_FLOAT32};
-  args.out = out, args.out_row_stride = 2, args.workspace = workspace;
+  args.out = out, args.out_row_stride = 2;
   args.accumulate = 1;
   expect::that(opd_gemm_cpu(&args) == OPD_OK && out[0] == 1.0f && out[1] == 2.0f, "k = 0 adds 0");
   args.accumulate = 0;
   expect::that(opd_gemm_cpu(&args) == OPD_OK && out[0] == 0.0f && out[1] == 0.0f, "k = 0 is 0");
   args.k = 1;
+  expect::that(opd_gemm_cpu(&args) == OPD_INVALID_ARGUMENT && std::strstr(opd_last_error(), "workspace"),
+               "k = 1 needs a workspace");
+  args.workspace = workspace;
   args.a.dtype = OPD_FLOAT64;
   expect::that(opd_gemm_cpu(&args) == OPD_INVALID_ARGUMENT, "float64 is refused");
   args.a = {&value, 2, 2, OPD_FLOAT32};

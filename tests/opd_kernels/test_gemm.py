@@ -8,6 +8,7 @@ import torch
 
 import opd_kernels as opk
 from opd_kernels import _linear, env, gemm
+from tests.tolerance import assert_within_eager
 
 WAYS = ("own", "library")
 # logits, dX and dW of an LM head, and one of each with lines left over
@@ -69,6 +70,30 @@ def test_own_gemm_of_bfloat16_is_as_exact_as_of_float32(way, k):
 
 
 @pytest.mark.parametrize("way", ["own"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden_size", [512, 2048])
+def test_own_gemm_is_as_exact_as_the_library(way, dtype, hidden_size):
+    """Products of one sign, whose rounding errors add up the more of them are in one sum."""
+    hidden, head = torch.rand(48, hidden_size).to(dtype), torch.rand(96, hidden_size).to(dtype)
+    alike = hidden[:, :1].expand(-1, hidden_size), head[:, :1].expand(-1, hidden_size)
+    for a, b in ((hidden, head.t()), (alike[0].contiguous(), alike[1].contiguous().t())):
+        eager = torch.mm(a.float(), b.float())
+        own = gemm.gemm(torch.empty(48, 96), a, b)
+        assert_within_eager(own, eager, a.double() @ b.double(), f"{hidden_size} products")
+
+
+@pytest.mark.parametrize("way", ["own"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_own_gemm_of_a_row_does_not_depend_on_the_others(way, dtype):
+    a, b = (matrix.to(dtype) for matrix in operands(100, 500, 1500, torch.float32, False))
+    start = torch.randn(100, 500)
+    together = gemm.gemm(start.clone(), a, b, accumulate=True)
+    rows, columns = slice(5, 42), slice(3, 77)
+    alone = gemm.gemm(start[rows, columns].clone(), a[rows], b[:, columns], accumulate=True)
+    assert torch.equal(alone, together[rows, columns])
+
+
+@pytest.mark.parametrize("way", ["own"], indirect=True)
 def test_own_gemm_does_not_depend_on_the_threads(way):
     a, b = operands(100, 500, 1500, torch.float32, False)
     results = []
@@ -91,6 +116,13 @@ def test_gemm_copies_an_operand_without_a_unit_stride(monkeypatch):
     monkeypatch.setattr(gemm, "OWN", True)
     a, b = torch.randn(6, 40)[:, ::2], torch.randn(20, 5)
     torch.testing.assert_close(gemm.gemm(torch.empty(6, 5), a, b), a @ b)
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_gemm_of_no_products_is_zero(way):
+    a, b, out = torch.empty(3, 0), torch.empty(0, 5), torch.ones(3, 5)
+    assert torch.equal(gemm.gemm(out, a, b, accumulate=True), torch.ones(3, 5))
+    assert torch.equal(gemm.gemm(out, a, b), torch.zeros(3, 5))
 
 
 def test_gemm_op_refuses_what_does_not_fit():
@@ -153,6 +185,36 @@ def test_cpu_buffers_are_kept_for_the_next_call_and_released(monkeypatch):
 def test_cpu_plan_asks_for_no_more_than_is_kept():
     plan = _linear.plan("op", 100_000, 32_000, [torch.empty(32_000, 1)] * 2, 1 << 30)
     assert 0.9 * _linear.KEPT_BYTES < plan.workspace_bytes <= _linear.KEPT_BYTES
+
+
+def test_cpu_plan_holds_one_token_wherever_the_budget_does(monkeypatch):
+    monkeypatch.setattr(gemm, "OWN", True)
+    whole_rows = _linear.NO_PATH_B
+    # 3 MiB a token; the packed operand would take 2 more
+    head = torch.empty(1).expand(750_000, 2048)
+    plan = _linear.plan("op", 5, 750_000, [head], 4 << 20, whole_rows=whole_rows)
+    assert plan.chunk_tokens == 1 and plan.workspace_bytes <= 4 << 20
+    with pytest.raises(ValueError, match=f"got {2 << 20}"):
+        _linear.plan("op", 5, 750_000, [head], 2 << 20, whole_rows=whole_rows)
+    # a token beyond what is kept is not refused to a budget that has room for it
+    head = torch.empty(1).expand(80_000_000, 1)
+    plan = _linear.plan("op", 5, 80_000_000, [head], 1 << 30, whole_rows=whole_rows)
+    assert plan.chunk_tokens == 1 and plan.workspace_bytes > _linear.KEPT_BYTES
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_a_buffer_kept_by_inference_mode_serves_training(way):
+    torch.use_deterministic_algorithms(False)
+    opk.release_workspace()
+    hidden, head, token_ids = torch.randn(9, 16), torch.randn(50, 16), torch.arange(9)
+    lora = (torch.randn(2, 16), torch.randn(50, 2), 0.5)
+    with torch.inference_mode():
+        evaluated = opk.fused_linear_token_logprobs(hidden, head, token_ids, lora=lora).logprobs
+    hidden.requires_grad_()
+    trained = opk.fused_linear_token_logprobs(hidden, head, token_ids, lora=lora).logprobs
+    trained.sum().backward()
+    opk.release_workspace()
+    assert torch.equal(trained, evaluated) and hidden.grad.isfinite().all()
 
 
 def test_a_loss_in_a_kept_buffer_is_that_in_a_new_one():
