@@ -173,7 +173,7 @@ def jobs(everything: bool) -> list[tuple[str, str]]:
 
 
 def _key(source: str, arch: str) -> str:
-    """Of the source, every header, the flags, the compiler, and this file, which reads the result."""
+    """Of the source, the headers, the flags, the compiler, and this file, which reads them."""
     digest = hashlib.sha256(repr((source, arch, flags(), _version())).encode())
     headers = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
     for path in [Path(__file__), ROOT / source, *sorted(headers)]:

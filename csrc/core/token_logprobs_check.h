@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is refused of the arguments of token_logprobs, in words. Nothing that a pointer in them points
-// to is read here, so that it may be memory of a GPU.
+// What is refused of the arguments of token_logprobs, in words. Nothing that a pointer in them
+// points to is read here, so that it may be memory of a GPU.
 #pragma once
 
 #include "check.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Discounted sums along a line of numbers, by a whole block and in float64, in an order that follows
-// from the length of the line alone.
+// Discounted sums along a line of numbers, by a whole block and in float64, in an order that
+// follows from the length of the line alone.
 #pragma once
 
 #include <limits>
@@ -37,12 +37,12 @@ __device__ __forceinline__ double power_of_items(const double (&powers)[kPowers]
   return power;
 }
 
-// emit(m, sum_k d^k load(m - k), 0 <= k <= m, discount^m) for each m < count, where d is the discount,
-// or 1; load(m, discount^m). Every thread of the block calls it, and no emit comes before the block's
-// earlier ones are done.
+// emit(m, sum_k d^k load(m - k), 0 <= k <= m, discount^m) for each m < count, where d is the
+// discount, or 1; load(m, discount^m). Every thread of the block calls it, and no emit comes before
+// the block's earlier ones are done.
 template <bool kDiscounted, class Load, class Emit>
-__device__ __forceinline__ void scan_line(int64_t count, const double (&powers)[kPowers], Load&& load,
-                                          Emit&& emit) {
+__device__ __forceinline__ void scan_line(int64_t count, const double (&powers)[kPowers],
+                                          Load&& load, Emit&& emit) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   double* const totals = shared_doubles();
   const auto aged = [&](int power, double sum) {
@@ -88,8 +88,9 @@ __device__ __forceinline__ void scan_line(int64_t count, const double (&powers)[
   }
 }
 
-// The same over at most `window` terms, window < count, in time that does not depend on the window and
-// without a subtraction: csrc/core/segment_scan.cpp says how. `tails` has room for `window` sums.
+// The same over at most `window` terms, window < count, in time that does not depend on the window
+// and without a subtraction: csrc/core/segment_scan.cpp says how. `tails` has room for `window`
+// sums.
 template <class Load, class Emit>
 __device__ __forceinline__ void scan_window(int64_t count, int64_t window,
                                             const double (&powers)[kPowers], double* tails,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over the segments of packed tokens, one block per segment: discounted scans, reductions, their
-// transposes, and the statistics of groups. All sums are float64. A block has always as many threads,
-// so that the order of a segment's sums follows from the segment alone. Offsets are clamped to
-// [0, num_tokens]: wrong ones give wrong values but touch no memory outside.
+// Sums over the segments of packed tokens, one block per segment: discounted scans, reductions,
+// their transposes, and the statistics of groups. All sums are float64. A block has always as many
+// threads, so that the order of a segment's sums follows from the segment alone. Offsets are
+// clamped to [0, num_tokens]: wrong ones give wrong values but touch no memory outside.
 #include <cmath>
 #include <limits>
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ Ends ends_of(const int64_t* offsets, int64_t num_toke
   return {begin, bound(begin, offsets[blockIdx.x + 1])};
 }
 
-// -- scans -----------------------------------------------------------------------------------------
+// -- scans ----------------------------------------------------------------------------------------
 
 // a sum of no more terms than these is added up for each token anew
 constexpr int64_t kFewTerms = 64;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// -- reductions and their transpose ------------------------------------------------------------------
+// -- reductions and their transpose ---------------------------------------------------------------
 
 template <class Real>
 struct ReduceParameters {
@@ -133,7 +133,9 @@ __global__ void __launch_bounds__(kThreads) segment_sum(ReduceParameters<Real> p
 }
 
 struct Earlier {
-  __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const { return a < b ? a : b; }
+  __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const {
+    return a < b ? a : b;
+  }
 };
 
 constexpr int64_t kNoToken = std::numeric_limits<int64_t>::max();
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) segment_broadcast(BroadcastParameter
   }
 }
 
-// -- groups ----------------------------------------------------------------------------------------
+// -- groups ---------------------------------------------------------------------------------------
 
 template <class Real>
 struct GroupParameters {
@@ -214,8 +216,8 @@ __global__ void __launch_bounds__(kThreads) group_statistics(GroupParameters<Rea
   const auto sum_over_block = [](auto x) {
     return reduce_block(x, reinterpret_cast<decltype(x)*>(shared_memory()), decltype(x)(0), Sum());
   };
-  // sums are of differences to one member: then equal members have exactly their value for a mean and
-  // exactly 0 for a std, in float64 too
+  // sums are of differences to one member: then equal members have exactly their value for a mean
+  // and exactly 0 for a std, in float64 too
   int64_t chosen = kNoToken;
   for (int64_t i = ends.begin + threadIdx.x; i < ends.end && chosen == kNoToken; i += kThreads) {
     if (counts(i) && is_finite(value(i))) chosen = i;
@@ -271,7 +273,7 @@ __global__ void __launch_bounds__(kThreads) group_statistics(GroupParameters<Rea
   }
 }
 
-// -- launches --------------------------------------------------------------------------------------
+// -- launches -------------------------------------------------------------------------------------
 
 template <class Kernel, class Parameters>
 void launch_per_segment(const opd_segments_t& segments, void* stream, Kernel kernel,

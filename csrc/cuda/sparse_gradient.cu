@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which columns of a gradient [T, V] some token needs, these columns packed side by side, what each
-// row sums to in the others, and rows added where the columns belong. A NaN or an infinity is always
-// needed: dropping it would hide it.
+// row sums to in the others, and rows added where the columns belong. A NaN or an infinity is
+// always needed: dropping it would hide it.
 #include <limits>
 
 #include "logits_row.cuh"
@@ -15,7 +15,7 @@ namespace {
 // columns of a 16-byte access
 constexpr int kPer = kPerLoad<float>;
 
-// -- mark: a block has kMarkColumns columns of all rows, kMarkGroups groups of threads share the rows --
+// -- mark: a block has kMarkColumns columns, its kMarkGroups groups of threads share the rows -----
 constexpr int kMarkLanes = 64, kMarkGroups = 4, kMarkThreads = kMarkLanes * kMarkGroups;
 constexpr int kMarkColumns = kMarkLanes * kPer;
 // rows that a thread has in flight
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMarkThreads) sparse_gradient_mark(MarkParamet
   }
 }
 
-// -- pack: a block per row ---------------------------------------------------------------------------
+// -- pack: a block per row ------------------------------------------------------------------------
 
 constexpr int kPackThreads = 512;
 // 16-byte reads that a thread has in flight
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kPackThreads, 2) sparse_gradient_pack(PackPara
   }
 }
 
-// -- add: a block per row of the target, and no row repeats --------------------------------------------
+// -- add: a block per row of the target, and no row repeats ---------------------------------------
 
 constexpr int kAddThreads = 256;
 
@@ -188,8 +188,9 @@ __global__ void __launch_bounds__(kAddThreads) sparse_gradient_add(AddParameters
 
 void check_float32(const char* name, int32_t dtype) {
   if (dtype == OPD_FLOAT32) return;
-  throw Error(OPD_UNSUPPORTED, concat(sparse_gradient::kOp, ": ", name, " must be float32 on a GPU, ",
-                                      "got float64. Convert it, or call the CPU's entry point."));
+  throw Error(OPD_UNSUPPORTED,
+              concat(sparse_gradient::kOp, ": ", name, " must be float32 on a GPU, got float64. ",
+                     "Convert it, or call the CPU's entry point."));
 }
 
 void mark(const opd_sparse_gradient_args_t& args, void* stream) {
@@ -252,7 +253,8 @@ opd_status_t opd_sparse_gradient_pack_cuda(const opd_sparse_gradient_args_t* arg
   });
 }
 
-opd_status_t opd_sparse_gradient_add_cuda(const opd_sparse_gradient_add_args_t* args, void* stream) {
+opd_status_t opd_sparse_gradient_add_cuda(const opd_sparse_gradient_add_args_t* args,
+                                          void* stream) {
   return opd::guarded([&] {
     opd::sparse_gradient::check_add(args);
     if (args->num_columns > 0) opd::cuda::add(*args, stream);

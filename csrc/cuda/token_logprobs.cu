@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kThreads, 2) token_logprobs_forward(ForwardPar
   }
 
   double* const scratch = reinterpret_cast<double*>(shared_memory());
-  const float largest = reduce_block(seen.largest, reinterpret_cast<float*>(scratch), kLowest, Max());
+  const float largest =
+      reduce_block(seen.largest, reinterpret_cast<float*>(scratch), kLowest, Max());
   if (largest != kLowest) seen.move_to(largest);
   const double sum = reduce_block(static_cast<double>(seen.sum), scratch, 0.0, Sum());
   const double weighted = reduce_block(static_cast<double>(seen.weighted), scratch, 0.0, Sum());
@@ -303,11 +304,11 @@ void backward(const opd_token_logprobs_bwd_args_t& args, void* stream) {
   const opd_const_matrix_t logits = spec.logits.matrix;
   parameters.overlaps =
       logits.data == args.grad_logits.data && logits.dtype != args.grad_logits.dtype;
-  OPD_CHECK(!parameters.overlaps ||
-                (logits.dtype == OPD_FLOAT32 && (spec.num_tokens == 1 || args.grad_logits.row_stride ==
-                                                                             2 * logits.row_stride)),
-            token_logprobs::kOp, ": grad_logits in the place of logits of another dtype must be ",
-            "16-bit in that of float32, with twice the row_stride ", logits.row_stride, ", got ",
+  const bool fits = logits.dtype == OPD_FLOAT32 &&
+                    (spec.num_tokens == 1 || args.grad_logits.row_stride == 2 * logits.row_stride);
+  OPD_CHECK(!parameters.overlaps || fits, token_logprobs::kOp,
+            ": grad_logits in the place of logits of another dtype must be 16-bit in that of ",
+            "float32, with twice the row_stride ", logits.row_stride, ", got ",
             args.grad_logits.row_stride);
   const Shape shape{spec.num_tokens, kThreads};
   visit_storage("logits", logits.dtype, [&](auto storage) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tests of the emulated CUDA kernels share: storage of any dtype at an address of choice, and
-// the rule of tests/tolerance.py with the CPU's float32 kernel in the place of eager torch.
+// What the tests of the emulated CUDA kernels share: storage of any dtype at an address of choice,
+// and the rule of tests/tolerance.py with the CPU's float32 kernel in the place of eager torch.
 #pragma once
 
 #include <algorithm>

@@ -63,7 +63,8 @@ void check(const char* what, Fn&& fn) {
     emulated::within(runs[0][0][i], baseline[i], truth[i], emulated::eps_of(OPD_FLOAT32), what);
     emulated::within(runs[0][1][i], truth[i], truth[i], 2e-13, what);
     for (int k : {0, 1}) {
-      expect::that(emulated::same(runs[0][k][i], runs[1][k][i]), "the order of threads changes no bit");
+      expect::that(emulated::same(runs[0][k][i], runs[1][k][i]),
+                   "the order of threads changes no bit");
     }
   }
 }
@@ -293,7 +294,7 @@ void check_groups() {
   for (int32_t dtype : {OPD_FLOAT32, OPD_FLOAT64}) {
     const Output got = statistics(equal, false, 1, dtype, kCuda);
     expect::that(got[2] == std::vector<double>(3, 0.0), "equal members have no spread at all");
-    expect::that(got[1] == std::vector<double>(3, 0.1f), "equal members have their value for a mean");
+    expect::that(got[1] == std::vector<double>(3, 0.1f), "equal members have their value as mean");
   }
 }
 
@@ -315,7 +316,8 @@ void check_wrong_offsets() {
     args.scratch = scratch.data() + kRoom;
     const auto check_guards = [&] {
       for (int64_t i = 0; i < kRoom; ++i) {
-        expect::that(buffer[i] == 77.0f && buffer[buffer.size() - 1 - i] == 77.0f, "a write outside");
+        const float after = buffer[buffer.size() - 1 - i];
+        expect::that(buffer[i] == 77.0f && after == 77.0f, "a write outside");
       }
     };
     expect::that(opd_segment_scan_cuda(&args, nullptr) == OPD_OK, opd_last_error());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernels of sparse_gradient, emulated, against the CPU's: marks, packed columns and sums of
-// rows are the same numbers, what is dropped is held to the CPU's in float64.
+// The CUDA kernels of sparse_gradient, emulated, against the CPU's: marks, packed columns and sums
+// of rows are the same numbers, what is dropped is held to the CPU's in float64.
 #include <random>
 
 #include "emulated.h"
@@ -105,7 +105,7 @@ void check(const Case& c) {
   const int before = expect::failures;
   expect::that(emulated::same(got.kept, baseline.kept), "marks are the CPU's");
   expect::that(same_numbers(got.packed, baseline.packed), "packed columns are the CPU's");
-  expect::that(emulated::same(truth.kept, baseline.kept), "the case is one that float64 marks alike");
+  expect::that(emulated::same(truth.kept, baseline.kept), "a case that float64 marks alike");
   for (int64_t t = 0; t < c.num_tokens; ++t) {
     const double exact = truth.dropped[t];
     // added up in float64, and rounded once

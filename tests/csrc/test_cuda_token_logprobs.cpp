@@ -89,7 +89,8 @@ Outputs run(const Case& c, int32_t dtype, int32_t grad_dtype, bool in_place, For
 
   const int64_t width = c.row_stride;
   const int64_t grad_stride = in_place && grad_dtype != dtype ? 2 * width : width;
-  Numbers gradient(grad_dtype, T * width, c.shift + 1), grad_logprobs(real, T), grad_entropy(real, T);
+  Numbers gradient(grad_dtype, T * width, c.shift + 1);
+  Numbers grad_logprobs(real, T), grad_entropy(real, T);
   std::vector<double> grad_lse(T);
   for (int64_t t = 0; t < T; ++t) {
     grad_logprobs.set(t, upstream(t, 0.5));
