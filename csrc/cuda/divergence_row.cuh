@@ -48,52 +48,52 @@ struct RowKernel {
   __device__ RowKernel(const Call& call, int64_t row, const SharedRow& shared, float weight)
       : call(call), row(row), shared(shared), weight(weight), laws(call, row) {}
 
-  __device__ double* component_state(int j) const {
+  __device__ __forceinline__ double* component_state(int j) const {
     return shared.state + kStateSize + j * kComponentState;
   }
-  __device__ float coefficient(int j) const {
+  __device__ __forceinline__ float coefficient(int j) const {
     const float* const coefficients = static_cast<const float*>(call.components[j].coefficients);
     return coefficients ? coefficients[row] : 1.0f;
   }
-  __device__ bool is_cross_entropy(int j) const {
+  __device__ __forceinline__ bool is_cross_entropy(int j) const {
     return kGeneral && call.components[j].divergence == kCrossEntropy;
   }
   // whether anything but labels has a part in the loss
-  __device__ bool reads_teacher() const {
+  __device__ __forceinline__ bool reads_teacher() const {
     bool any = false;
     for (int j = 0; j < num_components(); ++j) {
       any = any || (!is_cross_entropy(j) && coefficient(j) != 0.0f);
     }
     return any;
   }
-  __device__ int num_components() const { return kGeneral ? call.num_components : 1; }
-  __device__ bool is_live_mixture() const {
+  __device__ __forceinline__ int num_components() const { return kGeneral ? call.num_components : 1; }
+  __device__ __forceinline__ bool is_live_mixture() const {
     return kGeneral && call.live_target && call.target == OPD_TARGET_MIXTURE;
   }
-  __device__ bool is_live_geometric() const {
+  __device__ __forceinline__ bool is_live_geometric() const {
     return kGeneral && call.live_target && call.target == OPD_TARGET_GEOMETRIC &&
            call.target_student != 0.0f && reads_teacher();
   }
-  __device__ bool with_statistics() const { return kGeneral && call.with_statistics; }
+  __device__ __forceinline__ bool with_statistics() const { return kGeneral && call.with_statistics; }
 
-  __device__ double block_sum(double lane) const {
+  __device__ __forceinline__ double block_sum(double lane) const {
     return reduce_block(lane, shared.scratch, 0.0, Sum());
   }
   // the block's sum, added to the state by one thread; a barrier comes before anybody reads it
-  __device__ void add_to(double* target, double lane) const {
+  __device__ __forceinline__ void add_to(double* target, double lane) const {
     const double sum = block_sum(lane);
     if (threadIdx.x == 0) *target += sum;
   }
 
   // Entries of four columns, a mixture not yet mixed.
-  __device__ static void entries_of(const LawValues& values, const Shifts<float>& shifts,
+  __device__ __forceinline__ static void entries_of(const LawValues& values, const Shifts<float>& shifts,
                                     Entry<float> (&e)[kVector]) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) e[i] = entry_of(values.student[i], values.target[i], shifts);
   }
 
   // The teacher's side becomes the mixture, where that is the target.
-  __device__ void mix(Entry<float> (&e)[kVector], float (&through)[kVector]) const {
+  __device__ __forceinline__ void mix(Entry<float> (&e)[kVector], float (&through)[kVector]) const {
     if (!kGeneral || call.target != OPD_TARGET_MIXTURE) return;
     const float weight = call.mixture_weights[row];
 #pragma unroll
@@ -112,7 +112,7 @@ struct RowKernel {
 
   // -- log-sum-exps ----------------------------------------------------------------------------------
 
-  __device__ void add_lse() const {
+  __device__ __forceinline__ void add_lse() const {
     RunningLargest student, teacher;
     const auto add = [&](auto with_column) {
       for_each_vector<kVectors>(
@@ -136,7 +136,7 @@ struct RowKernel {
     __syncthreads();
   }
 
-  __device__ void close_lse() const {
+  __device__ __forceinline__ void close_lse() const {
     if (threadIdx.x == 0) {
       double* const s = shared.state;
       s[kStudentLse] = s[kStudentLargest] + ::log(s[kStudentLse]);
@@ -149,7 +149,7 @@ struct RowKernel {
 
   // fn(entries, count) for the columns of this thread, the target as the terms see it
   template <class Fn>
-  __device__ void for_each_entries(bool descending, Fn&& fn) const {
+  __device__ __forceinline__ void for_each_entries(bool descending, Fn&& fn) const {
     const Shifts<float> shifts(shared.state);
     for_each_vector<kVectors>(laws, call.vocab_size, descending, false,
                               [&](int column, int count, const LawBits& bits) {
@@ -161,7 +161,7 @@ struct RowKernel {
                               });
   }
 
-  __device__ void find_thresholds() const {
+  __device__ __forceinline__ void find_thresholds() const {
     if constexpr (kGeneral) {
       for (int j = 0; j < call.num_components; ++j) {
         const opd_divergence_component_t& component = call.components[j];
@@ -174,7 +174,7 @@ struct RowKernel {
     }
   }
 
-  __device__ void add_row_sums() const {
+  __device__ __forceinline__ void add_row_sums() const {
     for (int j = 0; j < num_components(); ++j) {
       if (is_cross_entropy(j) || coefficient(j) == 0.0f) continue;
       visit<kId>(call.components[j], [&](auto functor) {
@@ -186,7 +186,7 @@ struct RowKernel {
   }
 
   template <class F>
-  __device__ void add_row_sums_of(F f, double* state) const {
+  __device__ __forceinline__ void add_row_sums_of(F f, double* state) const {
     if constexpr (F::kNeedsThreshold) f = f.with_threshold(state[kThreshold]);
     float lanes[F::kRowSums] = {};
     for_each_entries(true, [&](const Entry<float>(&e)[kVector], int) {
@@ -213,7 +213,7 @@ struct RowKernel {
     for (int k = 0; k < F::kRowSums; ++k) state[kRowSum + k] += totals[k];
   }
 
-  __device__ double mass_in_double(double alpha) const {
+  __device__ __forceinline__ double mass_in_double(double alpha) const {
     double lane = 0.0;
     for_each_entries(true, [&](const Entry<float>(&e)[kVector], int) {
 #pragma unroll
@@ -231,7 +231,7 @@ struct RowKernel {
   // fn(k, log q, log p) for the ids of this row that are columns of this call, spread over the threads.
   // An id beyond the vocabulary, the caller's error, is NaN: a kernel cannot raise.
   template <class Fn>
-  __device__ void for_each_id(const int64_t* ids, int64_t count, Fn&& fn) const {
+  __device__ __forceinline__ void for_each_id(const int64_t* ids, int64_t count, Fn&& fn) const {
     const Shifts<float> shifts(shared.state);
     for (int64_t k = threadIdx.x; k < count; k += blockDim.x) {
       const int64_t id = ids[row * count + k], column = id - call.first_column;
@@ -246,18 +246,18 @@ struct RowKernel {
     }
   }
 
-  __device__ float label_weight(int64_t k) const {
+  __device__ __forceinline__ float label_weight(int64_t k) const {
     return call.label_weights ? call.label_weights[row * call.num_labels + k] : 1.0f;
   }
 
   // the coefficients of cross_entropy, summed
-  __device__ float label_coefficient() const {
+  __device__ __forceinline__ float label_coefficient() const {
     float sum = 0.0f;
     for (int j = 0; j < num_components(); ++j) sum += is_cross_entropy(j) ? coefficient(j) : 0.0f;
     return sum;
   }
 
-  __device__ void add_ids() const {
+  __device__ __forceinline__ void add_ids() const {
     double lq_lane = 0.0, lp_lane = 0.0, q_lane = 0.0, p_lane = 0.0, cross_entropy = 0.0;
     if (call.labels) {
       for_each_id(call.labels, call.num_labels, [&](int64_t k, float lq, float) {
@@ -294,7 +294,7 @@ struct RowKernel {
     float statistics[4] = {};     // entropies and KLs of both laws
   };
 
-  __device__ static void add_statistics(const Entry<float> (&e)[kVector], Terms* terms) {
+  __device__ __forceinline__ static void add_statistics(const Entry<float> (&e)[kVector], Terms* terms) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       terms->statistics[0] -= select(e[i].q == 0.0f, 0.0f, e[i].q * e[i].lq);
@@ -305,7 +305,7 @@ struct RowKernel {
   }
 
   template <class F>
-  __device__ void add_component(const F& f, float c, bool textbook, bool with_terms, bool is_centred,
+  __device__ __forceinline__ void add_component(const F& f, float c, bool textbook, bool with_terms, bool is_centred,
                                 const Entry<float> (&e)[kVector], const float (&through)[kVector],
                                 Terms* terms, float* term_lane) const {
     float sum = 0.0f, term = 0.0f;
@@ -333,7 +333,7 @@ struct RowKernel {
   // fn(column, count, values, entries, terms) for the columns of this thread; the terms themselves go
   // to term_lane, that of component j to term_lane[j * blockDim.x].
   template <class WithTerms, class Fn>
-  __device__ void for_each_terms(WithTerms with_terms, bool descending, bool barrier,
+  __device__ __forceinline__ void for_each_terms(WithTerms with_terms, bool descending, bool barrier,
                                  float* term_lane, Fn&& fn) const {
     const Shifts<float> shifts(shared.state);
     const auto walk = [&](auto&& add_components) {
@@ -390,7 +390,7 @@ struct RowKernel {
   // Sums over the row into the state, or, from a finished state, the gradient. The plain kernels have
   // a loop for each: there `with_terms` is a constant.
   template <class WithTerms>
-  __device__ void walk_terms(WithTerms with_terms, const Gradient& gradient) const {
+  __device__ __forceinline__ void walk_terms(WithTerms with_terms, const Gradient& gradient) const {
     float term = 0.0f, grad_lane = 0.0f, teacher_lane = 0.0f, statistics[4] = {};
     float* term_lane = &term;
     if constexpr (kGeneral) {
@@ -416,7 +416,7 @@ struct RowKernel {
     if (with_terms) close_terms(term_lane, grad_lane, teacher_lane, statistics);
   }
 
-  __device__ void close_terms(const float* term_lane, float grad_lane, float teacher_lane,
+  __device__ __forceinline__ void close_terms(const float* term_lane, float grad_lane, float teacher_lane,
                               const float (&statistics)[4]) const {
     for (int j = 0; j < num_components(); ++j) {
       add_to(component_state(j) + kTermSum, term_lane[j * blockDim.x]);
@@ -432,7 +432,7 @@ struct RowKernel {
     __syncthreads();
   }
 
-  __device__ void store_gradient(const Gradient& gradient, int column, int count,
+  __device__ __forceinline__ void store_gradient(const Gradient& gradient, int column, int count,
                                  const LawValues& values, const Entry<float> (&e)[kVector],
                                  const Terms& terms) const {
     float out[kVector];
@@ -459,7 +459,7 @@ struct RowKernel {
     store_bits(gradient.data, dtype, gradient.aligned, column, count, narrow(out, dtype));
   }
 
-  __device__ void subtract_labels(const Gradient& gradient, int column,
+  __device__ __forceinline__ void subtract_labels(const Gradient& gradient, int column,
                                   float (&out)[kVector]) const {
     for (int64_t k = 0; k < call.num_labels; ++k) {
       const int64_t label = call.labels[row * call.num_labels + k];
@@ -472,7 +472,7 @@ struct RowKernel {
   }
 
   // what the labels take from the sum of dterm, whichever columns are here
-  __device__ double label_sum(float coefficient, bool* any) const {
+  __device__ __forceinline__ double label_sum(float coefficient, bool* any) const {
     double lane = 0.0;
     int own = 0;
     for (int64_t k = threadIdx.x; k < call.num_labels; k += blockDim.x) {
@@ -486,7 +486,7 @@ struct RowKernel {
   }
 
   // The gradient's ingredients; false where it is 0 whatever the logits are.
-  __device__ bool open_gradient(Gradient* gradient) const {
+  __device__ __forceinline__ bool open_gradient(Gradient* gradient) const {
     const float grad_loss = call.grad_loss ? call.grad_loss[row] : 1.0f;
     double sum = shared.state[kGradSum];
     bool has_labels = false;
@@ -511,7 +511,7 @@ struct RowKernel {
 
   // -- outcome ---------------------------------------------------------------------------------------
 
-  __device__ void finish() const {
+  __device__ __forceinline__ void finish() const {
     if (threadIdx.x != 0) return;
     double loss = 0.0;
     for (int j = 0; j < num_components(); ++j) {
@@ -527,7 +527,7 @@ struct RowKernel {
     if (kGeneral && call.statistics) write_statistics();
   }
 
-  __device__ void write_statistics() const {
+  __device__ __forceinline__ void write_statistics() const {
     const double* const s = shared.state;
     const auto put = [&](int statistic, double value) {
       call.statistics[statistic * call.num_tokens + row] = static_cast<float>(value);
@@ -544,7 +544,7 @@ struct RowKernel {
         defined ? agree : std::numeric_limits<double>::quiet_NaN());
   }
 
-  __device__ void run() const {
+  __device__ __forceinline__ void run() const {
     const unsigned steps = call.steps;
     if (steps & kLse) add_lse();
     if (steps & kCloseLse) close_lse();

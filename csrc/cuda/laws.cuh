@@ -123,13 +123,13 @@ struct SideRow {
         temperature(side.temperatures ? side.temperatures[row] : side.temperature),
         aligned(is_aligned(data, side.dtype)) {}
 
-  __device__ uint4 load(int column, int count) const {
+  __device__ __forceinline__ uint4 load(int column, int count) const {
     return load_bits(data, side.dtype, aligned, column, count);
   }
 
   // The logits that the law is the softmax of, -inf past `count`; uncapped: before softcap and
   // temperature.
-  __device__ void widen(uint4 bits, int column, int count, float (&z)[kVector],
+  __device__ __forceinline__ void widen(uint4 bits, int column, int count, float (&z)[kVector],
                         float (&uncapped)[kVector]) const {
     opd::cuda::widen(bits, side.dtype, z);
     if constexpr (kGeneral) {
@@ -165,13 +165,13 @@ struct SideRow {
   }
 
   // d softcap(z) / dz at an uncapped logit
-  __device__ float softcap_slope(float uncapped) const {
+  __device__ __forceinline__ float softcap_slope(float uncapped) const {
     const float x = uncapped * (2.0f / side.softcap);
     const float decay = exp_pair_nonpositive(x > 0.0f ? -x : x).exp;
     return 4.0f * decay / ((1.0f + decay) * (1.0f + decay));
   }
   // d (logits of the law) / d logits, but for the softcap
-  __device__ float slope() const { return side.scale / temperature; }
+  __device__ __forceinline__ float slope() const { return side.scale / temperature; }
 
   const Side& side;
   const void* data;
@@ -194,11 +194,11 @@ struct Laws {
   __device__ Laws(const Call& call, int64_t row)
       : call(call), row(row), student(call.student, row), teacher(call.teacher, row) {}
 
-  __device__ LawBits load(int column, int count) const {
+  __device__ __forceinline__ LawBits load(int column, int count) const {
     return {student.load(column, count), teacher.load(column, count)};
   }
 
-  __device__ LawValues widen(const LawBits& bits, int column, int count) const {
+  __device__ __forceinline__ LawValues widen(const LawBits& bits, int column, int count) const {
     LawValues out;
     float unused[kVector];
     student.widen(bits.student, column, count, out.student, out.uncapped);
@@ -209,11 +209,11 @@ struct Laws {
     return out;
   }
 
-  __device__ LawValues at(int column, int count) const {
+  __device__ __forceinline__ LawValues at(int column, int count) const {
     return widen(load(column, count), column, count);
   }
 
-  __device__ void make_geometric(int column, int count, LawValues& values) const {
+  __device__ __forceinline__ void make_geometric(int column, int count, LawValues& values) const {
     const float from_teacher = call.target_teacher;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -236,7 +236,7 @@ struct Laws {
     }
   }
 
-  __device__ static void add_scaled(float factor, const float (&z)[kVector],
+  __device__ __forceinline__ static void add_scaled(float factor, const float (&z)[kVector],
                                     float (&out)[kVector]) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -286,7 +286,7 @@ struct RunningLargest {
 
   // columns ascend from call to call
   template <bool kWithColumn>
-  __device__ void add(const float (&z)[kVector], int at) {
+  __device__ __forceinline__ void add(const float (&z)[kVector], int at) {
     float most = largest;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
