@@ -110,13 +110,14 @@ OPD_ELEMENTWISE void mixture_block(T weight, T rest, const T* __restrict__ lq,
                                    T* __restrict__ through) {
 OPD_IVDEP
   for (int i = 0; i < padded; ++i) {
-    T through_student;
     const Entry<T> e{lp[i], lq[i], p[i], q[i], gap[i]};
-    const Entry<T> mixed = mixed_entry(e, weight, rest, &through_student);
-    lp[i] = mixed.lp;
-    p[i] = mixed.p;
-    gap[i] = mixed.gap;
-    through[i] = through_student;
+    const Mixture<T> mix = mixture(e, weight, rest);
+    const T log_m = e.teacher_larger() ? e.lp + mix.lm_lp : e.lq + mix.lm_lq;
+    const bool absent = e.absent();
+    lp[i] = absent ? e.lp : log_m;
+    p[i] = absent ? e.p : mix.m;
+    gap[i] = absent ? e.gap : -mix.lm_lq;
+    through[i] = absent ? T(0) : rest * mix.q_over_m;
   }
 }
 

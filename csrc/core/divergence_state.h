@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the row kernels of the CPU and of CUDA share: the layout of a row of state, and how two logits
-// become an entry.
+// What the row kernels of the CPU and of CUDA share: the layout of a row of state, and how two
+// logits become an entry.
 #pragma once
 
 #include "opd/divergences.h"
@@ -33,7 +33,8 @@ static_assert(kCrossEntropy_ < kStateSize, "opd.h must leave room for the state"
 
 // ... and after that, for each component:
 enum ComponentState { kTermSum, kRowSum, kThreshold = 3, kComponentState = 4 };
-static_assert(int(kComponentState) == int(OPD_DIVERGENCE_STATE_PER_COMPONENT), "opd.h and core differ");
+static_assert(int(kComponentState) == int(OPD_DIVERGENCE_STATE_PER_COMPONENT),
+              "opd.h and core differ");
 
 // What turns two logits into an Entry.
 template <class T>
@@ -56,18 +57,6 @@ OPD_HD Entry<T> entry_of(T student, T teacher, const Shifts<T>& shifts) {
   const T apart = difference(student, teacher, &lost);
   const T gap = (apart - shifts.gap.high) - (shifts.gap.low - lost);
   return {lp, lq, exp(lp), exp(lq), gap, lp_low, lq_low};
-}
-
-// The teacher's side becomes weight * teacher + rest * student, both weights in (0, 1); `through` is
-// d log(mixture) / d log q.
-template <class T>
-OPD_HD Entry<T> mixed_entry(const Entry<T>& e, T weight, T rest, T* through) {
-  const Mixture<T> mix = mixture(e, weight, rest);
-  const T log_m = e.teacher_larger() ? e.lp + mix.lm_lp : e.lq + mix.lm_lq;
-  const bool absent = e.absent();
-  *through = absent ? T(0) : rest * mix.q_over_m;
-  return {absent ? e.lp : log_m, e.lq, absent ? e.p : mix.m, e.q, absent ? e.gap : -mix.lm_lq,
-          T(0), e.lq_low};
 }
 
 // dterm sums to 0 as it is, and summing it would only add rounding. With a weight that is the

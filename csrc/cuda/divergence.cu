@@ -181,7 +181,8 @@ opd_status_t opd_divergence_init_cuda(const opd_divergence_args_t* args, void* s
 opd_status_t opd_divergence_phase_cuda(const opd_divergence_args_t* args, int32_t phase,
                                        void* stream) {
   using namespace opd::cuda;
-  const unsigned step = phase == OPD_PHASE_LSE ? kLse : phase == OPD_PHASE_ROW_SUMS ? kRowSums : kTerms;
+  const unsigned after_lse = phase == OPD_PHASE_ROW_SUMS ? kRowSums : kTerms;
+  const unsigned step = phase == OPD_PHASE_LSE ? kLse : after_lse;
   return enqueue(args, kLoad | step | kStore, stream, [&](Call& call) {
     opd::check_pointer(opd::kOp, "state", args->state);
     OPD_CHECK(phase >= OPD_PHASE_LSE && phase <= OPD_PHASE_TERMS, opd::kOp,

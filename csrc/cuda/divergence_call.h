@@ -60,8 +60,7 @@ struct Call {
   opd_divergence_component_t components[OPD_MAX_COMPONENTS];
 };
 
-// fn(std::integral_constant<int, id>{}) for the divergences that have a kernel of their own; false if
-// this is none of them.
+// Whether this divergence has a kernel of its own, which takes calls without options.
 bool has_plain_kernel(int divergence);
 
 void launch_plain(const Call& call, int64_t blocks, void* stream);

@@ -8,10 +8,10 @@
 namespace opd {
 namespace cuda {
 
-// The least log p whose {log p >= it} has mass of at most head_mass; the largest log p if that alone
-// has more; -inf if every token fits. A radix select by mass, four bits of log p at a time: exact, and
-// tied tokens stay together. Each thread has bins of its own, so that nothing depends on the order of
-// threads. for_entries(fn) calls fn(entries, count) for the columns of this thread.
+// The least log p whose {log p >= it} has mass of at most head_mass; the largest log p if that
+// alone has more; -inf if every token fits. A radix select by mass, four bits of log p at a time:
+// exact, and tied tokens stay together. Each thread has bins of its own, so that nothing depends on
+// the order of threads. for_entries(fn) calls fn(entries, count) for the columns of this thread.
 template <class ForEntries>
 __device__ float head_threshold(double head_mass, const SharedRow& shared,
                                 ForEntries&& for_entries) {

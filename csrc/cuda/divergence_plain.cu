@@ -8,16 +8,21 @@ namespace cuda {
 namespace {
 
 // the head of adaptive_kl takes shared memory that these kernels do not have
-constexpr bool is_plain_id(int id) { return id >= 0 && id < kCrossEntropy && id != OPD_ADAPTIVE_KL; }
+constexpr bool is_plain_id(int id) {
+  return id >= 0 && id < kCrossEntropy && id != OPD_ADAPTIVE_KL;
+}
 
-// with what fits into 64 registers two blocks share a multiprocessor
-template <int kId>
-constexpr int kBlocks = 1;
+constexpr int kThreads = 512;
+
+// two blocks share a multiprocessor where a kernel fits into 64 registers without spilling
+constexpr int blocks_of(int id) {
+  return id == OPD_PEARSON_CHI2 || id == OPD_NEYMAN_CHI2 || id == OPD_ALPHA_BETA ? 1 : 2;
+}
 
 template <int kId>
 void launch_rows(const Shape& shape, const Call& call, void* stream) {
   if constexpr (is_plain_id(kId)) {
-    launch(shape, stream, &divergence_rows<kId, kBlocks<kId>>, call);
+    launch(shape, stream, &divergence_rows<kId, kThreads, blocks_of(kId)>, call);
   }
 }
 

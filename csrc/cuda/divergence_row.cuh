@@ -1,20 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// One row of a divergence by one thread block, step by step; csrc/core/divergence.cpp is the same on a
-// CPU. Each step reads the row once: two reads for the loss, one more for each divergence that needs
-// row sums first, one more for the gradient. The gradient is formed from the logits again: leaving
-// dterm and q in memory between, as the CPU does, would move 36 bytes per column in all against 28.
-// Every other step walks the row backwards, from the end that the L2 cache still holds.
+// One row of a divergence by one thread block, step by step; csrc/core/divergence.cpp is the same on
+// a CPU. Each step reads the row once: two reads for the loss, one more for each divergence that
+// needs row sums first, one more for the gradient. The gradient is formed from the logits again:
+// leaving dterm and q in memory between, as the CPU does, would move 36 bytes per column, not 28.
+// Sums and terms walk the row backwards, from the end that the L2 cache still holds.
 //
 // A thread keeps float32 sums of its columns, which are the same whatever the grid; blocks add them
-// up in double, in one order. kId >= 0 is the kernel of that divergence alone, without biases, scales,
-// softcaps, targets, statistics; kId < 0 that of every call, which looks at the ids as it runs.
+// up in double, in one order.
 #pragma once
 
 #include <type_traits>
 
-#include "divergence_head.cuh"
-#include "divergence_summands.cuh"
-#include "laws.cuh"
+#include "divergence_sums.cuh"
 
 namespace opd {
 namespace cuda {
@@ -35,256 +32,28 @@ __device__ inline void zero_columns(const Call& call, int64_t row, int begin, in
 }
 
 template <int kId>
-struct RowKernel {
-  static constexpr bool kGeneral = kId < 0;
-  static constexpr int kVectors = kGeneral ? 1 : 2;
-
-  const Call& call;
-  int64_t row;
-  const SharedRow& shared;
-  float weight;
-  Laws<kGeneral> laws;
+struct RowKernel : RowSums<kId> {
+  using Base = RowSums<kId>;
+  using Base::add_to;
+  using Base::block_sum;
+  using Base::call;
+  using Base::coefficient;
+  using Base::component_state;
+  using Base::is_cross_entropy;
+  using Base::kGeneral;
+  using Base::label_coefficient;
+  using Base::label_weight;
+  using Base::laws;
+  using Base::num_components;
+  using Base::reads_teacher;
+  using Base::row;
+  using Base::shared;
+  using Base::weight;
 
   __device__ RowKernel(const Call& call, int64_t row, const SharedRow& shared, float weight)
-      : call(call), row(row), shared(shared), weight(weight), laws(call, row) {}
+      : Base(call, row, shared, weight) {}
 
-  __device__ __forceinline__ double* component_state(int j) const {
-    return shared.state + kStateSize + j * kComponentState;
-  }
-  __device__ __forceinline__ float coefficient(int j) const {
-    const float* const coefficients = static_cast<const float*>(call.components[j].coefficients);
-    return coefficients ? coefficients[row] : 1.0f;
-  }
-  __device__ __forceinline__ bool is_cross_entropy(int j) const {
-    return kGeneral && call.components[j].divergence == kCrossEntropy;
-  }
-  // whether anything but labels has a part in the loss
-  __device__ __forceinline__ bool reads_teacher() const {
-    bool any = false;
-    for (int j = 0; j < num_components(); ++j) {
-      any = any || (!is_cross_entropy(j) && coefficient(j) != 0.0f);
-    }
-    return any;
-  }
-  __device__ __forceinline__ int num_components() const { return kGeneral ? call.num_components : 1; }
-  __device__ __forceinline__ bool is_live_mixture() const {
-    return kGeneral && call.live_target && call.target == OPD_TARGET_MIXTURE;
-  }
-  __device__ __forceinline__ bool is_live_geometric() const {
-    return kGeneral && call.live_target && call.target == OPD_TARGET_GEOMETRIC &&
-           call.target_student != 0.0f && reads_teacher();
-  }
-  __device__ __forceinline__ bool with_statistics() const { return kGeneral && call.with_statistics; }
-
-  __device__ __forceinline__ double block_sum(double lane) const {
-    return reduce_block(lane, shared.scratch, 0.0, Sum());
-  }
-  // the block's sum, added to the state by one thread; a barrier comes before anybody reads it
-  __device__ __forceinline__ void add_to(double* target, double lane) const {
-    const double sum = block_sum(lane);
-    if (threadIdx.x == 0) *target += sum;
-  }
-
-  // Entries of four columns, a mixture not yet mixed.
-  __device__ __forceinline__ static void entries_of(const LawValues& values, const Shifts<float>& shifts,
-                                    Entry<float> (&e)[kVector]) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) e[i] = entry_of(values.student[i], values.target[i], shifts);
-  }
-
-  // The teacher's side becomes the mixture, where that is the target.
-  __device__ __forceinline__ void mix(Entry<float> (&e)[kVector], float (&through)[kVector]) const {
-    if (!kGeneral || call.target != OPD_TARGET_MIXTURE) return;
-    const float weight = call.mixture_weights[row];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (weight == 1.0f) {
-        through[i] = 0.0f;
-      } else if (weight == 0.0f) {
-        // the logarithm of 0 times something is no number
-        e[i].lp = e[i].lq, e[i].p = e[i].q, e[i].gap = 0.0f, e[i].lp_low = 0.0f;
-        through[i] = 1.0f;
-      } else {
-        e[i] = mixed_entry(e[i], weight, 1.0f - weight, &through[i]);
-      }
-    }
-  }
-
-  // -- log-sum-exps ----------------------------------------------------------------------------------
-
-  __device__ __forceinline__ void add_lse() const {
-    RunningLargest student, teacher;
-    const auto add = [&](auto with_column) {
-      for_each_vector<kVectors>(
-          laws, call.vocab_size, false, false, [&](int column, int count, const LawBits& bits) {
-            const LawValues values = laws.widen(bits, column, count);
-            student.template add<decltype(with_column)::value>(values.student, column);
-            teacher.template add<decltype(with_column)::value>(values.target, column);
-          });
-    };
-    if (with_statistics()) {
-      add(std::true_type{});
-    } else {
-      add(std::false_type{});
-    }
-    const auto merge = [&](const RunningLargest& mine, int largest, int argmax, int sum) {
-      merge_largest(mine, with_statistics(), call.first_column, shared.scratch,
-                    shared.state + largest, shared.state + argmax, shared.state + sum);
-    };
-    merge(student, kStudentLargest, kStudentArgmax, kStudentLse);
-    merge(teacher, kTeacherLargest, kTeacherArgmax, kTeacherLse);
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ void close_lse() const {
-    if (threadIdx.x == 0) {
-      double* const s = shared.state;
-      s[kStudentLse] = s[kStudentLargest] + ::log(s[kStudentLse]);
-      s[kTeacherLse] = s[kTeacherLargest] + ::log(s[kTeacherLse]);
-    }
-    __syncthreads();
-  }
-
-  // -- what terms need first -------------------------------------------------------------------------
-
-  // fn(entries, count) for the columns of this thread, the target as the terms see it
-  template <class Fn>
-  __device__ __forceinline__ void for_each_entries(bool descending, Fn&& fn) const {
-    const Shifts<float> shifts(shared.state);
-    for_each_vector<kVectors>(laws, call.vocab_size, descending, false,
-                              [&](int column, int count, const LawBits& bits) {
-                                Entry<float> e[kVector];
-                                float through[kVector];
-                                entries_of(laws.widen(bits, column, count), shifts, e);
-                                mix(e, through);
-                                fn(e, count);
-                              });
-  }
-
-  __device__ __forceinline__ void find_thresholds() const {
-    if constexpr (kGeneral) {
-      for (int j = 0; j < call.num_components; ++j) {
-        const opd_divergence_component_t& component = call.components[j];
-        if (!needs_threshold(component) || coefficient(j) == 0.0f) continue;
-        const float threshold =
-            head_threshold(component.param0, shared, [&](auto&& fn) { for_each_entries(false, fn); });
-        if (threadIdx.x == 0) component_state(j)[kThreshold] = threshold;
-        __syncthreads();
-      }
-    }
-  }
-
-  __device__ __forceinline__ void add_row_sums() const {
-    for (int j = 0; j < num_components(); ++j) {
-      if (is_cross_entropy(j) || coefficient(j) == 0.0f) continue;
-      visit<kId>(call.components[j], [&](auto functor) {
-        using F = decltype(functor);
-        if constexpr (F::kRowSums > 0) add_row_sums_of(functor, component_state(j));
-      });
-    }
-    __syncthreads();
-  }
-
-  template <class F>
-  __device__ __forceinline__ void add_row_sums_of(F f, double* state) const {
-    if constexpr (F::kNeedsThreshold) f = f.with_threshold(state[kThreshold]);
-    float lanes[F::kRowSums] = {};
-    for_each_entries(true, [&](const Entry<float>(&e)[kVector], int) {
-      float sums[F::kRowSums] = {};
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        float own[F::kRowSums];
-        f.row_sums(e[i], own);
-#pragma unroll
-        for (int k = 0; k < F::kRowSums; ++k) sums[k] += own[k];
-      }
-#pragma unroll
-      for (int k = 0; k < F::kRowSums; ++k) lanes[k] += sums[k];
-    });
-    double totals[F::kRowSums];
-#pragma unroll
-    for (int k = 0; k < F::kRowSums; ++k) totals[k] = block_sum(lanes[k]);
-    if constexpr (std::is_same_v<F, Renyi>) {
-      // where the float32 sum has left its range the logarithm is still an ordinary number; NaN stays
-      if ((totals[1] < 1e-25) | (totals[1] > 1e37)) totals[1] = mass_in_double(f.alpha);
-    }
-    if (threadIdx.x != 0) return;
-#pragma unroll
-    for (int k = 0; k < F::kRowSums; ++k) state[kRowSum + k] += totals[k];
-  }
-
-  __device__ __forceinline__ double mass_in_double(double alpha) const {
-    double lane = 0.0;
-    for_each_entries(true, [&](const Entry<float>(&e)[kVector], int) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const double lp = static_cast<double>(e[i].lp) + static_cast<double>(e[i].lp_low);
-        const double lq = static_cast<double>(e[i].lq) + static_cast<double>(e[i].lq_low);
-        lane += e[i].absent() ? 0.0 : ::exp(alpha * lp + (1.0 - alpha) * lq);
-      }
-    });
-    return block_sum(lane);
-  }
-
-  // -- single columns --------------------------------------------------------------------------------
-
-  // fn(k, log q, log p) for the ids of this row that are columns of this call, spread over the threads.
-  // An id beyond the vocabulary, the caller's error, is NaN: a kernel cannot raise.
-  template <class Fn>
-  __device__ __forceinline__ void for_each_id(const int64_t* ids, int64_t count, Fn&& fn) const {
-    const Shifts<float> shifts(shared.state);
-    for (int64_t k = threadIdx.x; k < count; k += blockDim.x) {
-      const int64_t id = ids[row * count + k], column = id - call.first_column;
-      if (id >= 0 && column >= 0 && column < call.vocab_size) {
-        const LawValues z = laws.at(static_cast<int>(column), 1);
-        fn(k, (z.student[0] - shifts.student.high) - shifts.student.low,
-           (z.target[0] - shifts.teacher.high) - shifts.teacher.low);
-      } else if (id >= call.vocab_size && (call.steps & kWholeRows)) {
-        const float undefined = std::numeric_limits<float>::quiet_NaN();
-        fn(k, undefined, undefined);
-      }
-    }
-  }
-
-  __device__ __forceinline__ float label_weight(int64_t k) const {
-    return call.label_weights ? call.label_weights[row * call.num_labels + k] : 1.0f;
-  }
-
-  // the coefficients of cross_entropy, summed
-  __device__ __forceinline__ float label_coefficient() const {
-    float sum = 0.0f;
-    for (int j = 0; j < num_components(); ++j) sum += is_cross_entropy(j) ? coefficient(j) : 0.0f;
-    return sum;
-  }
-
-  __device__ __forceinline__ void add_ids() const {
-    double lq_lane = 0.0, lp_lane = 0.0, q_lane = 0.0, p_lane = 0.0, cross_entropy = 0.0;
-    if (call.labels) {
-      for_each_id(call.labels, call.num_labels, [&](int64_t k, float lq, float) {
-        const float weight = label_weight(k);
-        if (weight != 0.0f) cross_entropy -= static_cast<double>(weight) * lq;
-      });
-      add_to(shared.state + kCrossEntropy_, cross_entropy);
-    }
-    if (call.with_statistics && call.token_ids) {
-      for_each_id(call.token_ids, 1, [&](int64_t, float lq, float lp) {
-        lq_lane += lq;
-        lp_lane += lp;
-      });
-      add_to(shared.state + kStudentLogprob, lq_lane);
-      add_to(shared.state + kTeacherLogprob, lp_lane);
-    }
-    if (call.with_statistics && call.topk_ids) {
-      for_each_id(call.topk_ids, call.num_topk, [&](int64_t, float lq, float lp) {
-        q_lane += ::exp(static_cast<double>(lq));
-        p_lane += ::exp(static_cast<double>(lp));
-      });
-      add_to(shared.state + kStudentTopkMass, q_lane);
-      add_to(shared.state + kTeacherTopkMass, p_lane);
-    }
-  }
-
-  // -- terms and gradient ------------------------------------------------------------------------------
+  // -- terms and gradient --------------------------------------------------------------------------
 
   // What the terms of the loss are over four columns.
   struct Terms {
@@ -294,7 +63,8 @@ struct RowKernel {
     float statistics[4] = {};     // entropies and KLs of both laws
   };
 
-  __device__ __forceinline__ static void add_statistics(const Entry<float> (&e)[kVector], Terms* terms) {
+  __device__ __forceinline__ static void add_statistics(const Entry<float> (&e)[kVector],
+                                                        Terms* terms) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       terms->statistics[0] -= select(e[i].q == 0.0f, 0.0f, e[i].q * e[i].lq);
@@ -305,9 +75,10 @@ struct RowKernel {
   }
 
   template <class F>
-  __device__ __forceinline__ void add_component(const F& f, float c, bool textbook, bool with_terms, bool is_centred,
-                                const Entry<float> (&e)[kVector], const float (&through)[kVector],
-                                Terms* terms, float* term_lane) const {
+  __device__ __forceinline__ void add_component(const F& f, float c, bool textbook, bool with_terms,
+                                                bool is_centred, const Entry<float> (&e)[kVector],
+                                                const float (&through)[kVector], Terms* terms,
+                                                float* term_lane) const {
     float sum = 0.0f, term = 0.0f;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -337,16 +108,16 @@ struct RowKernel {
                                  float* term_lane, Fn&& fn) const {
     const Shifts<float> shifts(shared.state);
     const auto walk = [&](auto&& add_components) {
-      for_each_vector<kVectors>(
+      for_each_vector<1>(
           laws, call.vocab_size, descending, barrier,
           [&](int column, int count, const LawBits& bits) {
             const LawValues values = laws.widen(bits, column, count);
             Entry<float> e[kVector];
             float through[kVector];
-            entries_of(values, shifts, e);
+            Base::entries_of(values, shifts, e);
             Terms terms;
             if (kGeneral && with_terms && call.with_statistics) add_statistics(e, &terms);
-            mix(e, through);
+            this->mix(e, through);
             add_components(e, through, &terms);
             fn(column, count, values, e, terms);
           });
@@ -356,7 +127,7 @@ struct RowKernel {
         for (int j = 0; j < call.num_components; ++j) {
           const float c = coefficient(j);
           if (c == 0.0f) continue;
-          const bool centred = is_centred(call.components[j]) && !is_live_mixture();
+          const bool centred = is_centred(call.components[j]) && !this->is_live_mixture();
           visit<kId>(call.components[j], [&](auto functor) {
             using F = decltype(functor);
             const F f = kept_functor<F>(shared, j);
@@ -368,8 +139,9 @@ struct RowKernel {
     } else {
       const float c = coefficient(0);
       const bool centred = is_centred(call.components[0]);
-      const auto f = with_sums(functor_of<kId>(call.components[0].param0, call.components[0].param1),
-                               component_state(0));
+      const opd_divergence_component_t& component = call.components[0];
+      const auto f =
+          with_sums(functor_of<kId>(component.param0, component.param1), component_state(0));
       const bool textbook = uses_textbook(f);
       walk([&](const auto& e, const auto& through, Terms* terms) {
         add_component(f, c, textbook, with_terms, centred, e, through, terms, term_lane);
@@ -390,7 +162,8 @@ struct RowKernel {
   // Sums over the row into the state, or, from a finished state, the gradient. The plain kernels have
   // a loop for each: there `with_terms` is a constant.
   template <class WithTerms>
-  __device__ __forceinline__ void walk_terms(WithTerms with_terms, const Gradient& gradient) const {
+  __device__ __forceinline__ void walk_terms(WithTerms with_terms,
+                                             const Gradient& gradient) const {
     float term = 0.0f, grad_lane = 0.0f, teacher_lane = 0.0f, statistics[4] = {};
     float* term_lane = &term;
     if constexpr (kGeneral) {
@@ -416,8 +189,9 @@ struct RowKernel {
     if (with_terms) close_terms(term_lane, grad_lane, teacher_lane, statistics);
   }
 
-  __device__ __forceinline__ void close_terms(const float* term_lane, float grad_lane, float teacher_lane,
-                              const float (&statistics)[4]) const {
+  __device__ __forceinline__ void close_terms(const float* term_lane, float grad_lane,
+                                              float teacher_lane,
+                                              const float (&statistics)[4]) const {
     for (int j = 0; j < num_components(); ++j) {
       add_to(component_state(j) + kTermSum, term_lane[j * blockDim.x]);
     }
@@ -509,7 +283,7 @@ struct RowKernel {
     return grad_loss != 0.0f && (has_labels || reads_teacher());
   }
 
-  // -- outcome ---------------------------------------------------------------------------------------
+  // -- outcome -------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void finish() const {
     if (threadIdx.x != 0) return;
@@ -546,10 +320,10 @@ struct RowKernel {
 
   __device__ __forceinline__ void run() const {
     const unsigned steps = call.steps;
-    if (steps & kLse) add_lse();
-    if (steps & kCloseLse) close_lse();
-    if (steps & kHead) find_thresholds();
-    if (steps & kRowSums) add_row_sums();
+    if (steps & kLse) this->add_lse();
+    if (steps & kCloseLse) this->close_lse();
+    if (steps & kHead) this->find_thresholds();
+    if (steps & kRowSums) this->add_row_sums();
     if constexpr (kGeneral) {
       // one loop over the terms, which has every divergence in it
 #pragma unroll 1
@@ -558,16 +332,14 @@ struct RowKernel {
         Gradient gradient{};
         bool wanted = (steps & (with_terms ? kTerms : kGradient)) != 0;
         if (wanted && with_terms) {
-          add_ids();
+          this->add_ids();
           keep_functors(call, shared);
           __syncthreads();
         }
-        if (wanted && !with_terms) {
-          wanted = open_gradient(&gradient);
-          zero_columns(call, row, wanted ? call.vocab_size : 0, call.grad_width);
-        }
+        if (wanted && !with_terms) wanted = open_gradient(&gradient);
         if (wanted) walk_terms(with_terms, gradient);
         if (with_terms && (steps & kFinish)) finish();
+        if (!with_terms && (steps & kGradient)) zero_rest(wanted);
       }
     } else {
       if (steps & kTerms) walk_terms(std::true_type{}, Gradient{});
@@ -576,9 +348,14 @@ struct RowKernel {
         Gradient gradient;
         const bool wanted = open_gradient(&gradient);
         if (wanted) walk_terms(std::false_type{}, gradient);
-        zero_columns(call, row, wanted ? call.vocab_size : 0, call.grad_width);
+        zero_rest(wanted);
       }
     }
+  }
+
+  // after the gradient: in the logits' memory, logits lie there
+  __device__ __forceinline__ void zero_rest(bool has_gradient) const {
+    zero_columns(call, row, has_gradient ? call.vocab_size : 0, call.grad_width);
   }
 };
 
@@ -622,10 +399,7 @@ __device__ __forceinline__ void run_row(const Call& call, int64_t row, const Sha
   __syncthreads();
 }
 
-// blockDim.x and __launch_bounds__
-constexpr int kThreads = 512;
-
-template <int kId, int kBlocksPerMultiprocessor>
+template <int kId, int kThreads, int kBlocksPerMultiprocessor>
 __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 void divergence_rows(const __grid_constant__ Call call) {
   const SharedRow shared = shared_row();

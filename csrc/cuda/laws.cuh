@@ -251,6 +251,18 @@ struct Laws {
   SideRow<kGeneral> student, teacher;
 };
 
+// The teacher's side becomes weight * teacher + rest * student, both weights in (0, 1); `through` is
+// d log(mixture) / d log q.
+__device__ __forceinline__ Entry<float> mixed_entry(const Entry<float>& e, float weight, float rest,
+                                                    float* through) {
+  const Mixture<float> mix = mixture(e, weight, rest);
+  const float log_m = e.teacher_larger() ? e.lp + mix.lm_lp : e.lq + mix.lm_lq;
+  const bool absent = e.absent();
+  *through = absent ? 0.0f : rest * mix.q_over_m;
+  return {absent ? e.lp : log_m, e.lq, absent ? e.p : mix.m, e.q, absent ? e.gap : -mix.lm_lq,
+          0.0f, e.lq_low};
+}
+
 // fn(column, count, bits) for the columns of this thread, all threads' in tiles of the row. With
 // `barrier` no thread gets to fn before all have read the tile.
 template <int kVectors, class Laws, class Fn>
@@ -277,7 +289,7 @@ __device__ __forceinline__ void for_each_vector(const Laws& laws, int vocab_size
   }
 }
 
-// -- log-sum-exps ------------------------------------------------------------------------------------
+// -- log-sum-exps ----------------------------------------------------------------------------------
 
 // The largest logit that a thread has seen, its first column, and the sum relative to it.
 struct RunningLargest {
@@ -304,8 +316,8 @@ struct RunningLargest {
   }
 };
 
-// Adds what the block has seen of a side to its part of the state: the largest logit, its column and
-// the sum. The caller's barrier comes before anybody reads them.
+// Adds what the block has seen of a side to its part of the state: the largest logit, its column
+// and the sum. The caller's barrier comes before anybody reads them.
 __device__ inline void merge_largest(const RunningLargest& mine, bool with_column,
                                      int64_t first_column, double* scratch, double* largest,
                                      double* argmax, double* sum) {
