@@ -25,6 +25,20 @@ struct Max {
   }
 };
 
+struct Min {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return b < a ? b : a;
+  }
+};
+
+struct BitOr {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a | b;
+  }
+};
+
 // Every lane gets the result; a butterfly adds the same pairs in every lane, so all agree bit for bit.
 template <class Op, class T>
 __device__ __forceinline__ T reduce_warp(T value, Op op) {

@@ -634,8 +634,15 @@ struct ConcreteScore : Separable {
 // -sum_k weight_k log q(label_k): no term of p, so the kernels add it beside the sum over V.
 constexpr int kCrossEntropy = 16;
 
-// Calls fn with the functor of this id; false if there is none.
+// Calls fn with the functor of this id; false if there is none. fn decides whether this may be called
+// on the device.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
 template <class Fn>
+__host__ __device__ __forceinline__
+#else
+template <class Fn>
+#endif
 bool visit_divergence(int id, double param0, double param1, Fn&& fn) {
   (void)param0, (void)param1;
   switch (id) {

@@ -387,6 +387,9 @@ OPD_API opd_status_t opd_group_statistics_cpu(const opd_group_statistics_args_t*
  * without CUDA returns OPD_UNSUPPORTED. */
 OPD_API opd_status_t opd_divergence_fwd_cuda(const opd_divergence_args_t* args, void* stream);
 OPD_API opd_status_t opd_divergence_bwd_cuda(const opd_divergence_args_t* args, void* stream);
+/* grad may be of 16 bits, also in the memory of the student's float32 logits: then grad.row_stride is
+ * twice student.matrix.row_stride, and each row's gradient lies in the first half of its own logits.
+ * scratch is not used. An id beyond the vocabulary makes what it is asked for NaN. */
 OPD_API opd_status_t opd_divergence_fwd_grad_cuda(const opd_divergence_args_t* args, void* stream);
 OPD_API opd_status_t opd_divergence_init_cuda(const opd_divergence_args_t* args, void* stream);
 OPD_API opd_status_t opd_divergence_phase_cuda(const opd_divergence_args_t* args,

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "launch.h"
+
+namespace opd {
+namespace cuda {
+
+inline bool cluster_takes(const opd_divergence_args_t&, const Device&) { return false; }
+inline void forward_grad_cluster(const opd_divergence_args_t&, const Device&, void*) {}
+
+}  // namespace cuda
+}  // namespace opd
