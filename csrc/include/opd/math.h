@@ -14,6 +14,14 @@
 #error "opd must not be compiled with -ffast-math or -Ofast: they drop inf, NaN and the rounding tricks"
 #endif
 
+// The float32 forms that a GPU takes: its own exp2 and log2, and no polynomial twice. Kernels that
+// tests run on a CPU in the place of a GPU take them too.
+#if defined(__CUDA_ARCH__) || defined(OPD_EMULATED)
+#define OPD_DEVICE_FORMS 1
+#else
+#define OPD_DEVICE_FORMS 0
+#endif
+
 #if defined(__CUDACC__)
 #define OPD_HD __host__ __device__ __forceinline__
 #else
@@ -82,6 +90,46 @@ OPD_HD float log1p_reduced(float f) {
   return f - 0.5f * square + (square * f) * poly;
 }
 
+// 2 ulp; results below 2^-126 are 0. Of a NaN, NaN.
+OPD_HD float exp2_device(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  const float result = std::exp2(x);
+  return result < std::numeric_limits<float>::min() ? 0.0f : result;
+#endif
+}
+
+// 2^-22, absolute between 1/2 and 2, relative beyond.
+OPD_HD float log2_device(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::log2(x);
+#endif
+}
+
+OPD_HD float fma_device(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+// The one that is not NaN.
+OPD_HD float min_device(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return ::fminf(a, b);
+#else
+  return std::fmin(a, b);
+#endif
+}
+
 }  // namespace detail
 
 // e^x. Exactly 0 for x < -87.33 (so exp(-inf) == 0), inf for x > 88, NaN for NaN.
@@ -101,6 +149,18 @@ OPD_HD float exp(float x) {
 #endif
 }
 
+// (e^x - 1 - x) / x^2 for |x| < 1, by its series; 1/2 at 0.
+OPD_HD float phi_over_square(float x) {
+  float poly = 2.7722801405616337e-6f;
+  poly = poly * x + 2.535482963139657e-5f;
+  poly = poly * x + 1.9844024791382253e-4f;
+  poly = poly * x + 1.388545148074627e-3f;
+  poly = poly * x + 8.33331048488617e-3f;
+  poly = poly * x + 4.166673496365547e-2f;
+  poly = poly * x + 0.1666666716337204f;
+  return poly * x + 0.5f;
+}
+
 // e^x and e^x - 1 for x <= 0, both right to the last bits.
 template <class T>
 struct ExpPair {
@@ -109,8 +169,15 @@ struct ExpPair {
 
 // Exactly 0 and -1 below -87.33 and at -inf; NaN for NaN.
 OPD_HD ExpPair<float> exp_pair_nonpositive(float x) {
-#if defined(__CUDA_ARCH__)
-  return {::expf(x), ::expm1f(x)};
+#if OPD_DEVICE_FORMS
+  constexpr float kLog2E = 1.44269502f, kLog2ELow = 1.92596303e-8f, kLn2 = 0.693147182f;
+  const float exponent = x * kLog2E;
+  const float rounded = detail::exp2_device(exponent);
+  // what the rounded exponent has lost; 1 where that is NaN, since x is infinite
+  const float lost = detail::min_device(
+      detail::fma_device(x, kLog2ELow, detail::fma_device(x, kLog2E, -exponent)), 1.0f);
+  const float near = x + (x * x) * phi_over_square(x);
+  return {detail::fma_device(rounded, lost * kLn2, rounded), x > -1.0f ? near : rounded - 1.0f};
 #else
   const float low = -87.33f;
   const float clamped = x < low ? low : x;
@@ -126,8 +193,9 @@ OPD_HD ExpPair<float> exp_pair_nonpositive(float x) {
 OPD_HD float log_mix(ExpPair<float> pair, float keep, float weight) {
   const float value = keep + weight * pair.exp;
   const float f = weight * pair.expm1;
-#if defined(__CUDA_ARCH__)
-  return value > 0.7071f ? ::log1pf(f) : ::logf(value);
+#if OPD_DEVICE_FORMS
+  constexpr float kLn2 = 0.693147182f;
+  return value > 0.7071f ? detail::log1p_reduced(f) : detail::log2_device(value) * kLn2;
 #else
   const int32_t bits = detail::float_to_bits(value);
   // exponent relative to sqrt(1/2), so that the mantissa lands in [sqrt(1/2), sqrt(2))
@@ -182,18 +250,6 @@ OPD_HD T exp_of_sum(T a, T x, T b, T y, T shift, T low) {
   return select(more - more == T(0), value + more, value);
 }
 
-// (e^x - 1 - x) / x^2 for |x| < 1, by its series; 1/2 at 0.
-OPD_HD float phi_over_square(float x) {
-  float poly = 2.7722801405616337e-6f;
-  poly = poly * x + 2.535482963139657e-5f;
-  poly = poly * x + 1.9844024791382253e-4f;
-  poly = poly * x + 1.388545148074627e-3f;
-  poly = poly * x + 8.33331048488617e-3f;
-  poly = poly * x + 4.166673496365547e-2f;
-  poly = poly * x + 0.1666666716337204f;
-  return poly * x + 0.5f;
-}
-
 OPD_HD double phi_over_square(double x) {
   // 1 / (k + 2)!; the term after the last is below 1e-22 at |x| = 1
   double factorial_inverse[21];
@@ -235,9 +291,15 @@ OPD_HD T phi_over_square_difference(T x, T y) {
 // a == 0 gives b, its limit.
 OPD_HD float bregman(float a, float b, float x) {
   const float near = a * ((x * x) * phi_over_square(x));
+#if OPD_DEVICE_FORMS
+  // with x finite or -inf, a = 0 needs no case of its own
+  const float far = (b - a) - a * detail::min_device(x, 1e38f);
+  return (x < 1.0f) & (x > -1.0f) ? near : far;
+#else
   const float far = (b - a) - a * x;
   const float value = (x < 1.0f && x > -1.0f) ? near : far;
   return a == 0.0f ? b : value;
+#endif
 }
 
 OPD_HD double bregman(double a, double b, double x) {

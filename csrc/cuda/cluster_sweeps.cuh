@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warps that hold the row. Part of divergence_cluster.cuh.
+//
+// In order, of row n: wait for its laws, (row sums,) terms; exponentials of as much of row n + 1 as is
+// on chip; wait for the sums of row n, its gradient, which frees tiles and starts their next loads; the
+// rest of the exponentials of row n + 1.
+#pragma once
+
+namespace opd {
+namespace cuda {
+
+// A warp's columns of the row that begins in some slot, for what is rare: as functions of their own, so
+// that the rest keeps everything in registers.
+struct Share {
+  float* memory;
+  int columns, tile, tiles, ring, lane;
+};
+
+// fn(address) of each of the lane's columns, the student's side.
+template <class Fn>
+__device__ __forceinline__ void for_columns(const Share& share, int row_slot, Fn&& fn) {
+  for (int tile = 0; tile < share.tiles; ++tile) {
+    int slot = row_slot + tile;
+    if (slot >= share.ring) slot -= share.ring;
+    const float* const values = share.memory + static_cast<int64_t>(slot) * share.tile * 2;
+    for (int i = share.lane; i < share.tile && tile * share.tile + i < share.columns; i += kWarp) {
+      fn(values + i);
+    }
+  }
+}
+
+struct ShiftedSum {
+  float shift, sum;
+};
+
+// The sum of a row that the shift did not suit, with the largest exponent as the shift.
+__device__ __noinline__ ShiftedSum slow_sum(Share share, int row_slot, int offset,
+                                            float exponents) {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  float largest = -infinity;
+  for_columns(share, row_slot, [&](const float* logit) {
+    largest = at_least(exponents * logit[offset], largest);
+  });
+  largest = reduce_warp(largest, Max());
+  const float shift = largest < 1e9f && largest > -1e9f ? ::rintf(largest) : 0.0f;
+  float sum = 0.0f;
+  for_columns(share, row_slot, [&](const float* logit) {
+    sum += detail::exp2_device(detail::fma_device(logit[offset], exponents, -shift));
+  });
+  sum = reduce_warp(sum, Sum());
+  // an infinite logit leaves no law
+  return {shift, largest == infinity ? largest - largest : sum};
+}
+
+// A lane's part of sum p^alpha q^(1 - alpha).
+__device__ __noinline__ double mass_in_double(Share share, int row_slot, double alpha,
+                                              const RowLaws* laws) {
+  double sum = 0.0;
+  for_columns(share, row_slot, [&](const float* logit) {
+    const Entry<float> e = entry_of<true>(logit[0], logit[share.tile], *laws);
+    const double lp = static_cast<double>(e.lp) + static_cast<double>(e.lp_low);
+    const double lq = static_cast<double>(e.lq) + static_cast<double>(e.lq_low);
+    sum += e.absent() ? 0.0 : ::exp(alpha * lp + (1.0 - alpha) * lq);
+  });
+  return sum;
+}
+
+template <class F, bool kStatistics>
+class Sweeper {
+ public:
+  __device__ Sweeper(const BlockView<F, kStatistics>& block, const F& functor)
+      : block_(block),
+        args_(block.args),
+        base_(functor),
+        lane_(block.lane),
+        tiles_(block.args.plan.tiles),
+        ring_(block.args.plan.ring),
+        tile_(block.args.plan.tile),
+        load_rows_(block.args, block.lane) {
+    const int64_t slice = args_.plan.slice * cluster_rank();
+    const int64_t end = slice + args_.plan.slice < args_.vocab_size ? slice + args_.plan.slice
+                                                                   : args_.vocab_size;
+    first_column_ = slice + static_cast<int64_t>(block.warp) * tiles_ * tile_;
+    const int64_t columns = end - first_column_;
+    const int most = tiles_ * tile_;
+    columns_ = columns <= 0 ? 0 : columns < most ? static_cast<int>(columns) : most;
+    tiles_memory_ = reinterpret_cast<float*>(block.shared) +
+                    static_cast<int64_t>(block.warp) * ring_ * tile_ * 2;
+    barriers_ = block.tile_barriers() + block.warp * ring_;
+  }
+
+  __device__ void run() {
+    load_row_ = load_rows_.next([](int64_t) {});
+    for (int slot = 0; slot < ring_; ++slot) load_next(slot);
+    RowsOfCluster rows(args_, lane_);
+    const auto zero = [&](int64_t skipped) { zero_row(skipped); };
+    int64_t row = rows.next(zero);
+    if (row >= args_.num_tokens) return;
+    const int early = ring_ - tiles_ < tiles_ ? ring_ - tiles_ : tiles_;
+    int row_slot = 0;  // of the first tile of the row
+    RingPosition at;   // of the next tile whose logits come
+    uint32_t parity = 0;
+    begin_lse(row);
+    int next_slot = at.slot;
+    add_lse(&at, 0, tiles_);
+    send_lse(next_slot);
+    while (true) {
+      wait(block_.published(kLseExchange), parity);
+      const RowLaws laws = *block_.laws();
+      if constexpr (F::kRowSums > 0) {
+        send_row_sums(row_slot, laws);
+        const F functor = *block_.functor();
+        if constexpr (F::kHasTextbook) {
+          functor.barely_overlaps() ? send_terms<true>(row_slot, laws, functor)
+                                    : send_terms<false>(row_slot, laws, functor);
+        } else {
+          send_terms<false>(row_slot, laws, functor);
+        }
+      } else {
+        send_terms<false>(row_slot, laws, base_);
+      }
+      const int64_t next = rows.next(zero);
+      const bool is_last = next >= args_.num_tokens;
+      if (!is_last) {
+        next_slot = at.slot;
+        if (early > 0) {
+          begin_lse(next);
+          add_lse(&at, 0, early);
+        }
+        if (early == tiles_) send_lse(next_slot);
+      }
+      wait(block_.published(kTermExchange), parity);
+      write_gradient(row, row_slot);
+      if (is_last) return;
+      if (early < tiles_) {
+        if (early == 0) begin_lse(next);
+        add_lse(&at, early, tiles_);
+        send_lse(next_slot);
+      }
+      row = next, row_slot = next_slot, parity ^= 1;
+    }
+  }
+
+ private:
+  static constexpr int kQuad = 4;  // columns that a lane takes at once
+
+  __device__ float* tile_at(int slot) const {
+    return tiles_memory_ + static_cast<int64_t>(slot) * tile_ * 2;
+  }
+  __device__ Share share() const { return {tiles_memory_, columns_, tile_, tiles_, ring_, lane_}; }
+  __device__ int columns_of(int tile) const {
+    const int rest = columns_ - tile * tile_;
+    return rest <= 0 ? 0 : rest < tile_ ? rest : tile_;
+  }
+
+  // fn(student quad, teacher quad, first column) of each quad of tile number `tile`, in `slot`.
+  template <class Fn>
+  __device__ __forceinline__ void for_quads(int slot, int tile, Fn&& fn) const {
+    const int count = columns_of(tile);
+    float4* const student = reinterpret_cast<float4*>(tile_at(slot));
+    float4* const teacher = reinterpret_cast<float4*>(tile_at(slot) + tile_);
+#pragma unroll 1
+    for (int i = lane_; i * kQuad < count; i += kWarp) fn(student[i], teacher[i], i * kQuad);
+  }
+  template <class Fn>
+  __device__ __forceinline__ void for_tiles(int slot, Fn&& fn) const {
+#pragma unroll 1
+    for (int tile = 0; tile < tiles_; ++tile) {
+      fn(slot, tile);
+      if (++slot == ring_) slot = 0;
+    }
+  }
+
+  // -- loads ---------------------------------------------------------------------------------------
+
+  // The next tile of the rows to come into a slot that is free.
+  __device__ __forceinline__ void load_next(int slot) {
+    if (load_row_ >= args_.num_tokens) return;
+    if (lane_ == 0) load(slot);
+    if (++load_tile_ == tiles_) {
+      load_tile_ = 0;
+      load_row_ = load_rows_.next([](int64_t) {});
+    }
+  }
+
+  __device__ __forceinline__ void load(int slot) {
+    const int count = columns_of(load_tile_), whole = count & ~(kQuad - 1);
+    const int64_t column = first_column_ + load_tile_ * tile_;
+    const float* const student = args_.student.logits + load_row_ * args_.student.stride + column;
+    const float* const teacher = args_.teacher.logits + load_row_ * args_.teacher.stride + column;
+    float* const to = tile_at(slot);
+    if (whole < count) {
+      // a copy moves whole quads, and what lies behind a row is not to be read
+      for (int i = whole; i < whole + kQuad; ++i) {
+        constexpr float lowest = -std::numeric_limits<float>::infinity();
+        to[i] = i < count ? student[i] : lowest;
+        to[tile_ + i] = i < count ? teacher[i] : lowest;
+      }
+    }
+    const uint32_t bytes = static_cast<uint32_t>(whole) * sizeof(float);
+    expect_bytes(barriers_ + slot, 2 * bytes);
+    if (bytes == 0) return;
+    copy_bulk(to, student, bytes, barriers_ + slot);
+    copy_bulk(to + tile_, teacher, bytes, barriers_ + slot);
+  }
+
+  // -- exponentials --------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void begin_lse(int64_t row) {
+    student_exponents_ = block_.factor(args_.student, row).exponents;
+    teacher_exponents_ = block_.factor(args_.teacher, row).exponents;
+    started_ = false;
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) lse_.student[j] = lse_.teacher[j] = 0.0f;
+    if constexpr (kStatistics) {
+      lse_.student_largest = lse_.teacher_largest = -std::numeric_limits<float>::infinity();
+      lse_.student_argmax = lse_.teacher_argmax = -1;
+    }
+  }
+
+  // A whole number not far above what the first columns have; sums of float32 go up to 2^127 times
+  // it, and what is 2^100 below it is lost without harm.
+  __device__ __forceinline__ static float shift_near(float exponents, const float* first) {
+    const float a = at_least(exponents * first[0], exponents * first[1]);
+    const float b = at_least(exponents * first[2], exponents * first[3]);
+    const float shift = ::rintf(at_least(a, b)) + 32.0f;
+    return shift < 1e9f && shift > -1e9f ? shift : 0.0f;
+  }
+
+  // Tiles begin .. end of the row that at is in, as they arrive.
+  __device__ __forceinline__ void add_lse(RingPosition* at, int begin, int end) {
+#pragma unroll 1
+    for (int tile = begin; tile < end; ++tile) {
+      wait(barriers_ + at->slot, at->parity);
+      if (!started_) {
+        const float* const first = tile_at(at->slot);
+        lse_.student_shift = columns_ > 0 ? shift_near(student_exponents_, first) : 0.0f;
+        lse_.teacher_shift = columns_ > 0 ? shift_near(teacher_exponents_, first + tile_) : 0.0f;
+        started_ = true;
+      }
+      for_quads(at->slot, tile, [&](const float4& s, const float4& t, int column) {
+        const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) {
+          lse_.student[j] += detail::exp2_device(
+              detail::fma_device(student[j], student_exponents_, -lse_.student_shift));
+          lse_.teacher[j] += detail::exp2_device(
+              detail::fma_device(teacher[j], teacher_exponents_, -lse_.teacher_shift));
+          if constexpr (kStatistics) {
+            const int at_column = tile * tile_ + column + j;
+            keep_largest(student_exponents_ * student[j], at_column, &lse_.student_largest,
+                         &lse_.student_argmax);
+            keep_largest(teacher_exponents_ * teacher[j], at_column, &lse_.teacher_largest,
+                         &lse_.teacher_argmax);
+          }
+        }
+      });
+      at->advance(ring_);
+    }
+  }
+
+  __device__ __forceinline__ static void keep_largest(float value, int column, float* largest,
+                                                      int* argmax) {
+    const bool larger = value > *largest;
+    *largest = larger ? value : *largest;
+    *argmax = larger ? column : *argmax;
+  }
+
+  __device__ __forceinline__ void send_lse(int row_slot) {
+    float student = (lse_.student[0] + lse_.student[1]) + (lse_.student[2] + lse_.student[3]);
+    float teacher = (lse_.teacher[0] + lse_.teacher[1]) + (lse_.teacher[2] + lse_.teacher[3]);
+    student = reduce_warp(student, Sum());
+    teacher = reduce_warp(teacher, Sum());
+    const auto usual = [](float sum) { return (sum > 1e-12f) & (sum < 1e30f); };
+    if (!(usual(student) & usual(teacher)) && columns_ > 0) {
+      const ShiftedSum of_student = slow_sum(share(), row_slot, 0, student_exponents_);
+      const ShiftedSum of_teacher = slow_sum(share(), row_slot, tile_, teacher_exponents_);
+      student = of_student.sum, lse_.student_shift = of_student.shift;
+      teacher = of_teacher.sum, lse_.teacher_shift = of_teacher.shift;
+    }
+    double* const out = block_.partials(block_.warp) + View::first_of(kLseExchange);
+    uint64_t student_key = 0, teacher_key = 0;
+    if constexpr (kStatistics) {
+      student_key = first_largest(lse_.student_largest, lse_.student_argmax);
+      teacher_key = first_largest(lse_.teacher_largest, lse_.teacher_argmax);
+    }
+    if (lane_ == 0) {
+      out[0] = lse_.student_shift, out[1] = student;
+      out[2] = lse_.teacher_shift, out[3] = teacher;
+      if constexpr (kStatistics) out[4] = as_double(student_key), out[5] = as_double(teacher_key);
+      arrive(block_.gathered(kLseExchange));
+    }
+  }
+
+  __device__ uint64_t first_largest(float largest, int argmax) const {
+    struct Larger {
+      __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
+    };
+    const int column = static_cast<int>(first_column_) + argmax;
+    return reduce_warp(argmax < 0 ? uint64_t{0} : argmax_key(largest, column), Larger());
+  }
+
+  // -- sums and terms ------------------------------------------------------------------------------
+
+  // Sums of the lanes' values, to this warp's place.
+  template <Exchange kKind, int kCount>
+  __device__ __forceinline__ void send(const double* lane_sums) {
+    double* const out = block_.partials(block_.warp) + View::first_of(kKind);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const double sum = reduce_warp(lane_sums[k], Sum());
+      if (lane_ == 0) out[k] = sum;
+    }
+    if (lane_ == 0) arrive(block_.gathered(kKind));
+  }
+
+  __device__ __forceinline__ void send_row_sums(int row_slot, const RowLaws& laws) {
+    float sums[3] = {};
+    for_tiles(row_slot, [&](int slot, int tile) {
+      for_quads(slot, tile, [&](const float4& s, const float4& t, int) {
+        const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) {
+          float parts[3] = {};
+          base_.row_sums(entry_of<kReadsLowParts<F>>(student[j], teacher[j], laws), parts);
+#pragma unroll
+          for (int k = 0; k < F::kRowSums; ++k) sums[k] += parts[k];
+        }
+      });
+    });
+    const double wide[3] = {sums[0], sums[1], sums[2]};
+    send<kRowSumExchange, F::kRowSums>(wide);
+    wait(block_.published(kRowSumExchange), row_sum_parity_);
+    row_sum_parity_ ^= 1;
+    if constexpr (std::is_same_v<F, Renyi>) {
+      if (*block_.again() == 0) return;
+      const double mass[2] = {0.0, mass_in_double(share(), row_slot, base_.alpha, block_.laws())};
+      send<kRowSumExchange, F::kRowSums>(mass);
+      wait(block_.published(kRowSumExchange), row_sum_parity_);
+      row_sum_parity_ ^= 1;
+    }
+  }
+
+  // Leaves dterm and q where the logits were.
+  template <bool kTextbook>
+  __device__ __forceinline__ void send_terms(int row_slot, const RowLaws& laws, const F& functor) {
+    float sums[View::kTermValues] = {};
+    for_tiles(row_slot, [&](int slot, int tile) {
+      for_quads(slot, tile, [&](float4& s, float4& t, int) {
+        const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
+        float dterm[kQuad], q[kQuad];
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) {
+          const Entry<float> e = entry_of<kReadsLowParts<F>>(student[j], teacher[j], laws);
+          sums[0] += functor.term(e);
+          if constexpr (kTextbook) {
+            dterm[j] = functor.dterm_textbook(e);
+          } else {
+            dterm[j] = functor.dterm(e);
+          }
+          sums[1] += dterm[j];
+          q[j] = e.q;
+          if constexpr (kStatistics) {
+            sums[2] += select(e.q == 0.0f, 0.0f, -e.q * e.lq);
+            sums[3] += select(e.p == 0.0f, 0.0f, -e.p * e.lp);
+            sums[4] += ForwardKl{}.term(e);
+            sums[5] += ReverseKl{}.term(e);
+          }
+        }
+        s = {dterm[0], dterm[1], dterm[2], dterm[3]};
+        t = {q[0], q[1], q[2], q[3]};
+      });
+    });
+    double wide[View::kTermValues];
+#pragma unroll
+    for (int k = 0; k < View::kTermValues; ++k) wide[k] = sums[k];
+    send<kTermExchange, View::kTermValues>(wide);
+  }
+
+  // -- gradient ------------------------------------------------------------------------------------
+
+  // fn(pointer to this warp's first element of a row of the gradient), in the type that it has.
+  template <class Fn>
+  __device__ __forceinline__ void with_gradient_row(int64_t row, Fn&& fn) const {
+    const int64_t at = row * args_.grad.row_stride + first_column_;
+    if (args_.grad.dtype == OPD_FLOAT32) {
+      fn(static_cast<float*>(args_.grad.data) + at);
+    } else if (args_.grad.dtype == OPD_BFLOAT16) {
+      fn(static_cast<BFloat16*>(args_.grad.data) + at);
+    } else {
+      fn(static_cast<Float16*>(args_.grad.data) + at);
+    }
+  }
+
+  template <class Storage>
+  __device__ __forceinline__ void store(const float* values, int column, Storage* out) const {
+    if (column + kQuad <= columns_) {
+      store_quad(values, out + column);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if (column + j < columns_) from_real(values[j], out + column + j);
+    }
+  }
+
+  // Each tile is free once its gradient is out, and takes what comes next.
+  __device__ __forceinline__ void write_gradient(int64_t row, int row_slot) {
+    const GradScalars scalars = *block_.grad_scalars();
+    for_tiles(row_slot, [&](int slot, int tile) {
+      with_gradient_row(row, [&](auto* out) {
+        for_quads(slot, tile, [&](const float4& d, const float4& q, int column) {
+          const float dterm[kQuad] = {d.x, d.y, d.z, d.w}, law[kQuad] = {q.x, q.y, q.z, q.w};
+          float values[kQuad];
+#pragma unroll
+          for (int j = 0; j < kQuad; ++j) {
+            const float gradient =
+                scalars.scale * detail::fma_device(-law[j], scalars.grad_sum, dterm[j]);
+            values[j] = scalars.zero ? 0.0f : gradient;
+          }
+          store(values, tile * tile_ + column, out);
+        });
+      });
+      fence_reads_before_copy();
+      __syncwarp();
+      load_next(slot);
+    });
+  }
+
+  __device__ void zero_row(int64_t row) const {
+    const float zeros[kQuad] = {};
+    with_gradient_row(row, [&](auto* out) {
+      for (int i = lane_; i * kQuad < columns_; i += kWarp) store(zeros, i * kQuad, out);
+    });
+  }
+
+  using View = BlockView<F, kStatistics>;
+  const View& block_;
+  const ClusterArgs& args_;
+  const F& base_;
+  const int lane_, tiles_, ring_, tile_;
+  int64_t first_column_;
+  int columns_;  // of this warp, per row
+  float* tiles_memory_;
+  MemoryBarrier* barriers_;
+  RowsOfCluster load_rows_;
+  int64_t load_row_ = 0;
+  int load_tile_ = 0;
+  float student_exponents_ = 0, teacher_exponents_ = 0;
+  bool started_ = false;
+  LaneLse<kStatistics> lse_;
+  uint32_t row_sum_parity_ = 0;
+};
+
+}  // namespace cuda
+}  // namespace opd

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a row of two float32 matrices is laid out over a cluster's shared memory. Host C++ without
+// CUDA, so that every vocabulary can be tried where there is no GPU.
+//
+// A block holds a slice of both rows, a warp its share of the slice as `tiles` tiles, and a warp has a
+// ring of `ring` of them, which it refills: ring - tiles tiles of the rows to come are on their way
+// while a row is worked on.
+#pragma once
+
+#include <cstdint>
+
+namespace opd {
+namespace cuda {
+
+constexpr int kMaxClusterBlocks = 16;
+constexpr int kMaxRowWarps = 16;
+// registers of a multiprocessor, and what a thread of the kernel may have
+constexpr int kRegisters = 65536, kRegistersPerThread = 120;
+constexpr int kBarrierBytes = 8;
+constexpr int kExchangeKinds = 3;  // log-sum-exps, row sums, terms
+
+// What a divergence makes the blocks exchange, in doubles per block and row, and keep.
+struct RowNeeds {
+  int lse_values = 4, row_sum_values = 0, term_values = 2;
+  int functor_bytes = 0;
+  int values() const { return lse_values + row_sum_values + term_values; }
+};
+
+// Byte offsets into a block's shared memory; the tiles begin at 0.
+struct RowLayout {
+  int tile_barriers, exchange_barriers, partials, inbox, scalars, functor, end;
+};
+
+struct RowPlan {
+  int cluster = 0;          // blocks that share a row
+  int warps = 0;            // with tiles; one more reduces
+  int64_t slice = 0;        // columns of a block; the last blocks may have fewer or none
+  int tile = 0;             // columns
+  int tiles = 0;            // of a warp, per row
+  int ring = 0;             // tiles of a warp in shared memory
+  int resident = 1;         // blocks that a multiprocessor holds at once
+  RowLayout layout{};
+  int threads() const { return 32 * (warps + 1); }
+  int shared_bytes() const { return layout.end; }
+  double rows_on_chip() const { return static_cast<double>(ring) / tiles; }
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t unit) { return ceil_div(a, unit) * unit; }
+
+constexpr int kScalarBytes = 128;  // of a row, for every warp of the block
+
+inline RowLayout layout_of(int cluster, int warps, int tile, int ring, const RowNeeds& needs) {
+  RowLayout at{};
+  at.tile_barriers = warps * ring * tile * 8;
+  at.exchange_barriers = at.tile_barriers + kBarrierBytes * warps * ring;
+  at.partials = at.exchange_barriers + kBarrierBytes * 3 * kExchangeKinds;
+  at.inbox = at.partials + 8 * needs.values() * warps;
+  at.scalars = static_cast<int>(round_up(at.inbox + 8 * needs.values() * cluster, 16));
+  at.functor = at.scalars + kScalarBytes;
+  at.end = static_cast<int>(round_up(at.functor + needs.functor_bytes, 16));
+  return at;
+}
+
+// Issue slots of the busiest of a multiprocessor's four schedulers, in passes of a warp over 128
+// columns. A tile costs about a fifth of a pass beside its columns. Fewer than four warps leave a
+// scheduler idle now and then. With less than two rows on chip the loads of the next row wait for this
+// one; a third row evens out what memory does.
+inline double relative_cost(const RowPlan& plan) {
+  const double busiest = static_cast<double>(ceil_div(plan.warps, 4));
+  const double row = busiest * plan.tiles * (static_cast<double>(ceil_div(plan.tile, 128)) + 0.2);
+  const double rows = plan.rows_on_chip();
+  const double waits = rows < 2 ? 0.04 + 0.5 * (2 - rows) : rows < 3 ? 0.04 * (3 - rows) : 0;
+  const double idles = busiest < 4 ? 0.15 * (4 - busiest) : 0;
+  return row * (1 + waits) * (1 + idles);
+}
+
+// The best plan with this many blocks to a row; false if a row does not fit.
+inline bool plan_rows(int64_t vocab_size, int64_t shared_bytes, int cluster, const RowNeeds& needs,
+                      RowPlan* best) {
+  constexpr int kMaxTiles = 8, kMaxRowsOnChip = 3;
+  const int64_t slice = round_up(ceil_div(vocab_size, cluster), 8);
+  // a row's tiles alone; also keeps what follows within int
+  if (slice * 8 > shared_bytes) return false;
+  bool found = false;
+  for (int warps = 1; warps <= kMaxRowWarps; ++warps) {
+    for (int tiles = 1; tiles <= kMaxTiles; ++tiles) {
+      RowPlan plan;
+      plan.cluster = cluster, plan.warps = warps, plan.slice = slice, plan.tiles = tiles;
+      plan.tile = static_cast<int>(round_up(ceil_div(slice, static_cast<int64_t>(warps) * tiles), 4));
+      const int64_t fixed = layout_of(cluster, warps, 0, 0, needs).end + 16;
+      const int64_t per_tile = warps * (static_cast<int64_t>(plan.tile) * 8 + kBarrierBytes);
+      const int64_t ring = (shared_bytes - fixed) / per_tile;
+      if (ring < tiles) continue;
+      plan.ring = static_cast<int>(ring < kMaxRowsOnChip * tiles ? ring : kMaxRowsOnChip * tiles);
+      plan.layout = layout_of(cluster, warps, plan.tile, plan.ring, needs);
+      const double gain = found ? relative_cost(*best) - relative_cost(plan) : 1;
+      if (gain > 0 || (gain == 0 && plan.rows_on_chip() > best->rows_on_chip())) *best = plan;
+      found = true;
+    }
+  }
+  if (!found) return false;
+  if (cluster == 1) {
+    const int64_t by_registers = kRegisters / (best->threads() * kRegistersPerThread);
+    const int64_t by_memory = shared_bytes / (best->shared_bytes() + 1024);
+    const int64_t resident = by_registers < by_memory ? by_registers : by_memory;
+    best->resident = static_cast<int>(resident < 1 ? 1 : resident > 16 ? 16 : resident);
+  }
+  return true;
+}
+
+// The fewest blocks that keep two whole rows on chip, else those that keep most; false if a row does
+// not fit into any cluster of at most `max_cluster` blocks.
+inline bool choose_rows(int64_t vocab_size, int64_t shared_bytes, int max_cluster,
+                        const RowNeeds& needs, RowPlan* best) {
+  bool found = false;
+  for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
+    RowPlan plan;
+    if (!plan_rows(vocab_size, shared_bytes, cluster, needs, &plan)) continue;
+    if (!found || plan.rows_on_chip() > best->rows_on_chip()) *best = plan;
+    found = true;
+    if (best->rows_on_chip() >= 2) break;
+  }
+  return found;
+}
+
+}  // namespace cuda
+}  // namespace opd
