@@ -36,7 +36,8 @@ class Reducer {
 
   // Each lane's values of one warp, then of one block; combine(values) leaves the total in every lane.
   template <Exchange kKind, class Combine>
-  __device__ __forceinline__ void exchange(double* values, Combine&& combine) {
+  __device__ __forceinline__ void exchange(double* values, const double* identity,
+                                           Combine&& combine) {
     constexpr int kCount = View::count_of(kKind), kFirst = View::first_of(kKind);
     const uint32_t parity = parity_ >> kKind & 1u;
     parity_ ^= 1u << kKind;
@@ -44,7 +45,7 @@ class Reducer {
     const int warps = args_.plan.warps, cluster = args_.plan.cluster;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      values[k] = lane_ < warps ? block_.partials(lane_)[kFirst + k] : 0.0;
+      values[k] = lane_ < warps ? block_.partials(lane_)[kFirst + k] : identity[k];
     }
     combine(values);
     if (cluster == 1) return;
@@ -58,7 +59,7 @@ class Reducer {
     wait_for_cluster(block_.received(kKind), parity);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      values[k] = lane_ < cluster ? block_.inbox(lane_)[kFirst + k] : 0.0;
+      values[k] = lane_ < cluster ? block_.inbox(lane_)[kFirst + k] : identity[k];
     }
     combine(values);
   }
@@ -68,52 +69,54 @@ class Reducer {
     if (lane_ == 0) arrive(block_.published(kind));
   }
 
-  // (shift, sum) of one lane each; a sum of 0 is no law at all
-  __device__ static void combine_sums(double* shift, double* sum) {
-    const double largest = reduce_warp(*sum == 0.0 ? -1e300 : *shift, Max());
-    const double below = *sum == 0.0 ? 0.0 : *shift - largest;
-    // whole numbers: exact
-    const int power = below < -4000.0 ? -4000 : static_cast<int>(below);
-    *sum = reduce_warp(::ldexp(*sum, power), Sum());
-    *shift = largest;
+  // Of one lane each; in the end of all, in every lane.
+  __device__ static void combine_sums(const Factor& factor, double* values) {
+    const double largest = reduce_warp(values[0], Max());
+    const double exponent = (values[0] - largest) * static_cast<double>(factor.exponents);
+    // equal infinities included
+    const double scale = values[0] == largest ? 1.0 : ::exp2(exponent);
+    values[1] = reduce_warp(values[1] * scale, Sum());
+    values[0] = largest;
   }
 
-  __device__ static double largest_key(double key) {
-    struct Larger {
-      __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
+  __device__ static double first_column(double column, bool counts) {
+    struct Min {
+      __device__ double operator()(double a, double b) const { return a < b ? a : b; }
     };
-    return as_double(reduce_warp(as_bits(key), Larger()));
+    return reduce_warp(counts ? column : kNoColumn, Min());
   }
 
   __device__ void reduce_lse() {
+    student_ = block_.factor(args_.student, row_), teacher_ = block_.factor(args_.teacher, row_);
     double values[View::kLseValues];
-    exchange<kLseExchange>(values, [](double* v) {
-      combine_sums(v, v + 1);
-      combine_sums(v + 2, v + 3);
+    constexpr double kNone = -std::numeric_limits<double>::infinity();
+    const double identity[6] = {kNone, 0, kNone, 0, kNoColumn, kNoColumn};
+    exchange<kLseExchange>(values, identity, [&](double* v) {
+      const double student = v[0], teacher = v[2];
+      combine_sums(student_, v);
+      combine_sums(teacher_, v + 2);
       if constexpr (kStatistics) {
-        v[4] = largest_key(v[4]), v[5] = largest_key(v[5]);
+        v[4] = first_column(v[4], student == v[0]), v[5] = first_column(v[5], teacher == v[2]);
       }
     });
-    student_ = block_.factor(args_.student, row_), teacher_ = block_.factor(args_.teacher, row_);
-    const RowLaws laws =
-        laws_of(student_, teacher_, ScaledSum{values[0], values[1]}.log2_sum(),
-                ScaledSum{values[2], values[3]}.log2_sum(), &student_lse_, &teacher_lse_);
+    const RowLaws laws = laws_of(student_, teacher_, {values[0], values[1]}, {values[2], values[3]},
+                                 &student_lse_, &teacher_lse_);
     if (lane_ == 0) *block_.laws() = laws;
     publish(kLseExchange);
     if constexpr (kStatistics) {
-      const uint64_t student = as_bits(values[4]), teacher = as_bits(values[5]);
-      agree_ = static_cast<uint32_t>(student) == static_cast<uint32_t>(teacher);
+      agree_ = values[4] == values[5];
       if (rank_ == 0) look_up_ids();
     }
   }
 
   __device__ void reduce_row_sums() {
+    constexpr double kZeros[F::kRowSums] = {};
     double sums[F::kRowSums];
     const auto add = [](double* v) {
 #pragma unroll
       for (int k = 0; k < F::kRowSums; ++k) v[k] = reduce_warp(v[k], Sum());
     };
-    exchange<kRowSumExchange>(sums, add);
+    exchange<kRowSumExchange>(sums, kZeros, add);
     if constexpr (std::is_same_v<F, Renyi>) {
       // a mass that float32 cannot hold still has a logarithm; NaN stays, it is no matter of range
       const bool out_of_range = sums[1] < 1e-25 || sums[1] > 1e37;
@@ -121,7 +124,7 @@ class Reducer {
         if (lane_ == 0) *block_.again() = 1;
         publish(kRowSumExchange);
         const double divergence = sums[0];
-        exchange<kRowSumExchange>(sums, add);
+        exchange<kRowSumExchange>(sums, kZeros, add);
         sums[0] = divergence;
       }
     }
@@ -131,8 +134,9 @@ class Reducer {
   }
 
   __device__ void reduce_terms() {
+    constexpr double kZeros[View::kTermValues] = {};
     double sums[View::kTermValues];
-    exchange<kTermExchange>(sums, [](double* v) {
+    exchange<kTermExchange>(sums, kZeros, [](double* v) {
 #pragma unroll
       for (int k = 0; k < View::kTermValues; ++k) v[k] = reduce_warp(v[k], Sum());
     });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a row of two laws is made of on a GPU: scales, log-sum-exps in base 2, entries.
+// What a row of two laws is made of on a GPU: scales, log-sum-exps, entries.
 #pragma once
 
 #include <type_traits>
@@ -7,14 +7,15 @@
 #include "cluster.cuh"
 #include "half.h"
 #include "opd/divergences.h"
+#include "reduce.cuh"
 #include "tuning.h"
 
 namespace opd {
 namespace cuda {
 
-// A side's logits are factor * what is stored. exponents_of is what they are multiplied by for base
-// 2: log2(e) * factor, rounded; every exponential of a row uses the same one, so that the laws are
-// normalised exactly and the rounding is a temperature of 1 + 6e-8.
+// A side's logits are factor * what is stored, and e to them is 2^(exponents * what is stored).
+// Every exponential of a row uses the same rounded `exponents`, so that its law is normalised exactly
+// and the rounding is a temperature of 1 + 6e-8. Both are positive.
 struct Factor {
   double factor;
   float exponents;
@@ -25,13 +26,6 @@ OPD_HD Factor factor_of(double scale, double temperature) {
   const double factor = scale / temperature;
   return {factor, static_cast<float>(factor * kLog2E)};
 }
-
-// A sum of exponentials relative to 2^shift.
-struct ScaledSum {
-  double shift, sum;
-  // log2 of it
-  OPD_HD double log2_sum() const { return shift + ::log2(sum); }
-};
 
 OPD_HD float product(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -61,9 +55,16 @@ struct RowLaws {
 };
 static_assert(sizeof(RowLaws) <= kScalarBytes - 32, "tuning.h must leave room for a row's scalars");
 
-OPD_HD RowLaws::Side side_of(const Factor& factor, double log2_sum, double* lse) {
-  // exponents / log2(e) is not quite the factor: to first order the entropy times the difference
-  *lse = log2_sum * (factor.factor / static_cast<double>(factor.exponents));
+// A sum of exponentials relative to that of the largest logit, as stored.
+struct RelativeSum {
+  double largest, sum;
+};
+
+OPD_HD RowLaws::Side side_of(const Factor& factor, const RelativeSum& of, double* lse) {
+  constexpr double kLn2 = 0.6931471805599453;
+  const double above = ::log2(of.sum);
+  *lse = of.largest * factor.factor + above * kLn2;
+  const double log2_sum = of.largest * static_cast<double>(factor.exponents) + above;
   const double shift = ::rint(log2_sum);
   RowLaws::Side side;
   side.exponents = factor.exponents;
@@ -76,17 +77,76 @@ OPD_HD RowLaws::Side side_of(const Factor& factor, double log2_sum, double* lse)
   return side;
 }
 
-OPD_HD RowLaws laws_of(const Factor& student, const Factor& teacher, double student_log2_sum,
-                       double teacher_log2_sum, double* student_lse, double* teacher_lse) {
+OPD_HD RowLaws laws_of(const Factor& student, const Factor& teacher, const RelativeSum& student_sum,
+                       const RelativeSum& teacher_sum, double* student_lse, double* teacher_lse) {
   RowLaws laws;
-  laws.student = side_of(student, student_log2_sum, student_lse);
-  laws.teacher = side_of(teacher, teacher_log2_sum, teacher_lse);
+  laws.student = side_of(student, student_sum, student_lse);
+  laws.teacher = side_of(teacher, teacher_sum, teacher_lse);
   laws.ratio = static_cast<float>(student.factor / teacher.factor);
   const double gap = *student_lse - *teacher_lse;
   laws.gap = static_cast<float>(gap);
   laws.gap_low = low_part<float>(gap);
   return laws;
 }
+
+// -- log-sum-exps ----------------------------------------------------------------------------------
+
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+constexpr int kNoColumn = 0x7fffffff;
+
+__device__ __forceinline__ float largest_of(const float4& x) {
+  return at_least(at_least(x.x, x.y), at_least(x.z, x.w));
+}
+
+// Over the lanes of a warp, none of which is NaN.
+__device__ __forceinline__ float warp_largest(float value) {
+  // order of the whole numbers is order of the values
+  const int bits = detail::float_to_bits(value);
+  const int largest = __reduce_max_sync(kAllLanes, bits >= 0 ? bits : bits ^ 0x7fffffff);
+  return detail::bits_to_float(largest >= 0 ? largest : largest ^ 0x7fffffff);
+}
+
+// A lane's part of a side's sum, relative to the largest logit that its warp has seen.
+template <bool kWithColumn>
+struct LaneLse {
+  float exponents, largest, reference;
+  float sums[4];
+  int column;  // the first that attains the largest, of this warp's columns
+
+  __device__ __forceinline__ void begin(float with_exponents) {
+    exponents = with_exponents, largest = kLowest, reference = 0.0f, column = kNoColumn;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[j] = 0.0f;
+  }
+  // The same in every lane.
+  __device__ __forceinline__ void raise(float to) {
+    if (!(to > largest)) return;
+    const float scale = detail::exp2_device((largest - to) * exponents);
+    // nothing but -inf so far: the sums are 0, or NaN
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[j] *= scale;
+    largest = reference = to;
+    column = kNoColumn;
+  }
+  __device__ __forceinline__ void add(const float4& quad, int first_column) {
+    const float logits[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      sums[j] += detail::exp2_device((logits[j] - reference) * exponents);
+      if constexpr (kWithColumn) {
+        // columns come in order
+        const bool first = (logits[j] == largest) & (column == kNoColumn) & (largest != kLowest);
+        column = first ? first_column + j : column;
+      }
+    }
+  }
+  __device__ __forceinline__ double warp_sum() const {
+    const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return reduce_warp(static_cast<double>(sum), Sum());
+  }
+};
+
+// -- entries ---------------------------------------------------------------------------------------
 
 // What NaN stands for in what a rounding has lost: the value is infinite, and this does not change it.
 constexpr float kNothingLost = -1e30f;

@@ -29,29 +29,6 @@ __device__ __forceinline__ void for_columns(const Share& share, int row_slot, Fn
   }
 }
 
-struct ShiftedSum {
-  float shift, sum;
-};
-
-// The sum of a row that the shift did not suit, with the largest exponent as the shift.
-__device__ __noinline__ ShiftedSum slow_sum(Share share, int row_slot, int offset,
-                                            float exponents) {
-  constexpr float infinity = std::numeric_limits<float>::infinity();
-  float largest = -infinity;
-  for_columns(share, row_slot, [&](const float* logit) {
-    largest = at_least(exponents * logit[offset], largest);
-  });
-  largest = reduce_warp(largest, Max());
-  const float shift = largest < 1e9f && largest > -1e9f ? ::rintf(largest) : 0.0f;
-  float sum = 0.0f;
-  for_columns(share, row_slot, [&](const float* logit) {
-    sum += detail::exp2_device(detail::fma_device(logit[offset], exponents, -shift));
-  });
-  sum = reduce_warp(sum, Sum());
-  // an infinite logit leaves no law
-  return {shift, largest == infinity ? largest - largest : sum};
-}
-
 // A lane's part of sum p^alpha q^(1 - alpha).
 __device__ __noinline__ double mass_in_double(Share share, int row_slot, double alpha,
                                               const RowLaws* laws) {
@@ -103,7 +80,7 @@ class Sweeper {
     begin_lse(row);
     int next_slot = at.slot;
     add_lse(&at, 0, tiles_);
-    send_lse(next_slot);
+    send_lse();
     while (true) {
       wait(block_.published(kLseExchange), parity);
       const RowLaws laws = *block_.laws();
@@ -127,7 +104,7 @@ class Sweeper {
           begin_lse(next);
           add_lse(&at, 0, early);
         }
-        if (early == tiles_) send_lse(next_slot);
+        if (early == tiles_) send_lse();
       }
       wait(block_.published(kTermExchange), parity);
       write_gradient(row, row_slot);
@@ -135,7 +112,7 @@ class Sweeper {
       if (early < tiles_) {
         if (early == 0) begin_lse(next);
         add_lse(&at, early, tiles_);
-        send_lse(next_slot);
+        send_lse();
       }
       row = next, row_slot = next_slot, parity ^= 1;
     }
@@ -207,97 +184,49 @@ class Sweeper {
   // -- exponentials --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void begin_lse(int64_t row) {
-    student_exponents_ = block_.factor(args_.student, row).exponents;
-    teacher_exponents_ = block_.factor(args_.teacher, row).exponents;
-    started_ = false;
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) lse_.student[j] = lse_.teacher[j] = 0.0f;
-    if constexpr (kStatistics) {
-      lse_.student_largest = lse_.teacher_largest = -std::numeric_limits<float>::infinity();
-      lse_.student_argmax = lse_.teacher_argmax = -1;
-    }
+    student_lse_.begin(block_.factor(args_.student, row).exponents);
+    teacher_lse_.begin(block_.factor(args_.teacher, row).exponents);
   }
 
-  // A whole number not far above what the first columns have; sums of float32 go up to 2^127 times
-  // it, and what is 2^100 below it is lost without harm.
-  __device__ __forceinline__ static float shift_near(float exponents, const float* first) {
-    const float a = at_least(exponents * first[0], exponents * first[1]);
-    const float b = at_least(exponents * first[2], exponents * first[3]);
-    const float shift = ::rintf(at_least(a, b)) + 32.0f;
-    return shift < 1e9f && shift > -1e9f ? shift : 0.0f;
-  }
-
-  // Tiles begin .. end of the row that at is in, as they arrive.
+  // Tiles begin .. end of the row that `at` is in, as they arrive.
   __device__ __forceinline__ void add_lse(RingPosition* at, int begin, int end) {
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
       wait(barriers_ + at->slot, at->parity);
-      if (!started_) {
-        const float* const first = tile_at(at->slot);
-        lse_.student_shift = columns_ > 0 ? shift_near(student_exponents_, first) : 0.0f;
-        lse_.teacher_shift = columns_ > 0 ? shift_near(teacher_exponents_, first + tile_) : 0.0f;
-        started_ = true;
-      }
+      float student_largest = kLowest, teacher_largest = kLowest;
+      for_quads(at->slot, tile, [&](const float4& s, const float4& t, int) {
+        student_largest = at_least(student_largest, largest_of(s));
+        teacher_largest = at_least(teacher_largest, largest_of(t));
+      });
+      student_lse_.raise(warp_largest(student_largest));
+      teacher_lse_.raise(warp_largest(teacher_largest));
       for_quads(at->slot, tile, [&](const float4& s, const float4& t, int column) {
-        const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
-#pragma unroll
-        for (int j = 0; j < kQuad; ++j) {
-          lse_.student[j] += detail::exp2_device(
-              detail::fma_device(student[j], student_exponents_, -lse_.student_shift));
-          lse_.teacher[j] += detail::exp2_device(
-              detail::fma_device(teacher[j], teacher_exponents_, -lse_.teacher_shift));
-          if constexpr (kStatistics) {
-            const int at_column = tile * tile_ + column + j;
-            keep_largest(student_exponents_ * student[j], at_column, &lse_.student_largest,
-                         &lse_.student_argmax);
-            keep_largest(teacher_exponents_ * teacher[j], at_column, &lse_.teacher_largest,
-                         &lse_.teacher_argmax);
-          }
-        }
+        const int at_column = tile * tile_ + column;
+        student_lse_.add(s, at_column);
+        teacher_lse_.add(t, at_column);
       });
       at->advance(ring_);
     }
   }
 
-  __device__ __forceinline__ static void keep_largest(float value, int column, float* largest,
-                                                      int* argmax) {
-    const bool larger = value > *largest;
-    *largest = larger ? value : *largest;
-    *argmax = larger ? column : *argmax;
-  }
-
-  __device__ __forceinline__ void send_lse(int row_slot) {
-    float student = (lse_.student[0] + lse_.student[1]) + (lse_.student[2] + lse_.student[3]);
-    float teacher = (lse_.teacher[0] + lse_.teacher[1]) + (lse_.teacher[2] + lse_.teacher[3]);
-    student = reduce_warp(student, Sum());
-    teacher = reduce_warp(teacher, Sum());
-    const auto usual = [](float sum) { return (sum > 1e-12f) & (sum < 1e30f); };
-    if (!(usual(student) & usual(teacher)) && columns_ > 0) {
-      const ShiftedSum of_student = slow_sum(share(), row_slot, 0, student_exponents_);
-      const ShiftedSum of_teacher = slow_sum(share(), row_slot, tile_, teacher_exponents_);
-      student = of_student.sum, lse_.student_shift = of_student.shift;
-      teacher = of_teacher.sum, lse_.teacher_shift = of_teacher.shift;
-    }
+  __device__ __forceinline__ void send_lse() {
     double* const out = block_.partials(block_.warp) + View::first_of(kLseExchange);
-    uint64_t student_key = 0, teacher_key = 0;
+    const double student = student_lse_.warp_sum(), teacher = teacher_lse_.warp_sum();
+    int student_column = 0, teacher_column = 0;
     if constexpr (kStatistics) {
-      student_key = first_largest(lse_.student_largest, lse_.student_argmax);
-      teacher_key = first_largest(lse_.teacher_largest, lse_.teacher_argmax);
+      student_column = __reduce_min_sync(kAllLanes, student_lse_.column);
+      teacher_column = __reduce_min_sync(kAllLanes, teacher_lse_.column);
     }
     if (lane_ == 0) {
-      out[0] = lse_.student_shift, out[1] = student;
-      out[2] = lse_.teacher_shift, out[3] = teacher;
-      if constexpr (kStatistics) out[4] = as_double(student_key), out[5] = as_double(teacher_key);
+      out[0] = student_lse_.largest, out[1] = student;
+      out[2] = teacher_lse_.largest, out[3] = teacher;
+      if constexpr (kStatistics) {
+        const double first = static_cast<double>(first_column_);
+        out[4] = student_column == kNoColumn ? kNoColumn : first + student_column;
+        out[5] = teacher_column == kNoColumn ? kNoColumn : first + teacher_column;
+      }
       arrive(block_.gathered(kLseExchange));
     }
-  }
-
-  __device__ uint64_t first_largest(float largest, int argmax) const {
-    struct Larger {
-      __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
-    };
-    const int column = static_cast<int>(first_column_) + argmax;
-    return reduce_warp(argmax < 0 ? uint64_t{0} : argmax_key(largest, column), Larger());
   }
 
   // -- sums and terms ------------------------------------------------------------------------------
@@ -446,9 +375,7 @@ class Sweeper {
   RowsOfCluster load_rows_;
   int64_t load_row_ = 0;
   int load_tile_ = 0;
-  float student_exponents_ = 0, teacher_exponents_ = 0;
-  bool started_ = false;
-  LaneLse<kStatistics> lse_;
+  LaneLse<kStatistics> student_lse_, teacher_lse_;
   uint32_t row_sum_parity_ = 0;
 };
 

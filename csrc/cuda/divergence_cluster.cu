@@ -35,6 +35,7 @@ RowNeeds needs_of(bool with_statistics) {
 
 bool is_plain(const opd_logits_t& side) {
   return side.matrix.dtype == OPD_FLOAT32 && side.bias == nullptr && side.softcap == 0.0 &&
+         side.scale > 0.0 &&
          is_aligned_16(side.matrix.data) && side.matrix.row_stride % kFloatsPer16Bytes == 0;
 }
 

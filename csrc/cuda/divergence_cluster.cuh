@@ -113,34 +113,6 @@ struct RingPosition {
   }
 };
 
-// The first column of a maximum, as a number that is largest for it: values in their order, columns
-// in reverse. 0 is none.
-__device__ __forceinline__ uint64_t argmax_key(float value, int column) {
-  const uint32_t bits = static_cast<uint32_t>(detail::float_to_bits(value));
-  const uint32_t ordered = (bits >> 31) ? ~bits : bits | 0x80000000u;
-  return static_cast<uint64_t>(ordered) << 32 | static_cast<uint32_t>(~column);
-}
-
-// Of a lane's columns so far, both sides. Values relative to 2^shift of the warp.
-template <bool kStatistics>
-struct LaneLse {
-  float student_shift, teacher_shift;
-  float student[4], teacher[4];
-  float student_largest, teacher_largest;
-  int student_argmax, teacher_argmax;
-};
-
-__device__ __forceinline__ double as_double(uint64_t bits) {
-  double value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-__device__ __forceinline__ uint64_t as_bits(double value) {
-  uint64_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
 // What both kinds of warp know.
 template <class F, bool kStatistics>
 struct BlockView {

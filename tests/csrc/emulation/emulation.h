@@ -198,6 +198,18 @@ T exchange(T value, unsigned from) {
   return taken;
 }
 
+// A bit for each lane of the warp that gives true.
+inline uint32_t ballot(bool value) {
+  Thread& thread = self();
+  uint64_t* const lanes = thread.block->lanes.data() + thread.warp * 32;
+  lanes[thread.lane] = value;
+  sync_warp();
+  uint32_t bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(lanes[lane] != 0) << lane;
+  sync_warp();
+  return bits;
+}
+
 // The same address in the shared memory of another block of the cluster.
 inline void* peer(void* pointer, unsigned rank) {
   Machine& m = machine();
