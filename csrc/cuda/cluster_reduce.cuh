@@ -145,6 +145,9 @@ class Reducer {
     if (lane_ == 0) {
       GradScalars scalars;
       scalars.grad_sum = args_.centred ? 0.0f : static_cast<float>(sums[1]);
+      // a side without a law leaves no gradient; a dterm that only multiplies by it may not show that
+      const double gap = student_lse_ - teacher_lse_;
+      if (!(gap - gap == 0.0)) scalars.grad_sum = std::numeric_limits<float>::quiet_NaN();
       scalars.scale = weight * static_cast<float>(student_.factor) * coefficient;
       scalars.zero = coefficient == 0.0f;
       *block_.grad_scalars() = scalars;

@@ -34,15 +34,6 @@ OPD_HD float product(float a, float b) {
   return a * b;
 #endif
 }
-// The one that is not NaN.
-OPD_HD float at_least(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return ::fmaxf(a, b);
-#else
-  return std::fmax(a, b);
-#endif
-}
-
 // What turns the two logits of a column into an entry.
 struct RowLaws {
   struct Side {
@@ -95,7 +86,7 @@ constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr int kNoColumn = 0x7fffffff;
 
 __device__ __forceinline__ float largest_of(const float4& x) {
-  return at_least(at_least(x.x, x.y), at_least(x.z, x.w));
+  return detail::max_device(detail::max_device(x.x, x.y), detail::max_device(x.z, x.w));
 }
 
 // Over the lanes of a warp, none of which is NaN.
@@ -141,8 +132,10 @@ struct LaneLse {
     }
   }
   __device__ __forceinline__ double warp_sum() const {
-    const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    return reduce_warp(static_cast<double>(sum), Sum());
+    double sum = sums[0];
+#pragma unroll
+    for (int j = 1; j < 4; ++j) sum += sums[j];
+    return reduce_warp(sum, Sum());
   }
 };
 
@@ -181,7 +174,7 @@ OPD_HD Entry<float> entry_of(float student, float teacher, const RowLaws& laws) 
   const float scaled = product(laws.ratio, student);
   const float apart = scaled - teacher;
   const float back = apart - scaled;
-  const float lost = at_least((scaled - (apart - back)) - (teacher + back), kNothingLost);
+  const float lost = detail::max_device((scaled - (apart - back)) - (teacher + back), kNothingLost);
   e.gap = detail::fma_device(t.factor, apart, -laws.gap) +
           detail::fma_device(t.factor, lost, -laws.gap_low);
   if constexpr (kLowParts) {

@@ -131,13 +131,15 @@ class Sweeper {
   }
 
   // fn(student quad, teacher quad, first column) of each quad of tile number `tile`, in `slot`.
-  template <class Fn>
+  template <int kUnroll, class Fn>
   __device__ __forceinline__ void for_quads(int slot, int tile, Fn&& fn) const {
-    const int count = columns_of(tile);
-    float4* const student = reinterpret_cast<float4*>(tile_at(slot));
-    float4* const teacher = reinterpret_cast<float4*>(tile_at(slot) + tile_);
-#pragma unroll 1
-    for (int i = lane_; i * kQuad < count; i += kWarp) fn(student[i], teacher[i], i * kQuad);
+    const int quads = (columns_of(tile) + kQuad - 1) / kQuad;
+    float4* student = reinterpret_cast<float4*>(tile_at(slot)) + lane_;
+    float4* teacher = reinterpret_cast<float4*>(tile_at(slot) + tile_) + lane_;
+#pragma unroll kUnroll
+    for (int i = lane_; i < quads; i += kWarp, student += kWarp, teacher += kWarp) {
+      fn(*student, *teacher, i * kQuad);
+    }
   }
   template <class Fn>
   __device__ __forceinline__ void for_tiles(int slot, Fn&& fn) const {
@@ -194,13 +196,13 @@ class Sweeper {
     for (int tile = begin; tile < end; ++tile) {
       wait(barriers_ + at->slot, at->parity);
       float student_largest = kLowest, teacher_largest = kLowest;
-      for_quads(at->slot, tile, [&](const float4& s, const float4& t, int) {
-        student_largest = at_least(student_largest, largest_of(s));
-        teacher_largest = at_least(teacher_largest, largest_of(t));
+      for_quads<2>(at->slot, tile, [&](const float4& s, const float4& t, int) {
+        student_largest = detail::max_device(student_largest, largest_of(s));
+        teacher_largest = detail::max_device(teacher_largest, largest_of(t));
       });
       student_lse_.raise(warp_largest(student_largest));
       teacher_lse_.raise(warp_largest(teacher_largest));
-      for_quads(at->slot, tile, [&](const float4& s, const float4& t, int column) {
+      for_quads<2>(at->slot, tile, [&](const float4& s, const float4& t, int column) {
         const int at_column = tile * tile_ + column;
         student_lse_.add(s, at_column);
         teacher_lse_.add(t, at_column);
@@ -246,7 +248,7 @@ class Sweeper {
   __device__ __forceinline__ void send_row_sums(int row_slot, const RowLaws& laws) {
     float sums[3] = {};
     for_tiles(row_slot, [&](int slot, int tile) {
-      for_quads(slot, tile, [&](const float4& s, const float4& t, int) {
+      for_quads<1>(slot, tile, [&](const float4& s, const float4& t, int) {
         const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
@@ -275,7 +277,7 @@ class Sweeper {
   __device__ __forceinline__ void send_terms(int row_slot, const RowLaws& laws, const F& functor) {
     float sums[View::kTermValues] = {};
     for_tiles(row_slot, [&](int slot, int tile) {
-      for_quads(slot, tile, [&](float4& s, float4& t, int) {
+      for_quads<1>(slot, tile, [&](float4& s, float4& t, int) {
         const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
         float dterm[kQuad], q[kQuad];
 #pragma unroll
@@ -321,45 +323,53 @@ class Sweeper {
     }
   }
 
-  template <class Storage>
-  __device__ __forceinline__ void store(const float* values, int column, Storage* out) const {
-    if (column + kQuad <= columns_) {
-      store_quad(values, out + column);
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      if (column + j < columns_) from_real(values[j], out + column + j);
-    }
-  }
-
   // Each tile is free once its gradient is out, and takes what comes next.
   __device__ __forceinline__ void write_gradient(int64_t row, int row_slot) {
     const GradScalars scalars = *block_.grad_scalars();
+    if (scalars.zero) zero_row(row);
     for_tiles(row_slot, [&](int slot, int tile) {
-      with_gradient_row(row, [&](auto* out) {
-        for_quads(slot, tile, [&](const float4& d, const float4& q, int column) {
-          const float dterm[kQuad] = {d.x, d.y, d.z, d.w}, law[kQuad] = {q.x, q.y, q.z, q.w};
-          float values[kQuad];
-#pragma unroll
-          for (int j = 0; j < kQuad; ++j) {
-            const float gradient =
-                scalars.scale * detail::fma_device(-law[j], scalars.grad_sum, dterm[j]);
-            values[j] = scalars.zero ? 0.0f : gradient;
-          }
-          store(values, tile * tile_ + column, out);
+      if (!scalars.zero) {
+        with_gradient_row(row, [&](auto* out) {
+          write_tile(slot, tile, scalars, out + tile * tile_);
         });
-      });
+      }
       fence_reads_before_copy();
       __syncwarp();
       load_next(slot);
     });
   }
 
+  template <class Storage>
+  __device__ __forceinline__ void write_tile(int slot, int tile, const GradScalars& scalars,
+                                             Storage* out) const {
+    const int count = columns_of(tile), quads = count / kQuad;
+    const float* const dterm = tile_at(slot);
+    const float* const law = dterm + tile_;
+    const auto gradient = [&](float d, float q) {
+      return scalars.scale * detail::fma_device(-q, scalars.grad_sum, d);
+    };
+    const float4* dterms = reinterpret_cast<const float4*>(dterm) + lane_;
+    const float4* laws = reinterpret_cast<const float4*>(law) + lane_;
+    Storage* to = out + lane_ * kQuad;
+#pragma unroll 2
+    for (int i = lane_; i < quads; i += kWarp) {
+      const float4 d = *dterms, q = *laws;
+      const float values[kQuad] = {gradient(d.x, q.x), gradient(d.y, q.y), gradient(d.z, q.z),
+                                   gradient(d.w, q.w)};
+      store_quad(values, to);
+      dterms += kWarp, laws += kWarp, to += kWarp * kQuad;
+    }
+    const int i = quads * kQuad + lane_;
+    if (i < count) from_real(gradient(dterm[i], law[i]), out + i);
+  }
+
   __device__ void zero_row(int64_t row) const {
-    const float zeros[kQuad] = {};
     with_gradient_row(row, [&](auto* out) {
-      for (int i = lane_; i * kQuad < columns_; i += kWarp) store(zeros, i * kQuad, out);
+      const float zeros[kQuad] = {};
+      const int quads = columns_ / kQuad;
+      for (int i = lane_; i < quads; i += kWarp) store_quad(zeros, out + i * kQuad);
+      const int i = quads * kQuad + lane_;
+      if (i < columns_) from_real(0.0f, out + i);
     });
   }
 

@@ -46,7 +46,7 @@ struct Entry {
     if constexpr (sizeof(T) == sizeof(float)) {
       // a divergence's bregman(p, q, gap) is made of the same parts
       const T near = p * gap + p * ((gap * gap) * phi_over_square(gap));
-      return (gap < T(1)) & (gap > T(-1)) ? near : q - p;
+      return detail::within_one(gap) ? near : q - p;
     }
 #endif
     const T excess = larger() * ratio().expm1;
@@ -106,7 +106,7 @@ struct ReverseKl : Separable {
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
-    return select(e.q == T(0), T(0), e.q * e.gap);
+    return zero_wins(e.q, e.gap);
   }
   template <class T>
   OPD_HD T dterm_teacher(const Entry<T>& e) const {

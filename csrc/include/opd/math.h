@@ -122,11 +122,23 @@ OPD_HD float fma_device(float a, float b, float c) {
 }
 
 // The one that is not NaN.
-OPD_HD float min_device(float a, float b) {
+OPD_HD float max_device(float a, float b) {
 #if defined(__CUDA_ARCH__)
-  return ::fminf(a, b);
+  return ::fmaxf(a, b);
 #else
-  return std::fmin(a, b);
+  return std::fmax(a, b);
+#endif
+}
+
+// x where a 0 beside it is to win: finite or +inf, and no NaN.
+OPD_HD float above_infinity(float x) { return max_device(x, -1e38f); }
+
+// One comparison on a GPU.
+OPD_HD bool within_one(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::fabsf(x) < 1.0f;
+#else
+  return (x < 1.0f) & (x > -1.0f);
 #endif
 }
 
@@ -173,11 +185,12 @@ OPD_HD ExpPair<float> exp_pair_nonpositive(float x) {
   constexpr float kLog2E = 1.44269502f, kLog2ELow = 1.92596303e-8f, kLn2 = 0.693147182f;
   const float exponent = x * kLog2E;
   const float rounded = detail::exp2_device(exponent);
-  // what the rounded exponent has lost; 1 where that is NaN, since x is infinite
-  const float lost = detail::min_device(
-      detail::fma_device(x, kLog2ELow, detail::fma_device(x, kLog2E, -exponent)), 1.0f);
+  // what the rounded exponent has lost; -1 where that is NaN, since x is infinite
+  const float lost = detail::max_device(
+      detail::fma_device(x, kLog2ELow, detail::fma_device(x, kLog2E, -exponent)), -1.0f);
   const float near = x + (x * x) * phi_over_square(x);
-  return {detail::fma_device(rounded, lost * kLn2, rounded), x > -1.0f ? near : rounded - 1.0f};
+  const float far = rounded - 1.0f;
+  return {detail::fma_device(rounded, lost * kLn2, rounded), x > -1.0f ? near : far};
 #else
   const float low = -87.33f;
   const float clamped = x < low ? low : x;
@@ -194,8 +207,11 @@ OPD_HD float log_mix(ExpPair<float> pair, float keep, float weight) {
   const float value = keep + weight * pair.exp;
   const float f = weight * pair.expm1;
 #if OPD_DEVICE_FORMS
+  // both, without a branch, so that term and dterm share them
   constexpr float kLn2 = 0.693147182f;
-  return value > 0.7071f ? detail::log1p_reduced(f) : detail::log2_device(value) * kLn2;
+  const float near = detail::log1p_reduced(f);
+  const float far = detail::log2_device(value) * kLn2;
+  return value > 0.7071f ? near : far;
 #else
   const int32_t bits = detail::float_to_bits(value);
   // exponent relative to sqrt(1/2), so that the mantissa lands in [sqrt(1/2), sqrt(2))
@@ -292,15 +308,25 @@ OPD_HD T phi_over_square_difference(T x, T y) {
 OPD_HD float bregman(float a, float b, float x) {
   const float near = a * ((x * x) * phi_over_square(x));
 #if OPD_DEVICE_FORMS
-  // with x finite or -inf, a = 0 needs no case of its own
-  const float far = (b - a) - a * detail::min_device(x, 1e38f);
-  return (x < 1.0f) & (x > -1.0f) ? near : far;
+  // a = 0 needs no case of its own
+  const float far = (b - a) + a * detail::above_infinity(-x);
+  return detail::within_one(x) ? near : far;
 #else
   const float far = (b - a) - a * x;
   const float value = (x < 1.0f && x > -1.0f) ? near : far;
   return a == 0.0f ? b : value;
 #endif
 }
+
+// a * x, where a = 0 leaves nothing of an x of +inf, of -inf, or of none.
+template <class T>
+OPD_HD T zero_wins(T a, T x) {
+  return select(a == T(0), T(0), a * x);
+}
+#if OPD_DEVICE_FORMS
+// x is -inf only where a is 0; shares its instructions with bregman(a, b, -x)
+OPD_HD float zero_wins(float a, float x) { return a * detail::above_infinity(x); }
+#endif
 
 OPD_HD double bregman(double a, double b, double x) {
   if (a == 0.0) return b;
