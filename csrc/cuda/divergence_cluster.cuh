@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of divergence_cluster.h. A cluster of blocks holds a row of both logits in shared memory,
-// spread over its warps, each of which refills its own tiles with what comes next. Sweeps over the
-// row: sums of exponentials; sums that terms need first; terms, with dterm and q put where the logits
-// were; gradient. One more warp in each block adds up what the others found, exchanges it with the
-// other blocks and hands back what the next sweep needs; meanwhile the others sum the exponentials
-// of the row after, which is on chip already. Nothing depends on which cluster takes a row or when.
+// spread over its warps. Sweeps over the row: sums of exponentials; sums that terms need first; terms,
+// with dterm and q put where the logits were; gradient, after which the memory takes what comes next.
+// One more warp in each block adds up what the others found, exchanges it with the other blocks and
+// hands back what the next sweep needs; meanwhile the others sum the exponentials of the row after,
+// which is on chip already. Another warp does nothing but start copies. Nothing depends on which
+// cluster takes a row or when.
 #pragma once
 
 #include "cluster_rows.cuh"
@@ -104,7 +105,7 @@ class RowsOfCluster {
   int known_ = 0;
 };
 
-// A ring of tiles, walked in order.
+// A ring of chunks, walked in order.
 struct RingPosition {
   int slot = 0;
   uint32_t parity = 0;
@@ -135,8 +136,20 @@ struct BlockView {
            : kind == kRowSumExchange ? kLseValues
                                      : kLseValues + F::kRowSums;
   }
-  __device__ MemoryBarrier* tile_barriers() const {
-    return reinterpret_cast<MemoryBarrier*>(shared + args.plan.layout.tile_barriers);
+  // when the chunk in a slot is there; when every warp has done with it
+  __device__ MemoryBarrier* full(int slot) const {
+    return reinterpret_cast<MemoryBarrier*>(shared + args.plan.layout.chunk_barriers) + 2 * slot;
+  }
+  __device__ MemoryBarrier* empty(int slot) const { return full(slot) + 1; }
+  // A slot: the student's logits, then the teacher's.
+  __device__ float* chunk_at(int slot) const {
+    return reinterpret_cast<float*>(shared) + 2 * slot * args.plan.chunk;
+  }
+  // Of a row, in this block.
+  __device__ int64_t first_column() const { return args.plan.slice * cluster_rank(); }
+  __device__ int columns() const {
+    const int64_t left = args.vocab_size - first_column();
+    return left <= 0 ? 0 : static_cast<int>(left < args.plan.slice ? left : args.plan.slice);
   }
   // when every warp's values are there; when every block's are; when the result is
   __device__ MemoryBarrier* gathered(Exchange kind) const { return exchange_barriers() + 3 * kind; }
@@ -177,6 +190,7 @@ struct BlockView {
 }  // namespace cuda
 }  // namespace opd
 
+#include "cluster_load.cuh"
 #include "cluster_reduce.cuh"
 #include "cluster_sweeps.cuh"
 
@@ -186,13 +200,16 @@ namespace cuda {
 #endif  // OPD_HAS_CLUSTERS
 
 template <class F, bool kStatistics>
-__global__ void __launch_bounds__(32 * (kMaxRowWarps + 1), 1)
+__global__ void __launch_bounds__(32 * (kMaxRowWarps + kOtherWarps), 1)
     forward_grad_cluster_kernel(const __grid_constant__ ClusterArgs args,
                                 const __grid_constant__ F functor) {
 #if OPD_HAS_CLUSTERS
   const BlockView<F, kStatistics> block(args);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < args.plan.warps * args.plan.ring; ++i) init(block.tile_barriers() + i);
+    for (int slot = 0; slot < args.plan.ring; ++slot) {
+      init(block.full(slot));
+      init(block.empty(slot), args.plan.warps);
+    }
     for (const Exchange kind : {kLseExchange, kRowSumExchange, kTermExchange}) {
       init(block.gathered(kind), args.plan.warps);
       init(block.received(kind));
@@ -204,8 +221,10 @@ __global__ void __launch_bounds__(32 * (kMaxRowWarps + 1), 1)
   sync_cluster();
   if (block.warp < args.plan.warps) {
     Sweeper<F, kStatistics>(block, functor).run();
-  } else {
+  } else if (block.warp == args.plan.warps) {
     Reducer<F, kStatistics>(block, functor).run();
+  } else {
+    load_rows(block);
   }
   // ... or that has left
   sync_cluster();

@@ -2,9 +2,8 @@
 // How a row of two float32 matrices is laid out over a cluster's shared memory. Host C++ without
 // CUDA, so that every vocabulary can be tried where there is no GPU.
 //
-// A block holds a slice of both rows, a warp its share of the slice as `tiles` tiles, and a warp has a
-// ring of `ring` of them, which it refills: ring - tiles tiles of the rows to come are on their way
-// while a row is worked on.
+// A block holds a slice of both rows as `chunks` chunks, each split into a tile per warp, in a ring of
+// `ring` chunks: ring - chunks chunks of the rows to come are on their way while a row is worked on.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +13,9 @@ namespace cuda {
 
 constexpr int kMaxClusterBlocks = 16;
 constexpr int kMaxRowWarps = 16;
+constexpr int kOtherWarps = 2;
 // registers of a multiprocessor, and what a thread of the kernel may have
-constexpr int kRegisters = 65536, kRegistersPerThread = 120;
+constexpr int kRegisters = 65536, kRegistersPerThread = 96;
 constexpr int kBarrierBytes = 8;
 constexpr int kExchangeKinds = 3;  // log-sum-exps, row sums, terms
 
@@ -26,23 +26,24 @@ struct RowNeeds {
   int values() const { return lse_values + row_sum_values + term_values; }
 };
 
-// Byte offsets into a block's shared memory; the tiles begin at 0.
+// Byte offsets into a block's shared memory; the ring begins at 0.
 struct RowLayout {
-  int tile_barriers, exchange_barriers, partials, inbox, scalars, functor, end;
+  int chunk_barriers, exchange_barriers, partials, inbox, scalars, functor, end;
 };
 
 struct RowPlan {
   int cluster = 0;          // blocks that share a row
-  int warps = 0;            // with tiles; one more reduces
+  int warps = 0;            // with tiles; one more adds up, and one loads
   int64_t slice = 0;        // columns of a block; the last blocks may have fewer or none
-  int tile = 0;             // columns
-  int tiles = 0;            // of a warp, per row
-  int ring = 0;             // tiles of a warp in shared memory
+  int tile = 0;             // columns of a warp in a chunk
+  int chunk = 0;            // columns: warps * tile
+  int chunks = 0;           // of a row
+  int ring = 0;             // chunks in shared memory
   int resident = 1;         // blocks that a multiprocessor holds at once
   RowLayout layout{};
-  int threads() const { return 32 * (warps + 1); }
+  int threads() const { return 32 * (warps + kOtherWarps); }
   int shared_bytes() const { return layout.end; }
-  double rows_on_chip() const { return static_cast<double>(ring) / tiles; }
+  double rows_on_chip() const { return static_cast<double>(ring) / chunks; }
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -50,10 +51,10 @@ constexpr int64_t round_up(int64_t a, int64_t unit) { return ceil_div(a, unit) *
 
 constexpr int kScalarBytes = 128;  // of a row, for every warp of the block
 
-inline RowLayout layout_of(int cluster, int warps, int tile, int ring, const RowNeeds& needs) {
+inline RowLayout layout_of(int cluster, int warps, int chunk, int ring, const RowNeeds& needs) {
   RowLayout at{};
-  at.tile_barriers = warps * ring * tile * 8;
-  at.exchange_barriers = at.tile_barriers + kBarrierBytes * warps * ring;
+  at.chunk_barriers = ring * chunk * 8;
+  at.exchange_barriers = at.chunk_barriers + kBarrierBytes * 2 * ring;
   at.partials = at.exchange_barriers + kBarrierBytes * 3 * kExchangeKinds;
   at.inbox = at.partials + 8 * needs.values() * warps;
   at.scalars = static_cast<int>(round_up(at.inbox + 8 * needs.values() * cluster, 16));
@@ -63,12 +64,12 @@ inline RowLayout layout_of(int cluster, int warps, int tile, int ring, const Row
 }
 
 // Issue slots of the busiest of a multiprocessor's four schedulers, in passes of a warp over 128
-// columns. A tile costs about a fifth of a pass beside its columns. Fewer than four warps leave a
+// columns. A tile costs about a third of a pass beside its columns. Fewer than four warps leave a
 // scheduler idle now and then. With less than two rows on chip the loads of the next row wait for this
 // one; a third row evens out what memory does.
 inline double relative_cost(const RowPlan& plan) {
   const double busiest = static_cast<double>(ceil_div(plan.warps, 4));
-  const double row = busiest * plan.tiles * (static_cast<double>(ceil_div(plan.tile, 128)) + 0.2);
+  const double row = busiest * plan.chunks * (static_cast<double>(ceil_div(plan.tile, 128)) + 0.3);
   const double rows = plan.rows_on_chip();
   const double waits = rows < 2 ? 0.04 + 0.5 * (2 - rows) : rows < 3 ? 0.04 * (3 - rows) : 0;
   const double idles = busiest < 4 ? 0.15 * (4 - busiest) : 0;
@@ -78,22 +79,24 @@ inline double relative_cost(const RowPlan& plan) {
 // The best plan with this many blocks to a row; false if a row does not fit.
 inline bool plan_rows(int64_t vocab_size, int64_t shared_bytes, int cluster, const RowNeeds& needs,
                       RowPlan* best) {
-  constexpr int kMaxTiles = 8, kMaxRowsOnChip = 3;
+  constexpr int kMaxChunks = 8, kMaxRowsOnChip = 3;
   const int64_t slice = round_up(ceil_div(vocab_size, cluster), 8);
-  // a row's tiles alone; also keeps what follows within int
+  // a row alone; also keeps what follows within int
   if (slice * 8 > shared_bytes) return false;
   bool found = false;
   for (int warps = 1; warps <= kMaxRowWarps; ++warps) {
-    for (int tiles = 1; tiles <= kMaxTiles; ++tiles) {
+    for (int chunks = 1; chunks <= kMaxChunks; ++chunks) {
       RowPlan plan;
-      plan.cluster = cluster, plan.warps = warps, plan.slice = slice, plan.tiles = tiles;
-      plan.tile = static_cast<int>(round_up(ceil_div(slice, static_cast<int64_t>(warps) * tiles), 4));
+      plan.cluster = cluster, plan.warps = warps, plan.slice = slice, plan.chunks = chunks;
+      plan.tile = static_cast<int>(round_up(ceil_div(slice, static_cast<int64_t>(warps) * chunks), 4));
+      plan.chunk = warps * plan.tile;
       const int64_t fixed = layout_of(cluster, warps, 0, 0, needs).end + 16;
-      const int64_t per_tile = warps * (static_cast<int64_t>(plan.tile) * 8 + kBarrierBytes);
-      const int64_t ring = (shared_bytes - fixed) / per_tile;
-      if (ring < tiles) continue;
-      plan.ring = static_cast<int>(ring < kMaxRowsOnChip * tiles ? ring : kMaxRowsOnChip * tiles);
-      plan.layout = layout_of(cluster, warps, plan.tile, plan.ring, needs);
+      const int64_t per_chunk = static_cast<int64_t>(plan.chunk) * 8 + 2 * kBarrierBytes;
+      const int64_t ring = (shared_bytes - fixed) / per_chunk;
+      const int most = kMaxRowsOnChip * chunks;
+      if (ring < chunks) continue;
+      plan.ring = ring < most ? static_cast<int>(ring) : most;
+      plan.layout = layout_of(cluster, warps, plan.chunk, plan.ring, needs);
       const double gain = found ? relative_cost(*best) - relative_cost(plan) : 1;
       if (gain > 0 || (gain == 0 && plan.rows_on_chip() > best->rows_on_chip())) *best = plan;
       found = true;

@@ -20,20 +20,21 @@ RowNeeds make_needs(bool with_statistics, int row_sums) {
   return needs;
 }
 
-// Walks the blocks, warps and tiles as the kernel does: each column exactly once, in order.
+// Walks the blocks, chunks and warps as the kernel does: each column exactly once, in order.
 bool covers_each_column(const RowPlan& plan, int64_t vocab_size) {
   int64_t covered = 0;
   for (int block = 0; block < plan.cluster; ++block) {
     const int64_t begin = block * plan.slice;
     const int64_t end = begin + plan.slice < vocab_size ? begin + plan.slice : vocab_size;
-    for (int warp = 0; warp < plan.warps; ++warp) {
-      const int64_t first = begin + static_cast<int64_t>(warp) * plan.tiles * plan.tile;
-      const int64_t most = static_cast<int64_t>(plan.tiles) * plan.tile;
-      const int64_t left = end - first;
-      const int64_t count = left <= 0 ? 0 : left < most ? left : most;
-      if (count == 0) continue;
-      if (first != covered || first % 4 != 0) return false;
-      covered += count;
+    for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+      for (int warp = 0; warp < plan.warps; ++warp) {
+        const int64_t first = begin + static_cast<int64_t>(chunk) * plan.chunk + warp * plan.tile;
+        const int64_t left = end - first;
+        const int64_t count = left <= 0 ? 0 : left < plan.tile ? left : plan.tile;
+        if (count == 0) continue;
+        if (first != covered || first % 4 != 0) return false;
+        covered += count;
+      }
     }
   }
   return covered == vocab_size;
@@ -42,10 +43,10 @@ bool covers_each_column(const RowPlan& plan, int64_t vocab_size) {
 void check_plan(const RowPlan& plan, int64_t vocab_size, int64_t shared_bytes, int max_cluster) {
   expect::that(plan.shared_bytes() <= shared_bytes, "a plan fits in shared memory");
   expect::that(plan.cluster >= 1 && plan.cluster <= max_cluster, "a cluster of allowed size");
-  expect::that(plan.ring >= plan.tiles, "a whole row is on chip");
-  expect::that(plan.threads() <= 32 * (kMaxRowWarps + 1), "threads that the kernel may have");
+  expect::that(plan.ring >= plan.chunks, "a whole row is on chip");
+  expect::that(plan.threads() <= 32 * (kMaxRowWarps + kOtherWarps), "threads that the kernel may have");
   expect::that(plan.tile % 4 == 0, "tiles of whole 16 bytes");
-  expect::that(plan.layout.tile_barriers % 8 == 0 && plan.layout.scalars % 16 == 0, "alignment");
+  expect::that(plan.layout.chunk_barriers % 8 == 0 && plan.layout.scalars % 16 == 0, "alignment");
   expect::that(covers_each_column(plan, vocab_size), "each column belongs to one tile");
 }
 
