@@ -97,6 +97,19 @@ __device__ __forceinline__ float warp_largest(float value) {
   return detail::bits_to_float(largest >= 0 ? largest : largest ^ 0x7fffffff);
 }
 
+// Two sums over a warp at once: the first in lanes 0 .. 15, the second in the others.
+__device__ __forceinline__ double reduce_pair(double first, double second, int lane) {
+  constexpr int kHalf = kWarp / 2;
+  const bool low = lane < kHalf;
+  const double other = __shfl_xor_sync(kAllLanes, low ? second : first, kHalf);
+  double sum = (low ? first : second) + other;
+#pragma unroll
+  for (int distance = kHalf / 2; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  }
+  return sum;
+}
+
 // A lane's part of a side's sum, relative to the largest logit that its warp has seen.
 template <bool kWithColumn>
 struct LaneLse {
@@ -131,11 +144,11 @@ struct LaneLse {
       }
     }
   }
-  __device__ __forceinline__ double warp_sum() const {
+  __device__ __forceinline__ double sum() const {
     double sum = sums[0];
 #pragma unroll
     for (int j = 1; j < 4; ++j) sum += sums[j];
-    return reduce_warp(sum, Sum());
+    return sum;
   }
 };
 

@@ -146,15 +146,16 @@ class Sweeper {
 
   __device__ __forceinline__ void send_lse() {
     double* const out = block_.partials(block_.warp) + View::first_of(kLseExchange);
-    const double student = student_lse_.warp_sum(), teacher = teacher_lse_.warp_sum();
+    const double sum = reduce_pair(student_lse_.sum(), teacher_lse_.sum(), lane_);
     int student_column = 0, teacher_column = 0;
     if constexpr (kStatistics) {
       student_column = __reduce_min_sync(kAllLanes, student_lse_.column);
       teacher_column = __reduce_min_sync(kAllLanes, teacher_lse_.column);
     }
+    if (lane_ % (kWarp / 2) == 0) out[lane_ == 0 ? 1 : 3] = sum;
+    __syncwarp();
     if (lane_ == 0) {
-      out[0] = student_lse_.largest, out[1] = student;
-      out[2] = teacher_lse_.largest, out[3] = teacher;
+      out[0] = student_lse_.largest, out[2] = teacher_lse_.largest;
       if constexpr (kStatistics) {
         const double first = static_cast<double>(block_.first_column());
         out[4] = student_column == kNoColumn ? kNoColumn : first + student_column;
@@ -170,10 +171,19 @@ class Sweeper {
   template <Exchange kKind, int kCount>
   __device__ __forceinline__ void send(const double* lane_sums) {
     double* const out = block_.partials(block_.warp) + View::first_of(kKind);
+    if constexpr (kCount % 2 == 0) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const double sum = reduce_warp(lane_sums[k], Sum());
-      if (lane_ == 0) out[k] = sum;
+      for (int k = 0; k < kCount; k += 2) {
+        const double sum = reduce_pair(lane_sums[k], lane_sums[k + 1], lane_);
+        if (lane_ % (kWarp / 2) == 0) out[k + lane_ / (kWarp / 2)] = sum;
+      }
+      __syncwarp();
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        const double sum = reduce_warp(lane_sums[k], Sum());
+        if (lane_ == 0) out[k] = sum;
+      }
     }
     if (lane_ == 0) arrive(block_.gathered(kKind));
   }
