@@ -30,7 +30,10 @@ class Sweeper {
         ring_(block.args.plan.ring),
         tile_(block.args.plan.tile),
         chunk_(block.args.plan.chunk),
-        columns_(block.columns() - block.warp * block.args.plan.tile) {}
+        columns_(block.columns() - block.warp * block.args.plan.tile) {
+    const int left = chunk_ - block.warp * tile_;
+    most_ = left < tile_ ? left : tile_;
+  }
 
   __device__ void run() {
     RowsOfCluster rows(args_, lane_);
@@ -84,12 +87,15 @@ class Sweeper {
 
  private:
   static constexpr int kQuad = 4;  // columns that a lane takes at once
+  // of the sweep over terms; two of the short ones at once hide each other's latencies
+  static constexpr int kUnrollTerms = kStatistics || kReadsLowParts<F> ? 1 : 2;
 
   // This warp's columns of chunk number `chunk`: where they begin in the block's slice, how many.
   __device__ int first_of(int chunk) const { return chunk * chunk_ + block_.warp * tile_; }
   __device__ int columns_of(int chunk) const {
     const int left = columns_ - chunk * chunk_;
-    return left <= 0 ? 0 : left < tile_ ? left : tile_;
+    const int most = left < most_ ? left : most_;
+    return most > 0 ? most : 0;
   }
   // The student's side of them; the teacher's is chunk_ further.
   __device__ float* tile_at(int slot) const {
@@ -229,7 +235,7 @@ class Sweeper {
   __device__ __forceinline__ void send_terms(int row_slot, const RowLaws& laws, const F& functor) {
     float sums[View::kTermValues] = {};
     for_chunks(row_slot, [&](int slot, int chunk) {
-      for_quads<1>(slot, chunk, [&](float4& s, float4& t, int) {
+      for_quads<kUnrollTerms>(slot, chunk, [&](float4& s, float4& t, int) {
         const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
         float dterm[kQuad], q[kQuad];
 #pragma unroll
@@ -334,6 +340,7 @@ class Sweeper {
   const F& base_;
   const int lane_, chunks_, ring_, tile_, chunk_;
   const int columns_;  // of the block's slice, from this warp's first on
+  int most_;           // of a chunk
   LaneLse<kStatistics> student_lse_, teacher_lse_;
   uint32_t row_sum_parity_ = 0;
 };

@@ -12,10 +12,11 @@ namespace opd {
 namespace cuda {
 
 constexpr int kMaxClusterBlocks = 16;
-constexpr int kMaxRowWarps = 16;
+constexpr int kMaxRowWarps = 8;
 constexpr int kOtherWarps = 2;
+constexpr int kPass = 128;  // columns that a warp takes at once
 // registers of a multiprocessor, and what a thread of the kernel may have
-constexpr int kRegisters = 65536, kRegistersPerThread = 96;
+constexpr int kRegisters = 65536, kRegistersPerThread = 168;
 constexpr int kBarrierBytes = 8;
 constexpr int kExchangeKinds = 3;  // log-sum-exps, row sums, terms
 
@@ -35,8 +36,8 @@ struct RowPlan {
   int cluster = 0;          // blocks that share a row
   int warps = 0;            // with tiles; one more adds up, and one loads
   int64_t slice = 0;        // columns of a block; the last blocks may have fewer or none
-  int tile = 0;             // columns of a warp in a chunk
-  int chunk = 0;            // columns: warps * tile
+  int tile = 0;             // columns of a warp in a chunk; the last warps may have fewer or none
+  int chunk = 0;            // columns
   int chunks = 0;           // of a row
   int ring = 0;             // chunks in shared memory
   int resident = 1;         // blocks that a multiprocessor holds at once
@@ -64,15 +65,15 @@ inline RowLayout layout_of(int cluster, int warps, int chunk, int ring, const Ro
 }
 
 // Issue slots of the busiest of a multiprocessor's four schedulers, in passes of a warp over 128
-// columns. A tile costs about a third of a pass beside its columns. Fewer than four warps leave a
-// scheduler idle now and then. With less than two rows on chip the loads of the next row wait for this
+// columns. A tile costs about a pass and a half beside its columns. A single warp leaves a scheduler
+// idle now and then. With less than two rows on chip the loads of the next row wait for this
 // one; a third row evens out what memory does.
 inline double relative_cost(const RowPlan& plan) {
   const double busiest = static_cast<double>(ceil_div(plan.warps, 4));
-  const double row = busiest * plan.chunks * (static_cast<double>(ceil_div(plan.tile, 128)) + 0.3);
+  const double row = busiest * plan.chunks * (static_cast<double>(ceil_div(plan.tile, kPass)) + 1.5);
   const double rows = plan.rows_on_chip();
   const double waits = rows < 2 ? 0.04 + 0.5 * (2 - rows) : rows < 3 ? 0.04 * (3 - rows) : 0;
-  const double idles = busiest < 4 ? 0.15 * (4 - busiest) : 0;
+  const double idles = busiest < 2 ? 0.3 : 0;
   return row * (1 + waits) * (1 + idles);
 }
 
@@ -88,8 +89,10 @@ inline bool plan_rows(int64_t vocab_size, int64_t shared_bytes, int cluster, con
     for (int chunks = 1; chunks <= kMaxChunks; ++chunks) {
       RowPlan plan;
       plan.cluster = cluster, plan.warps = warps, plan.slice = slice, plan.chunks = chunks;
-      plan.tile = static_cast<int>(round_up(ceil_div(slice, static_cast<int64_t>(warps) * chunks), 4));
-      plan.chunk = warps * plan.tile;
+      plan.chunk = static_cast<int>(round_up(ceil_div(slice, chunks), 4));
+      // whole passes keep the lanes of a warp together
+      const int64_t share = ceil_div(plan.chunk, warps);
+      plan.tile = static_cast<int>(round_up(share, share > kPass ? kPass : 4));
       const int64_t fixed = layout_of(cluster, warps, 0, 0, needs).end + 16;
       const int64_t per_chunk = static_cast<int64_t>(plan.chunk) * 8 + 2 * kBarrierBytes;
       const int64_t ring = (shared_bytes - fixed) / per_chunk;

@@ -28,8 +28,10 @@ bool covers_each_column(const RowPlan& plan, int64_t vocab_size) {
     const int64_t end = begin + plan.slice < vocab_size ? begin + plan.slice : vocab_size;
     for (int chunk = 0; chunk < plan.chunks; ++chunk) {
       for (int warp = 0; warp < plan.warps; ++warp) {
-        const int64_t first = begin + static_cast<int64_t>(chunk) * plan.chunk + warp * plan.tile;
-        const int64_t left = end - first;
+        const int64_t start = begin + static_cast<int64_t>(chunk) * plan.chunk;
+        const int64_t stop = start + plan.chunk < end ? start + plan.chunk : end;
+        const int64_t first = start + warp * plan.tile;
+        const int64_t left = stop - first;
         const int64_t count = left <= 0 ? 0 : left < plan.tile ? left : plan.tile;
         if (count == 0) continue;
         if (first != covered || first % 4 != 0) return false;
