@@ -87,8 +87,8 @@ class Sweeper {
 
  private:
   static constexpr int kQuad = 4;  // columns that a lane takes at once
-  // of the sweep over terms; two of the short ones at once hide each other's latencies
-  static constexpr int kUnrollTerms = kStatistics || kReadsLowParts<F> ? 1 : 2;
+  // of the sweep over terms; two of the short ones hide each other's latencies
+  static constexpr int kTermsAtOnce = kStatistics || kReadsLowParts<F> ? 1 : 2;
 
   // This warp's columns of chunk number `chunk`: where they begin in the block's slice, how many.
   __device__ int first_of(int chunk) const { return chunk * chunk_ + block_.warp * tile_; }
@@ -102,16 +102,35 @@ class Sweeper {
     return block_.chunk_at(slot) + block_.warp * tile_;
   }
 
-  // fn(student quad, teacher quad, first column) of each quad of chunk number `chunk`, in `slot`.
-  template <int kUnroll, class Fn>
+  // fn(student quad, teacher quad, first column) of each quad of chunk number `chunk`, in `slot`;
+  // kAtOnce of them are read before the first is worked on. kWrites: fn changes them.
+  template <int kAtOnce, bool kWrites, class Fn>
   __device__ __forceinline__ void for_quads(int slot, int chunk, Fn&& fn) const {
     const int quads = (columns_of(chunk) + kQuad - 1) / kQuad;
     float4* student = reinterpret_cast<float4*>(tile_at(slot)) + lane_;
     float4* teacher = reinterpret_cast<float4*>(tile_at(slot) + chunk_) + lane_;
-#pragma unroll kUnroll
-    for (int i = lane_; i < quads; i += kWarp, student += kWarp, teacher += kWarp) {
-      fn(*student, *teacher, i * kQuad);
+    const auto take = [&](auto count, int i) {
+      constexpr int kCount = decltype(count)::value;
+      float4 s[kCount], t[kCount];
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) s[k] = student[k * kWarp], t[k] = teacher[k * kWarp];
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) fn(s[k], t[k], (i + k * kWarp) * kQuad);
+      if constexpr (kWrites) {
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) student[k * kWarp] = s[k], teacher[k * kWarp] = t[k];
+      }
+      student += kCount * kWarp, teacher += kCount * kWarp;
+    };
+    int i = lane_;
+    if constexpr (kAtOnce > 1) {
+#pragma unroll 1
+      for (; i + (kAtOnce - 1) * kWarp < quads; i += kAtOnce * kWarp) {
+        take(std::integral_constant<int, kAtOnce>(), i);
+      }
     }
+#pragma unroll 1
+    for (; i < quads; i += kWarp) take(std::integral_constant<int, 1>(), i);
   }
   template <class Fn>
   __device__ __forceinline__ void for_chunks(int slot, Fn&& fn) const {
@@ -135,13 +154,13 @@ class Sweeper {
     for (int chunk = begin; chunk < end; ++chunk) {
       wait(block_.full(at->slot), at->parity);
       float student_largest = kLowest, teacher_largest = kLowest;
-      for_quads<2>(at->slot, chunk, [&](const float4& s, const float4& t, int) {
+      for_quads<2, false>(at->slot, chunk, [&](const float4& s, const float4& t, int) {
         student_largest = detail::max_device(student_largest, largest_of(s));
         teacher_largest = detail::max_device(teacher_largest, largest_of(t));
       });
       student_lse_.raise(warp_largest(student_largest));
       teacher_lse_.raise(warp_largest(teacher_largest));
-      for_quads<2>(at->slot, chunk, [&](const float4& s, const float4& t, int column) {
+      for_quads<2, false>(at->slot, chunk, [&](const float4& s, const float4& t, int column) {
         const int at_column = first_of(chunk) + column;
         student_lse_.add(s, at_column);
         teacher_lse_.add(t, at_column);
@@ -197,7 +216,7 @@ class Sweeper {
   __device__ __forceinline__ void send_row_sums(int row_slot, const RowLaws& laws) {
     float sums[3] = {};
     for_chunks(row_slot, [&](int slot, int chunk) {
-      for_quads<1>(slot, chunk, [&](const float4& s, const float4& t, int) {
+      for_quads<1, false>(slot, chunk, [&](const float4& s, const float4& t, int) {
         const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
@@ -216,7 +235,7 @@ class Sweeper {
       if (*block_.again() == 0) return;
       double mass[2] = {};
       for_chunks(row_slot, [&](int slot, int chunk) {
-        for_quads<1>(slot, chunk, [&](const float4& s, const float4& t, int) {
+        for_quads<1, false>(slot, chunk, [&](const float4& s, const float4& t, int) {
           const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
 #pragma unroll 1
           for (int j = 0; j < kQuad; ++j) {
@@ -235,7 +254,7 @@ class Sweeper {
   __device__ __forceinline__ void send_terms(int row_slot, const RowLaws& laws, const F& functor) {
     float sums[View::kTermValues] = {};
     for_chunks(row_slot, [&](int slot, int chunk) {
-      for_quads<kUnrollTerms>(slot, chunk, [&](float4& s, float4& t, int) {
+      for_quads<kTermsAtOnce, true>(slot, chunk, [&](float4& s, float4& t, int) {
         const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
         float dterm[kQuad], q[kQuad];
 #pragma unroll

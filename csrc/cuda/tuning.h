@@ -65,12 +65,13 @@ inline RowLayout layout_of(int cluster, int warps, int chunk, int ring, const Ro
 }
 
 // Issue slots of the busiest of a multiprocessor's four schedulers, in passes of a warp over 128
-// columns. A tile costs about a pass and a half beside its columns. A single warp leaves a scheduler
-// idle now and then. With less than two rows on chip the loads of the next row wait for this
-// one; a third row evens out what memory does.
+// columns. A row and a chunk cost about a pass and half a pass beside their columns. A single warp
+// leaves a scheduler idle now and then. With less than two rows on chip the loads of the next row wait
+// for this one; a third row evens out what memory does.
 inline double relative_cost(const RowPlan& plan) {
   const double busiest = static_cast<double>(ceil_div(plan.warps, 4));
-  const double row = busiest * plan.chunks * (static_cast<double>(ceil_div(plan.tile, kPass)) + 1.5);
+  const double passes = static_cast<double>(ceil_div(plan.tile, kPass));
+  const double row = busiest * (1.1 + plan.chunks * (0.6 + passes));
   const double rows = plan.rows_on_chip();
   const double waits = rows < 2 ? 0.04 + 0.5 * (2 - rows) : rows < 3 ? 0.04 * (3 - rows) : 0;
   const double idles = busiest < 2 ? 0.3 : 0;
