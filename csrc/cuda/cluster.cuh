@@ -24,8 +24,8 @@ T* in_block(T* shared, unsigned rank) {
   return static_cast<T*>(emulation::peer(shared, rank));
 }
 
-// A phase ends when its arrivals have come and the bytes of its copies and stores have landed; phases
-// alternate between parity 0 and 1.
+// A phase ends when its arrivals have come and the bytes of its copies and stores have landed;
+// phases alternate between parity 0 and 1.
 struct alignas(8) MemoryBarrier {
   int32_t bytes;
   uint8_t count, pending, parity;
@@ -98,8 +98,8 @@ __device__ __forceinline__ T* in_block(T* shared, unsigned rank) {
   return reinterpret_cast<T*>(mapped);
 }
 
-// A phase ends when its arrivals have come and the bytes of its copies and stores have landed; phases
-// alternate between parity 0 and 1.
+// A phase ends when its arrivals have come and the bytes of its copies and stores have landed;
+// phases alternate between parity 0 and 1.
 struct alignas(8) MemoryBarrier {
   uint64_t state;
 };
@@ -132,8 +132,8 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint
       "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
-// Into the shared memory of a block of the cluster, 8 bytes of a phase of that block's barrier; both
-// pointers are this block's. That block waits for it with wait_for_cluster().
+// Into the shared memory of a block of the cluster, 8 bytes of a phase of that block's barrier;
+// both pointers are this block's. That block waits for it with wait_for_cluster().
 __device__ __forceinline__ void store_in_block(double* shared, double value,
                                                MemoryBarrier* barrier, unsigned rank) {
   asm volatile(

@@ -34,7 +34,8 @@ class Reducer {
  private:
   using View = BlockView<F, kStatistics>;
 
-  // Each lane's values of one warp, then of one block; combine(values) leaves the total in every lane.
+  // Each lane's values of one warp, then of one block; combine(values) leaves the total in every
+  // lane.
   template <Exchange kKind, class Combine>
   __device__ __forceinline__ void exchange(double* values, const double* identity,
                                            Combine&& combine) {
@@ -145,7 +146,8 @@ class Reducer {
     if (lane_ == 0) {
       GradScalars scalars;
       scalars.grad_sum = args_.centred ? 0.0f : static_cast<float>(sums[1]);
-      // a side without a law leaves no gradient; a dterm that only multiplies by it may not show that
+      // a side without a law leaves no gradient; a dterm that only multiplies by it may not show
+      // that
       const double gap = student_lse_ - teacher_lse_;
       if (!(gap - gap == 0.0)) scalars.grad_sum = std::numeric_limits<float>::quiet_NaN();
       scalars.scale = weight * static_cast<float>(student_.factor) * coefficient;

@@ -14,8 +14,8 @@ namespace opd {
 namespace cuda {
 
 // A side's logits are factor * what is stored, and e to them is 2^(exponents * what is stored).
-// Every exponential of a row uses the same rounded `exponents`, so that its law is normalised exactly
-// and the rounding is a temperature of 1 + 6e-8. Both are positive.
+// Every exponential of a row uses the same rounded `exponents`, so that its law is normalised
+// exactly and the rounding is a temperature of 1 + 6e-8. Both are positive.
 struct Factor {
   double factor;
   float exponents;
@@ -80,7 +80,7 @@ OPD_HD RowLaws laws_of(const Factor& student, const Factor& teacher, const Relat
   return laws;
 }
 
-// -- log-sum-exps ----------------------------------------------------------------------------------
+// -- log-sum-exps --------------------------------------------------------------------------------
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr int kNoColumn = 0x7fffffff;
@@ -152,9 +152,10 @@ struct LaneLse {
   }
 };
 
-// -- entries ---------------------------------------------------------------------------------------
+// -- entries -------------------------------------------------------------------------------------
 
-// What NaN stands for in what a rounding has lost: the value is infinite, and this does not change it.
+// What NaN stands for in what a rounding has lost: the value is infinite, and this does not change
+// it.
 constexpr float kNothingLost = -1e30f;
 
 // factor * logit - lse in one rounding, and what that has lost.
@@ -200,7 +201,7 @@ OPD_HD Entry<float> entry_of(float student, float teacher, const RowLaws& laws) 
   return e;
 }
 
-// -- two 16-bit values, one instruction -----------------------------------------------------------
+// -- two 16-bit values, one instruction ----------------------------------------------------------
 
 template <class Storage>
 __device__ __forceinline__ unsigned pack(float first, float second) {

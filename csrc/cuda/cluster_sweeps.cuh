@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The warps that hold the row. Part of divergence_cluster.cuh.
 //
-// In order, of row n: wait for its laws, (row sums,) terms; exponentials of as much of row n + 1 as is
-// on chip; wait for the sums of row n, its gradient, which frees its chunks; the rest of the
+// In order, of row n: wait for its laws, (row sums,) terms; exponentials of as much of row n + 1 as
+// is on chip; wait for the sums of row n, its gradient, which frees its chunks; the rest of the
 // exponentials of row n + 1.
 #pragma once
 
@@ -141,7 +141,7 @@ class Sweeper {
     }
   }
 
-  // -- exponentials --------------------------------------------------------------------------------
+  // -- exponentials ------------------------------------------------------------------------------
 
   __device__ __forceinline__ void begin_lse(int64_t row) {
     student_lse_.begin(block_.factor(args_.student, row).exponents);
@@ -190,7 +190,7 @@ class Sweeper {
     }
   }
 
-  // -- sums and terms ------------------------------------------------------------------------------
+  // -- sums and terms ----------------------------------------------------------------------------
 
   // Sums of the lanes' values, to this warp's place.
   template <Exchange kKind, int kCount>
@@ -285,7 +285,7 @@ class Sweeper {
     send<kTermExchange, View::kTermValues>(wide);
   }
 
-  // -- gradient ------------------------------------------------------------------------------------
+  // -- gradient ----------------------------------------------------------------------------------
 
   // fn(pointer to this block's first element of a row of the gradient), in the type that it has.
   template <class Fn>

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of divergence_cluster.h. A cluster of blocks holds a row of both logits in shared memory,
-// spread over its warps. Sweeps over the row: sums of exponentials; sums that terms need first; terms,
-// with dterm and q put where the logits were; gradient, after which the memory takes what comes next.
-// One more warp in each block adds up what the others found, exchanges it with the other blocks and
-// hands back what the next sweep needs; meanwhile the others sum the exponentials of the row after,
-// which is on chip already. Another warp does nothing but start copies. Nothing depends on which
-// cluster takes a row or when.
+// The kernel of divergence_cluster.h. A cluster of blocks holds a row of both logits in shared
+// memory, spread over its warps. Sweeps over the row: sums of exponentials; sums that terms need
+// first; terms, with dterm and q put where the logits were; gradient, after which the memory takes
+// what comes next. One more warp in each block adds up what the others found, exchanges it with the
+// other blocks and hands back what the next sweep needs; meanwhile the others sum the exponentials
+// of the row after, which is on chip already. Another warp does nothing but start copies. Nothing
+// depends on which cluster takes a row or when.
 #pragma once
 
 #include "cluster_rows.cuh"
@@ -61,8 +61,8 @@ template <> constexpr bool kReadsLowParts<TotalVariation> = false;
 template <> constexpr bool kReadsLowParts<Todi> = false;
 template <> constexpr bool kReadsLowParts<ConcreteScore> = false;
 
-// The rows of weight other than 0 that fall to this cluster, in order. Every lane of a warp makes the
-// same calls; on_skipped(row) is called for the others.
+// The rows of weight other than 0 that fall to this cluster, in order. Every lane of a warp makes
+// the same calls; on_skipped(row) is called for the others.
 class RowsOfCluster {
  public:
   __device__ RowsOfCluster(const ClusterArgs& args, int lane)

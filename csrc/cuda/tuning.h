@@ -2,8 +2,9 @@
 // How a row of two float32 matrices is laid out over a cluster's shared memory. Host C++ without
 // CUDA, so that every vocabulary can be tried where there is no GPU.
 //
-// A block holds a slice of both rows as `chunks` chunks, each split into a tile per warp, in a ring of
-// `ring` chunks: ring - chunks chunks of the rows to come are on their way while a row is worked on.
+// A block holds a slice of both rows as `chunks` chunks, each split into a tile per warp, in a ring
+// of `ring` chunks: ring - chunks chunks of the rows to come are on their way while a row is worked
+// on.
 #pragma once
 
 #include <cstdint>
@@ -66,8 +67,8 @@ inline RowLayout layout_of(int cluster, int warps, int chunk, int ring, const Ro
 
 // Issue slots of the busiest of a multiprocessor's four schedulers, in passes of a warp over 128
 // columns. A row and a chunk cost about a pass and half a pass beside their columns. A single warp
-// leaves a scheduler idle now and then. With less than two rows on chip the loads of the next row wait
-// for this one; a third row evens out what memory does.
+// leaves a scheduler idle now and then. With less than two rows on chip the loads of the next row
+// wait for this one; a third row evens out what memory does.
 inline double relative_cost(const RowPlan& plan) {
   const double busiest = static_cast<double>(ceil_div(plan.warps, 4));
   const double passes = static_cast<double>(ceil_div(plan.tile, kPass));
@@ -116,8 +117,8 @@ inline bool plan_rows(int64_t vocab_size, int64_t shared_bytes, int cluster, con
   return true;
 }
 
-// The fewest blocks that keep two whole rows on chip, else those that keep most; false if a row does
-// not fit into any cluster of at most `max_cluster` blocks.
+// The fewest blocks that keep two whole rows on chip, else those that keep most; false if a row
+// does not fit into any cluster of at most `max_cluster` blocks.
 inline bool choose_rows(int64_t vocab_size, int64_t shared_bytes, int max_cluster,
                         const RowNeeds& needs, RowPlan* best) {
   bool found = false;

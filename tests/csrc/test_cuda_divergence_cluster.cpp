@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The cluster kernel under the emulation against the CPU kernel: float64 is the truth, and the error
-// may be a small multiple of what the float32 CPU kernel's is. Every divergence, cluster size, ring
-// depth; masks, special values, 16-bit gradients over the logits. Prints a checksum of all outputs:
-// the same for every OPD_EMULATION_SEED.
+// The cluster kernel under the emulation against the CPU kernel: float64 is the truth, and the
+// error may be a small multiple of what the float32 CPU kernel's is. Every divergence, cluster
+// size, ring depth; masks, special values, 16-bit gradients over the logits. Prints a checksum of
+// all outputs: the same for every OPD_EMULATION_SEED.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -82,7 +82,8 @@ struct Result {
   std::vector<double> loss, statistics, gradient;  // gradient [T, grad_width]
 };
 
-opd_divergence_args_t make_args(const Problem& problem, const opd_divergence_component_t* component) {
+opd_divergence_args_t make_args(const Problem& problem,
+                                const opd_divergence_component_t* component) {
   opd_divergence_args_t args{};
   args.struct_size = sizeof(args);
   args.num_tokens = problem.num_tokens;
@@ -148,7 +149,8 @@ Matrix padded(const std::vector<float>& values, const Problem& problem) {
 double widened(const float* row, int64_t v, int32_t dtype) {
   if (dtype == OPD_FLOAT32) return row[v];
   const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[v];
-  return dtype == OPD_BFLOAT16 ? opd::to_real(opd::BFloat16{bits}) : opd::to_real(opd::Float16{bits});
+  if (dtype == OPD_BFLOAT16) return opd::to_real(opd::BFloat16{bits});
+  return opd::to_real(opd::Float16{bits});
 }
 
 // In place of the student's logits, in `dtype`.
@@ -193,7 +195,7 @@ Result emulated(const Problem& problem, const Kind& kind, const Device& device,
   return out;
 }
 
-// -- comparisons -----------------------------------------------------------------------------------
+// -- comparisons ---------------------------------------------------------------------------------
 
 double worst_ratio = 0;
 
@@ -230,7 +232,8 @@ void compare(const char* what, const Kind& kind, int64_t row, const double* got,
   const bool specials = ours.agrees || distance(got, cpu, count).agrees ||
                         (is_undefined && all_nan);
   if (!specials || !(ours.error <= allowed)) {
-    std::printf("FAILED: %s of divergence %d (%g, %g), row %d: error %.3g of size %.3g, CPU %.3g%s\n",
+    std::printf("FAILED: %s of divergence %d (%g, %g), row %d: error %.3g of size %.3g, "
+                "CPU %.3g%s\n",
                 what, kind.divergence, kind.param0, kind.param1, static_cast<int>(row), ours.error,
                 ours.size, theirs.error, specials ? "" : ", special values differ");
     ++expect::failures;
@@ -280,7 +283,7 @@ Device device_for(int64_t vocab_size, int cluster, double rows, int multiprocess
 
 constexpr Device kSmallH200 = {4, 90, 227 * 1024};
 
-// -- cases -----------------------------------------------------------------------------------------
+// -- cases ---------------------------------------------------------------------------------------
 
 void check_every_divergence() {
   for (const Kind& kind : kKinds) {
@@ -438,7 +441,7 @@ void check_refusals() {
   expect::that(!takes([&](auto& args) { args.student.matrix.data = student.data + 1; }), "address");
   expect::that(!takes([](auto& args) { args.target = OPD_TARGET_MIXTURE; }), "target");
   expect::that(!takes([](auto& args) { args.grad.dtype = OPD_BFLOAT16; }), "16-bit rows elsewhere");
-  expect::that(!takes([](auto& args) { args.student.matrix.dtype = OPD_BFLOAT16; }), "16-bit logits");
+  expect::that(!takes([](auto& args) { args.student.matrix.dtype = OPD_BFLOAT16; }), "16 bits");
   static const opd_divergence_component_t others[] = {{OPD_ADAPTIVE_KL, 0.5, 0, nullptr},
                                                       {OPD_CROSS_ENTROPY, 0, 0, nullptr}};
   for (const auto& other : others) {

@@ -46,7 +46,7 @@ void check_plan(const RowPlan& plan, int64_t vocab_size, int64_t shared_bytes, i
   expect::that(plan.shared_bytes() <= shared_bytes, "a plan fits in shared memory");
   expect::that(plan.cluster >= 1 && plan.cluster <= max_cluster, "a cluster of allowed size");
   expect::that(plan.ring >= plan.chunks, "a whole row is on chip");
-  expect::that(plan.threads() <= 32 * (kMaxRowWarps + kOtherWarps), "threads that the kernel may have");
+  expect::that(plan.threads() <= 32 * (kMaxRowWarps + kOtherWarps), "as many threads as allowed");
   expect::that(plan.tile % 4 == 0, "tiles of whole 16 bytes");
   expect::that(plan.layout.chunk_barriers % 8 == 0 && plan.layout.scalars % 16 == 0, "alignment");
   expect::that(covers_each_column(plan, vocab_size), "each column belongs to one tile");

@@ -244,8 +244,8 @@ OPD_HD T difference(T a, T b, T* lost) {
   return d;
 }
 
-// e^(a x + b y - shift + low), low small, the rounding of the exponent put back: at an exponent of 60
-// it alone would cost 4e-6 of the result. A factor of 0 leaves its side out, infinite or not.
+// e^(a x + b y - shift + low), low small, the rounding of the exponent put back: at an exponent of
+// 60 it alone would cost 4e-6 of the result. A factor of 0 leaves its side out, infinite or not.
 template <class T>
 OPD_HD T exp_of_sum(T a, T x, T b, T y, T shift, T low) {
   const T first = select(a == T(0), T(0), a * x), second = select(b == T(0), T(0), b * y);
