@@ -42,6 +42,13 @@ struct Entry {
   OPD_HD ExpPair<T> ratio() const { return exp_pair_nonpositive(teacher_larger() ? gap : -gap); }
   // q - p, with the relative accuracy of gap
   OPD_HD T student_minus_teacher() const {
+#if OPD_DEVICE_FORMS
+    if constexpr (sizeof(T) == sizeof(float)) {
+      // a divergence's bregman(p, q, gap) is made of the same parts
+      const T near = p * gap + p * ((gap * gap) * phi_over_square(gap));
+      return detail::within_one(gap) ? near : q - p;
+    }
+#endif
     const T excess = larger() * ratio().expm1;
     return select(larger() == T(0), T(0), teacher_larger() ? excess : -excess);
   }
@@ -99,7 +106,7 @@ struct ReverseKl : Separable {
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
-    return select(e.q == T(0), T(0), e.q * e.gap);
+    return zero_wins(e.q, e.gap);
   }
   template <class T>
   OPD_HD T dterm_teacher(const Entry<T>& e) const {

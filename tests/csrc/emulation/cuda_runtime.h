@@ -15,6 +15,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
@@ -45,6 +46,16 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   const unsigned lane = emulation::self().lane;
   return emulation::exchange(value, lane + delta > 31 ? lane : lane + delta);
 }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  return static_cast<unsigned>(emulation::ballot(value));
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  for (unsigned mask = 16; mask > 0; mask /= 2) {
+    value = std::max(value, __shfl_xor_sync(0xffffffffu, value, static_cast<int>(mask)));
+  }
+  return value;
+}
+inline int __reduce_min_sync(unsigned mask, int value) { return ~__reduce_max_sync(mask, ~value); }
 template <class T>
 T atomicAdd(T* at, T value) {
   const T before = *at;

@@ -91,11 +91,12 @@ struct Barrier {
   unsigned arrived = 0, generation = 0;
 };
 
-// An asynchronous copy that has been issued and has not landed.
+// An asynchronous copy, or store of a value, that has been issued and has not landed.
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // nullptr: `value`
   size_t bytes;
+  double value = 0;
 };
 
 struct Block {
@@ -197,6 +198,18 @@ T exchange(T value, unsigned from) {
   return taken;
 }
 
+// A bit for each lane of the warp that gives true.
+inline uint32_t ballot(bool value) {
+  Thread& thread = self();
+  uint64_t* const lanes = thread.block->lanes.data() + thread.warp * 32;
+  lanes[thread.lane] = value;
+  sync_warp();
+  uint32_t bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(lanes[lane] != 0) << lane;
+  sync_warp();
+  return bits;
+}
+
 // The same address in the shared memory of another block of the cluster.
 inline void* peer(void* pointer, unsigned rank) {
   Machine& m = machine();
@@ -224,13 +237,18 @@ inline void copy_later(void* to, const void* from, size_t bytes, void* mbarrier)
   ++machine().progress;
 }
 
+inline void store_later(double* to, double value, void* mbarrier) {
+  machine().copies.push_back({mbarrier, {to, nullptr, sizeof(double), value}});
+  ++machine().progress;
+}
+
 // Lets the copies of this mbarrier land; their bytes.
 inline size_t land(void* mbarrier) {
   auto& copies = machine().copies;
   size_t bytes = 0;
   for (auto& [owner, copy] : copies) {
     if (owner != mbarrier) continue;
-    std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memcpy(copy.to, copy.from ? copy.from : &copy.value, copy.bytes);
     bytes += copy.bytes;
   }
   copies.erase(std::remove_if(copies.begin(), copies.end(),
