@@ -99,7 +99,7 @@ def fused_linear_divergence(
             token lost, which bounds the error: norm(dX[t] - exact) <= |w[t]| dropped[t]
             max_v norm(W[v]), and sum_v norm(dW[v] - exact) <= sum_t |w[t]| dropped[t] norm(X[t]).
             Bias and low-rank pair get exact gradients. Only with "sum". Default: exact.
-        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one (`explain` says which).
+        backend: "cpu" | "triton" | "reference"; None picks one (`explain` says which).
 
     Returns:
         FusedLinearDivergenceOutput(loss, statistics): float32 (float64 for float64), nats.

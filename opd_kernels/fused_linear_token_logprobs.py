@@ -49,7 +49,7 @@ def fused_linear_token_logprobs(
             A and B are differentiable; freeze W and no gradient of it exists.
         vocab_size: the leading rows of the head that count.
         workspace_bytes: budget for logits and other temporaries; the gradients come on top.
-        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one.
+        backend: "cpu" | "triton" | "reference"; None picks one.
 
     Returns:
         TokenLogprobs of [T] float32 (float64 for float64), nats, all three differentiable in
