@@ -31,6 +31,7 @@ OPD_WITHOUT_CUDA(opd_segment_reduce_cuda, opd_segment_reduce_args_t)
 OPD_WITHOUT_CUDA(opd_segment_broadcast_cuda, opd_segment_broadcast_args_t)
 OPD_WITHOUT_CUDA(opd_group_statistics_cuda, opd_group_statistics_args_t)
 
-__attribute__((weak)) opd_status_t opd_divergence_phase_cuda(const opd_divergence_args_t*, int32_t, void*) {
+__attribute__((weak)) opd_status_t opd_divergence_phase_cuda(const opd_divergence_args_t*, int32_t,
+                                                             void*) {
   return unsupported();
 }

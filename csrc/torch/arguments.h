@@ -85,8 +85,15 @@ inline opd_matrix_t matrix(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), dtype_of(tensor)};
 }
 
-// Where a gradient goes that has the shape of the logits.
-inline opd_matrix_t gradient_in(const Tensor& tensor) { return matrix(tensor); }
+// Where a gradient goes that has the shape of the logits. grad_dtype: -1 is the tensor's own; a
+// 16-bit opd_dtype_t packs each row into the first half of a float32 row.
+inline opd_matrix_t gradient_in(const Tensor& tensor, int64_t grad_dtype = -1) {
+  if (grad_dtype == -1) return matrix(tensor);
+  require((grad_dtype == OPD_BFLOAT16 || grad_dtype == OPD_FLOAT16) &&
+              tensor.scalar_type() == ScalarType::Float,
+          "opd: grad_dtype must be -1, or bfloat16 or float16 in float32 logits");
+  return {tensor.data_ptr(), 2 * tensor.stride(0), static_cast<int32_t>(grad_dtype)};
+}
 
 inline ScalarType real_of(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

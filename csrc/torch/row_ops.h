@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The row kernels as torch ops, each written once for all backends. A Backend is made from the first
-// tensor of a call and has one member per entry point of the C API, which takes what the entry point
-// takes and throws its error.
+// The row kernels as torch ops, each written once for all backends. A Backend is made from the
+// first tensor of a call and has one member per entry point of the C API, which takes what the
+// entry point takes and throws its error.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

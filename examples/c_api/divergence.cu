@@ -94,7 +94,8 @@ int main() {
   CHECK_CUDA(cudaMemcpyAsync(d_teacher, teacher.data(), logits_bytes, cudaMemcpyHostToDevice,
                              stream));
 
-  lm_head<<<dim3((kVocabulary + 255) / 256, kTokens), 256, 0, stream>>>(d_hidden, d_head, d_student);
+  const dim3 grid((kVocabulary + 255) / 256, kTokens);
+  lm_head<<<grid, 256, 0, stream>>>(d_hidden, d_head, d_student);
   CHECK_CUDA(cudaGetLastError());
   // the logits before the call overwrites them, for the CPU
   std::vector<float> student(teacher.size());
