@@ -46,9 +46,7 @@ class Sizes(NamedTuple):
 
 
 REAL = Sizes(SHAPES, PRECISION_SHAPE, WORKSPACE_BYTES, torch.bfloat16, 4 << 30, 8192, 1024, 7)
-DRY = Sizes(
-    DRY_SHAPES, DRY_PRECISION_SHAPE, DRY_WORKSPACE_BYTES, torch.bfloat16, 1 << 16, 64, 8, 2
-)
+DRY = Sizes(DRY_SHAPES, DRY_PRECISION_SHAPE, DRY_WORKSPACE_BYTES, torch.bfloat16, 1 << 16, 64, 8, 2)
 
 
 class Inputs(NamedTuple):
@@ -98,6 +96,12 @@ def close_inputs_of(device: Device, shape: Shape, dtype: torch.dtype, gap: float
     own = head[:, size:]
     own.normal_(generator=device.generator(1)).mul_(gap / own.shape[1] ** 0.5)
     return far._replace(teacher_hidden=hidden, teacher_lm_head_weight=head)
+
+
+def whole_chunk_bytes(shape: Shape) -> int:
+    """A workspace that all tokens fit into as one chunk, widened heads included."""
+    row_bytes = 8 * shape.vocab_size + 12 * (shape.student_hidden_size + shape.teacher_hidden_size)
+    return 2 * shape.num_tokens * row_bytes
 
 
 def chunk_tokens(inputs: Inputs, workspace_bytes: int, backend: str) -> int:
@@ -210,9 +214,7 @@ def loss_of(name: str, **options):
     """`fused_linear_divergence` as a loss of the four tensors."""
     import opd_kernels as opk
 
-    return lambda *tensors: (
-        opk.fused_linear_divergence(*tensors, divergence=name, **options).loss
-    )
+    return lambda *tensors: opk.fused_linear_divergence(*tensors, divergence=name, **options).loss
 
 
 def step(loss, inputs: Inputs) -> Run:

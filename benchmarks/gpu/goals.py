@@ -78,9 +78,7 @@ def _is_peer(row: Timing) -> bool:
 
 def _every_peer(results: dict) -> Worst | None:
     rows = [row for row in rows_of(results, "peers", Timing) if _is_peer(row)]
-    return _smallest(
-        [Worst(row.ratio_ours, f"{row.contestant}: {_where(row)}") for row in rows]
-    )
+    return _smallest([Worst(row.ratio_ours, f"{row.contestant}: {_where(row)}") for row in rows])
 
 
 def _named_peers(results: dict) -> Worst | None:
@@ -106,9 +104,7 @@ def _precision(results: dict) -> Worst | None:
 
 
 def _tolerant(results: dict) -> Worst | None:
-    rows = [
-        row for row in rows_of(results, "ours", Timing) if row.contestant.startswith(TOLERANT)
-    ]
+    rows = [row for row in rows_of(results, "ours", Timing) if row.contestant.startswith(TOLERANT)]
     return _largest([Worst(row.ratio_to_floor, f"{row.contestant}: {row.case}") for row in rows])
 
 

@@ -78,7 +78,7 @@ def versions() -> dict[str, str]:
 
 
 def commit(given: str | None) -> tuple[str, bool | None]:
-    """(commit, whether the tree differs from it); where git is not, `--commit HASH[+dirty]` says."""
+    """(commit, whether the tree differs from it); `--commit HASH[+dirty]` says it without git."""
     if given:
         name, _, flag = given.partition("+")
         return name, flag == "dirty"

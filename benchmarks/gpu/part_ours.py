@@ -18,6 +18,14 @@ from benchmarks.gpu.results import RowKernel, Timing
 from opd_kernels import _dispatch, _laws
 
 TOKEN_LOGPROBS = "token_logprobs"
+# opd_dtype_t of opd.h
+_BFLOAT16, _AS_LOGITS = 2, -1
+
+
+def writes_16_bit(student: Tensor) -> bool:
+    """Whether the row kernel packs dZ of 16-bit heads into 16 bits: what it then writes is half."""
+    arguments = torch.ops.opd.divergence_fwd_grad_.default._schema.arguments
+    return student.is_cuda and any(argument.name == "grad_dtype" for argument in arguments)
 
 
 def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
@@ -36,8 +44,11 @@ def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
         labels=None,
         label_weights=None,
     )
-    namespace = _dispatch.row_ops(backend)
-    return lambda: namespace.divergence_fwd_grad_(student, teacher, None, *packed, False)
+    kernel = _dispatch.row_ops(backend).divergence_fwd_grad_
+    rest = [False]
+    if any(item.name == "grad_dtype" for item in kernel.default._schema.arguments):
+        rest.append(_BFLOAT16 if writes_16_bit(student) else _AS_LOGITS)
+    return lambda: kernel(student, teacher, None, *packed, *rest)
 
 
 def logits_pairs(device: Device, sizes: cases.Sizes, count: int = 2) -> list[tuple[Tensor, Tensor]]:
@@ -79,7 +90,8 @@ def row_kernels(device: Device, context: Context, backends: list[str]) -> None:
         for name in cases.DIVERGENCES:
             runs = [row_call(name, backend, *pair) for pair in pairs]
             # both rows are read and dZ is written
-            variants[f"divergence {name}"] = in_rotation(runs), 3 * size
+            written = size // 2 if writes_16_bit(pairs[0][0]) else size
+            variants[f"divergence {name}"] = in_rotation(runs), 2 * size + written
         runs = [
             lambda logits=pair[0], backend=backend: opk.token_logprobs(logits, ids, backend=backend)
             for pair in pairs
@@ -89,9 +101,7 @@ def row_kernels(device: Device, context: Context, backends: list[str]) -> None:
         for name, time in times.items():
             rate = variants[name][1] / (1e-3 * time.median) / 1e9
             context.row(
-                RowKernel(
-                    name, backend, time.median, variants[name][1], rate, rate / copy.rate
-                )
+                RowKernel(name, backend, time.median, variants[name][1], rate, rate / copy.rate)
             )
 
 

@@ -72,7 +72,7 @@ def compete(
         run = cases.step(peer.loss, inputs)
         compiled = contestants.COMPILED in label
         if compiled and context.dry_run:
-            context.left_out(what, "a dry run compiles nothing")
+            context.left_out(label, "a dry run compiles nothing")
         elif context.has_time(what, FIRST_CALL_S[compiled]) and starts(device, context, what, run):
             variants[label] = run
         device.free()

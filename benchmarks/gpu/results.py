@@ -109,8 +109,7 @@ class Counter:
 
 
 ROWS = {
-    row.__name__: row
-    for row in (Kernel, Check, Ceiling, Timing, RowKernel, Precision, Counter)
+    row.__name__: row for row in (Kernel, Check, Ceiling, Timing, RowKernel, Precision, Counter)
 }
 
 

@@ -111,9 +111,7 @@ def test_token_logprobs_of_rows(device, sizes, backend, dtype):
         return (*(value.detach() for value in found), own.grad)
 
     actual = run(opk.token_logprobs, dtype, backend=backend)
-    baseline, truth = run(eager.token_logprobs, dtype), run(
-        reference.token_logprobs, torch.float64
-    )
+    baseline, truth = run(eager.token_logprobs, dtype), run(reference.token_logprobs, torch.float64)
     names = ("logprobs", "lse", "entropy", "gradient")
     for what, got, eager_value, exact in zip(names, actual, baseline, truth, strict=True):
         assert_within_eager(got, eager_value, exact, f"{backend} {what}")

@@ -54,14 +54,13 @@ def test_divergence_beyond_32_bit_offsets(device, sizes, backend):
 def test_fused_linear_divergence_beyond_32_bit_offsets_in_one_chunk(device, sizes, backend):
     shape = sizes.large
     inputs = cases.inputs_of(device, shape, torch.bfloat16).with_head("trained")
-    options = {"divergence": "forward_kl", "backend": backend}
-    whole = 9 * shape.num_tokens * (shape.vocab_size + shape.student_hidden_size)
+    whole = cases.whole_chunk_bytes(shape)
     found = []
     for workspace_bytes in (whole, sizes.workspace_bytes):
         chunk = cases.chunk_tokens(inputs, workspace_bytes, backend)
         assert (chunk == shape.num_tokens) == (workspace_bytes == whole)
-        cases.step(cases.loss_of("forward_kl", **options | {"workspace_bytes": workspace_bytes}),
-                   inputs)()
+        loss = cases.loss_of("forward_kl", backend=backend, workspace_bytes=workspace_bytes)
+        cases.step(loss, inputs)()
         found.append([tensor.grad.double() for tensor in inputs[:2]])
         device.free()
     # cut or not, the same gradients but for the order of sums
