@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._ranges import named_range
 
 # a 16-bit head is widened to float32 in slices on CPU, where the 16-bit GEMM is 10 to 100 times
 # slower; they may take this share of the workspace
@@ -309,7 +310,5 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def phase(tensor: Tensor, op: str, name: str) -> contextlib.AbstractContextManager:
-    """NVTX range `opd::<op>::<phase>` on CUDA, nothing elsewhere."""
-    if tensor.is_cuda:
-        return torch.cuda.nvtx.range(f"opd::{op}::{name}")
-    return contextlib.nullcontext()
+    """Range `opd::<op>::<phase>` for profilers: NVTX on CUDA, torch's while it runs."""
+    return named_range(f"opd::{op}::{name}", tensor.is_cuda)

@@ -83,7 +83,9 @@ def _floor(plt: Any, results: dict) -> Any:
         panel.axhline(1.0, color="#475569", linewidth=1.0)
         panel.axhline(1.15, color=_LIMIT, linewidth=1.0, linestyle="--", label="goal, 1.15")
         panel.set_title(f"head {head}", fontsize=9)
-        panel.set_xticks(range(len(labels)), [short(case) for case in labels], rotation=20)
+        names_of_cases = [short(case) for case in labels]
+        panel.set_xticks(range(len(labels)), names_of_cases, rotation=25, ha="right")
+        panel.set_xlabel("vocabulary, Ds / Dt")
         panel.grid(axis="x", visible=False)
     panels[0].set_ylabel("time over the bare GEMMs")
     panels[0].set_ylim(bottom=0.0)
@@ -123,7 +125,7 @@ def _bars(plt: Any, rows: list[Timing], value: Any, label: str, mark: float | No
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"{label}; {short(rows[0].case)}, head {rows[0].head}")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     for tick, name in zip(axes.get_yticklabels(), names, strict=True):
         if name.startswith(OURS):
             tick.set_fontweight("bold")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from opd.batch import Signal, Trajectory
+from opd_kernels._ranges import named_range
 
 
 class Clock:
@@ -29,9 +30,11 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         """Time the body."""
         start = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        is_cuda = self._device.type == "cuda"
+        with named_range(f"opd::train::{phase}", is_cuda):
+            yield
+            if is_cuda:
+                torch.cuda.synchronize(self._device)
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def flush(self) -> dict[str, float]:
