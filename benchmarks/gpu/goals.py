@@ -94,9 +94,10 @@ def _named_peers(results: dict) -> Worst | None:
 
 def _precision(results: dict) -> Worst | None:
     lead = lead_of(results)
+    # to two digits: what is equal differs in the fourth
     return _largest(
         [
-            Worst(row.of_eager, f"{row.divergence}, {row.law}")
+            Worst(round(row.of_eager, 2), f"{row.divergence}, {row.law}")
             for row in rows_of(results, "peers", Precision)
             if row.contestant == lead
         ]

@@ -34,15 +34,23 @@ TINY = Sizes(Shape(24, 401, 16, 24), Shape(20, 211, 8, 8), 7, (5, 307), 1 << 15)
 
 @pytest.fixture(autouse=True)
 def _reproducible():
-    """Seeds, and NaN in all memory that torch hands out; deterministic algorithms are not asked
-    for: what a user gets by default must repeat itself."""
+    """Seeds, and float32 products in float32; otherwise torch is as a user has it."""
     torch.manual_seed(0)
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+@pytest.fixture
+def poisoned():
+    """NaN in all memory that torch hands out: what an op leaves unwritten shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    # the one does nothing without the other
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 

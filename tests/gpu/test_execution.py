@@ -138,7 +138,6 @@ def test_no_host_sync(device, sizes, backend, head):
 
 @pytest.mark.parametrize("head", cases.HEADS)
 def test_peak_memory_is_workspace_and_gradients(device, sizes, backend, head):
-    torch.utils.deterministic.fill_uninitialized_memory = False
     inputs = cases.inputs_of(device, sizes.fused, torch.bfloat16).with_head(head)
     loss = cases.loss_of("jsd", backend=backend, workspace_bytes=sizes.workspace_bytes)
     run = cases.step(loss, inputs)
