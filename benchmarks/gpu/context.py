@@ -13,8 +13,13 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.gpu import cases, results
+from benchmarks.gpu import results
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.cases import Sizes
+    from benchmarks.gpu.device import Device
 
 ROOT = Path(__file__).resolve().parents[2]
 LEADS = ("cuda", "triton")
@@ -38,10 +43,13 @@ class Context:
     which: Callable[[str], str | None] = shutil.which
 
     @property
-    def sizes(self) -> cases.Sizes:
+    def sizes(self) -> Sizes:
+        # torch is imported where it is needed: a build is quicker without
+        from benchmarks.gpu import cases
+
         return cases.DRY if self.dry_run else cases.REAL
 
-    def device(self):
+    def device(self) -> Device:
         from benchmarks.gpu import device
 
         return device.of(self.dry_run)
