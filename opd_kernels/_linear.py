@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._ranges import named_range
 
 # a 16-bit head is widened to float32 in slices on CPU, where the 16-bit GEMM is 10 to 100 times
 # slower; they may take this share of the workspace
@@ -311,4 +310,7 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 def phase(tensor: Tensor, op: str, name: str) -> contextlib.AbstractContextManager:
     """Range `opd::<op>::<phase>` for profilers: NVTX on CUDA, torch's while it runs."""
-    return named_range(f"opd::{op}::{name}", tensor.is_cuda)
+    label = f"opd::{op}::{name}"
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(label)
+    return torch.cuda.nvtx.range(label) if tensor.is_cuda else contextlib.nullcontext()

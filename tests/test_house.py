@@ -66,7 +66,6 @@ TESTED_ELSEWHERE = {
     "opd_kernels/_laws.py": "tests/opd_kernels/test_divergence.py and test_fused_linear_*.py",
     "opd_kernels/_library.py": "every test: it loads the ops",
     "opd_kernels/_linear.py": "tests/opd_kernels/test_fused_linear_*.py",
-    "opd_kernels/_ranges.py": "tests/opd/test_profile.py",
     "opd_kernels/_registration.py": "opcheck in each op's test, and this file",
     "opd_kernels/env.py": "tests/opd_kernels/test_dispatch.py",
     "opd_kernels/errors.py": "the error texts of each op's test",

@@ -28,8 +28,8 @@ def writes_16_bit(student: Tensor) -> bool:
     return student.is_cuda and any(argument.name == "grad_dtype" for argument in arguments)
 
 
-def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
-    """Path A's row kernel: loss of each row, and dZ in place of the student's logits."""
+def row_kernel(name: str, backend: str, student: Tensor, teacher: Tensor) -> tuple:
+    """Path A's row kernel and its arguments: loss of each row, dZ in place of student logits."""
     rows = _laws.rows_of("divergence", student)
     packed = _laws.pack(
         rows,
@@ -48,7 +48,13 @@ def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
     rest = [False]
     if any(item.name == "grad_dtype" for item in kernel.default._schema.arguments):
         rest.append(_BFLOAT16 if writes_16_bit(student) else _AS_LOGITS)
-    return lambda: kernel(student, teacher, None, *packed, *rest)
+    return kernel, (student, teacher, None, *packed, *rest)
+
+
+def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
+    """A call of it, to be timed."""
+    kernel, arguments = row_kernel(name, backend, student, teacher)
+    return lambda: kernel(*arguments)
 
 
 def logits_pairs(device: Device, sizes: cases.Sizes, count: int = 2) -> list[tuple[Tensor, Tensor]]:

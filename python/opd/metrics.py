@@ -9,14 +9,13 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opd.batch import Signal, Trajectory
-from opd_kernels._ranges import named_range
 
 
 class Clock:
@@ -31,7 +30,7 @@ class Clock:
         """Time the body."""
         start = time.perf_counter()
         is_cuda = self._device.type == "cuda"
-        with named_range(f"opd::train::{phase}", is_cuda):
+        with _named_range(f"opd::train::{phase}", is_cuda):
             yield
             if is_cuda:
                 torch.cuda.synchronize(self._device)
@@ -41,6 +40,13 @@ class Clock:
         """The seconds, and start over."""
         seconds, self._seconds = self._seconds, {}
         return seconds
+
+
+def _named_range(name: str, is_cuda: bool) -> AbstractContextManager:
+    """What `opd profile` shows a phase under; next to nothing when no profiler runs."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(name)
+    return torch.cuda.nvtx.range(name) if is_cuda else nullcontext()
 
 
 class Meter:

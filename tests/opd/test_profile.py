@@ -151,13 +151,20 @@ def test_ranges_of_a_device_count_its_time():
 
 
 def test_a_range_is_free_without_a_profiler():
-    from opd_kernels._ranges import named_range
+    from opd.metrics import Clock
+    from opd_kernels._linear import phase
 
-    with named_range("opd::x::y", False) as entered:
+    clock, tensor = Clock(torch.device("cpu")), torch.ones(1)
+    with phase(tensor, "x", "y") as entered:
         assert entered is None
-    with torch.profiler.profile() as profiler, named_range("opd::x::y", False):
-        pass
-    assert [event.key for event in profiler.key_averages()] == ["opd::x::y"]
+    with torch.profiler.profile() as profiler:
+        with phase(tensor, "x", "y"):
+            pass
+        with clock("student"):
+            pass
+    names = [event.key for event in profiler.key_averages()]
+    assert names == ["opd::x::y", "opd::train::student"]
+    assert list(clock.flush()) == ["student"]
 
 
 # -- with nsys -----------------------------------------------------------------------------------
