@@ -104,8 +104,19 @@ def whole_chunk_bytes(shape: Shape) -> int:
     return 2 * shape.num_tokens * row_bytes
 
 
-def chunk_tokens(inputs: Inputs, workspace_bytes: int, backend: str) -> int:
-    """Tokens of a chunk of path A, as the op itself says."""
+class Cut(NamedTuple):
+    """Tokens of a chunk of path A, and of what the teacher's GEMM sees at a time."""
+
+    chunk: int
+    teacher: int
+
+    def __str__(self) -> str:
+        teacher = "" if self.teacher == self.chunk else f", teacher {self.teacher}"
+        return f"M = {self.chunk}{teacher}"
+
+
+def cut_of(inputs: Inputs, workspace_bytes: int, backend: str) -> Cut:
+    """As the op itself says."""
     import opd_kernels as opk
 
     text = opk.explain(
@@ -114,7 +125,8 @@ def chunk_tokens(inputs: Inputs, workspace_bytes: int, backend: str) -> int:
     found = re.search(r"path A: \d+ chunk\(s\) of up to (\d+)", text)
     if found is None:
         raise RuntimeError(f"expected 'path A: N chunk(s) of up to C' from explain, got:\n{text}")
-    return int(found[1])
+    parts = re.search(r"the teacher's logits (\d+) tokens at a time", text)
+    return Cut(int(found[1]), int((parts or found)[1]))
 
 
 class Gemms:
@@ -123,12 +135,13 @@ class Gemms:
     Operands are 16-bit and results float32, in buffers that exist already. `split` cuts K of dX.
     """
 
-    def __init__(self, device: Device, inputs: Inputs, chunk: int) -> None:
+    def __init__(self, device: Device, inputs: Inputs, cut: Cut) -> None:
         self.device = device
         self.inputs = Inputs(*(tensor.detach() for tensor in inputs))
         hidden, head, _, _ = self.inputs
         self.num_tokens, self.vocab_size = hidden.shape[0], head.shape[0]
-        self.chunk = min(chunk, self.num_tokens)
+        self.chunk = min(cut.chunk, self.num_tokens)
+        self.teacher_tokens = min(cut.teacher, self.chunk)
         real = {"dtype": torch.float32, "device": hidden.device}
         self.logits = torch.empty(self.chunk, self.vocab_size, **real)
         # dZ as the op has it: random, so that no multiplication is spared its power
@@ -139,14 +152,14 @@ class Gemms:
         self.grad_weight = torch.zeros(head.shape, **real)
 
     def chunks(self) -> list[slice]:
-        starts = range(0, self.num_tokens, self.chunk)
-        return [slice(begin, min(begin + self.chunk, self.num_tokens)) for begin in starts]
+        return _slices(0, self.num_tokens, self.chunk)
 
     def student(self, rows: slice) -> None:
         self._logits(self.inputs.student_hidden[rows], self.inputs.student_lm_head_weight)
 
     def teacher(self, rows: slice) -> None:
-        self._logits(self.inputs.teacher_hidden[rows], self.inputs.teacher_lm_head_weight)
+        for part in _slices(rows.start, rows.stop, self.teacher_tokens):
+            self._logits(self.inputs.teacher_hidden[part], self.inputs.teacher_lm_head_weight)
 
     def _logits(self, hidden: Tensor, weight: Tensor) -> None:
         self.device.mm(hidden, weight.t(), self.logits[: hidden.shape[0]])
@@ -196,6 +209,10 @@ class Gemms:
                     self.grad_of_weight(rows)
 
         return run
+
+
+def _slices(begin: int, end: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, end)) for start in range(begin, end, step)]
 
 
 def flops(shape: Shape, head: str) -> int:

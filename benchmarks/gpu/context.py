@@ -84,8 +84,7 @@ class Context:
 
         from opd_kernels import _dispatch
 
-        kind = "cpu" if self.dry_run else "cuda"
-        meta = _dispatch.Meta(kind, torch.float32)
+        meta = _dispatch.meta_of(torch.empty(0, device="cpu" if self.dry_run else "cuda"))
         reasons = {name: why for name, can, why in _dispatch.table(op, meta) if not can}
         found = []
         for name in DRY_LEADS if self.dry_run else LEADS:

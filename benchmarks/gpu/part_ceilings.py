@@ -53,8 +53,8 @@ def of_chunk(device: Device, context: Context, shape: cases.Shape) -> None:
     """Each of the op's GEMMs over all chunks of the case, dX in every cut."""
     sizes = context.sizes
     inputs = cases.inputs_of(device, shape, sizes.dtype)
-    chunk = cases.chunk_tokens(inputs, sizes.workspace_bytes, context.lead)
-    gemms = cases.Gemms(device, inputs, chunk)
+    cut = cases.cut_of(inputs, sizes.workspace_bytes, context.lead)
+    gemms = cases.Gemms(device, inputs, cut)
 
     def over_chunks(gemm):
         def run() -> None:
@@ -75,7 +75,7 @@ def of_chunk(device: Device, context: Context, shape: cases.Shape) -> None:
     for name, time in times.items():
         size = shape.teacher_hidden_size if "teacher" in name else shape.student_hidden_size
         work = 2 * shape.num_tokens * shape.vocab_size * size
-        context.row(_ceiling(name, time, work, f"{shape}, M = {chunk}", "TFLOP/s"))
+        context.row(_ceiling(name, time, work, f"{shape}, {cut}", "TFLOP/s"))
 
 
 def run(context: Context) -> None:

@@ -144,8 +144,8 @@ def fused(device: Device, context: Context, shape: cases.Shape, backend: str) ->
     """The KLs and JSD, head trained and frozen."""
     sizes = context.sizes
     plain = cases.inputs_of(device, shape, sizes.dtype)
-    chunk = cases.chunk_tokens(plain, sizes.workspace_bytes, context.lead)
-    gemms = cases.Gemms(device, plain, chunk)
+    cut = cases.cut_of(plain, sizes.workspace_bytes, context.lead)
+    gemms = cases.Gemms(device, plain, cut)
     split = gemms.best_split()
     options = {"backend": backend, "workspace_bytes": sizes.workspace_bytes}
     variants: dict[tuple[str, ...], Run] = {}
@@ -169,7 +169,7 @@ def fused(device: Device, context: Context, shape: cases.Shape, backend: str) ->
                 times["floor", head],
                 peak_bytes=peak_of(device, inputs, run),
                 allowed_bytes=sizes.workspace_bytes + cases.gradient_bytes(shape, head),
-                note=f"M = {chunk}, dX in {split}",
+                note=f"{cut}, dX in {split}",
             )
         )
 
@@ -178,8 +178,8 @@ def tolerant(device: Device, context: Context, shape: cases.Shape) -> None:
     """`gradient_tolerance` on peaked laws, against the dense GEMMs."""
     sizes = context.sizes
     plain = cases.Inputs(*laws.peaked(shape, sizes.dtype, device=device.kind))
-    chunk = cases.chunk_tokens(plain, sizes.workspace_bytes, context.lead)
-    gemms = cases.Gemms(device, plain, chunk)
+    cut = cases.cut_of(plain, sizes.workspace_bytes, context.lead)
+    gemms = cases.Gemms(device, plain, cut)
     inputs = plain.with_head("trained")
     options = {"backend": context.lead, "workspace_bytes": sizes.workspace_bytes}
     variants: dict[object, Run] = {"floor": gemms.all_of("trained", gemms.best_split())}
@@ -199,8 +199,8 @@ def token_logprobs(device: Device, context: Context, shape: cases.Shape) -> None
     plain = cases.inputs_of(device, shape, sizes.dtype)
     inputs = plain.with_head("trained")
     # without a teacher a chunk has twice the tokens; the GEMMs are as quick at ours
-    chunk = cases.chunk_tokens(plain, sizes.workspace_bytes, context.lead)
-    gemms = cases.Gemms(device, plain, chunk)
+    cut = cases.cut_of(plain, sizes.workspace_bytes, context.lead)
+    gemms = cases.Gemms(device, plain, cut)
     split = gemms.best_split()
     ids = torch.arange(shape.num_tokens, device=device.kind) * 61 % shape.vocab_size
 

@@ -323,7 +323,7 @@ def test_the_compilers_report():
 
 def test_bare_gemms_are_the_gemms():
     inputs = cases.inputs_of(CPU, cases.Shape(7, 64, 8, 12), torch.float32)
-    gemms = cases.Gemms(CPU, inputs, 3)
+    gemms = cases.Gemms(CPU, inputs, cases.Cut(3, 2))
     gemms.student(slice(3, 6))
     torch.testing.assert_close(gemms.logits, inputs[0][3:6] @ inputs[1].t())
     gemms.teacher(slice(6, 7))
@@ -338,6 +338,18 @@ def test_bare_gemms_are_the_gemms():
     padded = torch.cat([gemms.grad_logits, gemms.grad_logits, gemms.grad_logits[:1]])
     torch.testing.assert_close(gemms.grad_weight, padded.t() @ inputs[0])
     assert gemms.splits() == [1, 2, 4, 8] and gemms.best_split() in gemms.splits()
+
+
+def test_the_cut_is_what_explain_says(monkeypatch):
+    inputs = cases.inputs_of(CPU, cases.Shape(40, 64, 8, 12), torch.float32)
+    cut = cases.cut_of(inputs, 1 << 14, "cpu")
+    assert 1 < cut.chunk < 40 and cut.teacher == cut.chunk and str(cut) == f"M = {cut.chunk}"
+    said = "path A: 8 chunk(s) of up to 1024 of 8192 tokens, the teacher's logits 512 tokens at a"
+    monkeypatch.setattr("opd_kernels.explain", lambda *args, **options: f"{said} time, 1 MiB")
+    assert str(cases.cut_of(inputs, 1 << 30, "cuda")) == "M = 1024, teacher 512"
+    monkeypatch.setattr("opd_kernels.explain", lambda *args, **options: "path B")
+    with pytest.raises(RuntimeError, match="expected 'path A"):
+        cases.cut_of(inputs, 1 << 30, "cuda")
 
 
 def test_a_close_teacher_differs_by_the_gap():

@@ -59,8 +59,8 @@ def test_fused_linear_divergence_beyond_32_bit_offsets_in_one_chunk(device, size
     whole = cases.whole_chunk_bytes(shape)
     found = []
     for workspace_bytes in (whole, sizes.workspace_bytes):
-        chunk = cases.chunk_tokens(inputs, workspace_bytes, backend)
-        assert (chunk == shape.num_tokens) == (workspace_bytes == whole)
+        cut = cases.cut_of(inputs, workspace_bytes, backend)
+        assert (cut.chunk == shape.num_tokens) == (workspace_bytes == whole)
         loss = cases.loss_of("forward_kl", backend=backend, workspace_bytes=workspace_bytes)
         cases.step(loss, inputs)()
         found.append([tensor.grad.double() for tensor in inputs[:2]])
