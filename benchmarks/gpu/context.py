@@ -112,8 +112,10 @@ class Context:
             return None
         return self.which(name)
 
-    def command(self, command: Sequence[str], **options) -> subprocess.CompletedProcess[str]:
-        """Runs a program from the root, its output kept and also shown, for no longer than is left.
+    def command(
+        self, command: Sequence[str], share: float = 1.0, **options
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a program from the root for at most a share of the time left; shows and keeps words.
 
         Raises:
             subprocess.TimeoutExpired: it took longer.
@@ -127,7 +129,7 @@ class Context:
             **options,
         ) as process:
             try:
-                output, _ = process.communicate(timeout=max(1.0, self.seconds_left()))
+                output, _ = process.communicate(timeout=max(1.0, share * self.seconds_left()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 output, _ = process.communicate()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -57,26 +59,31 @@ def compete(
     split: int,
     case: tuple[cases.Shape, str, str],
     here: list[str],
+    compiled: bool,
 ) -> None:
-    """One loss at one shape by everyone."""
+    """One loss at one shape by ours and everyone who is compiled at the first call, or is not."""
     shape, head, name = case
     sizes = context.sizes
     inputs = inputs.with_head(head)
     ours = f"opd_kernels {context.lead}"
     options = {"backend": context.lead, "workspace_bytes": sizes.workspace_bytes}
     found = {ours: Peer(cases.loss_of(name, **options))}
-    found |= contestants.losses_of(name, sizes.dtype, device.kind, here)
+    found |= {
+        label: peer
+        for label, peer in contestants.losses_of(name, sizes.dtype, device.kind, here).items()
+        if (contestants.COMPILED in label) == compiled
+    }
     variants: dict[str, Run] = {}
     for label, peer in found.items():
         what = f"{label}: {shape}, {name}, head {head}"
         run = cases.step(peer.loss, inputs)
-        compiled = contestants.COMPILED in label
+        seconds = FIRST_CALL_S[compiled and label != ours]
         if compiled and context.dry_run:
             context.left_out(label, "a dry run compiles nothing")
-        elif context.has_time(what, FIRST_CALL_S[compiled]) and starts(device, context, what, run):
+        elif context.has_time(what, seconds) and starts(device, context, what, run):
             variants[label] = run
         device.free()
-    if ours not in variants:
+    if ours not in variants or len(variants) == 1:
         return
     peaks = {}
     for label, run in variants.items():
@@ -85,7 +92,9 @@ def compete(
     times = device.turns(variants, sizes.rounds, context.seconds_left(), SLOW)
     floor = times.pop("floor")
     for label, time in times.items():
-        # the first round of a slow one is in the first rounds of ours too
+        if label == ours and compiled:
+            # it has its row already, and its time is in every other
+            continue
         context.row(
             Timing(
                 str(shape),
@@ -153,7 +162,8 @@ def run(context: Context) -> None:
             if context.has_time(f"precision, {name}, {law}", FIRST_CALL_S[False]):
                 precision(device, context, law, name, here)
     current = None
-    for case in ordered_cases(sizes):
+    # a compiler takes longer than all the others together, so it waits for them
+    for compiled, case in itertools.product((False, True), ordered_cases(sizes)):
         shape, head, name = case
         if not context.has_time(f"{shape}, {name}, head {head}", FIRST_CALL_S[False]):
             continue
@@ -165,4 +175,4 @@ def run(context: Context) -> None:
             cut = cases.cut_of(inputs, sizes.workspace_bytes, context.lead)
             gemms = cases.Gemms(device, inputs, cut)
             current = shape, inputs, gemms, gemms.best_split()
-        compete(device, context, *current[1:], case, here)
+        compete(device, context, *current[1:], case, here, compiled)
