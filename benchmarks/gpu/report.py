@@ -211,7 +211,11 @@ def _left_out(results: dict) -> str:
 _TABLES: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("Goals", "", _goals),
     ("How far are we from the bare GEMMs?", "Forward + backward.", _ours),
-    ("Row kernels against a copy", "Float32 logits of a chunk, each read once.", _row_kernels),
+    (
+        "Row kernels against a copy",
+        "Float32 logits of a chunk; bytes as if each were read once and dZ written once.",
+        _row_kernels,
+    ),
     (
         "Small gradients left out, and log-probabilities of tokens",
         f"`{TOLERANT}` on peaked laws (`benchmarks/laws.py`), over the dense GEMMs of the exact "
