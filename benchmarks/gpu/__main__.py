@@ -57,6 +57,8 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        # rows come in on a thread of their own
+        self.lock = threading.RLock()
         self.out = Path(options.out).resolve()
         described = machine.describe(options.dry_run)
         name = "dry_run.json" if options.dry_run else machine.file_name(str(described["gpu"]))
@@ -98,14 +100,17 @@ class Run:
             }
 
     def save(self) -> None:
-        self.results["goals"] = goals_of(self.results)
-        results.check(self.results)
-        results.save(self.results, self.path)
+        with self.lock:
+            self.results["goals"] = goals_of(self.results)
+            results.check(self.results)
+            results.save(self.results, self.path)
 
     def part(self, name: str, budget_s: float) -> None:
         """One part in a process group of its own, ended when its time is over."""
         part = results.Part("running", 0.0, round(budget_s, 1), "", [])
-        kept = self.results["parts"][name] = {**vars(part)}
+        kept = {**vars(part)}
+        with self.lock:
+            self.results["parts"][name] = kept
         self.save()
         print(f"== {name} (at most {budget_s:.0f} s)", flush=True)
         begin = time.monotonic()
@@ -114,14 +119,18 @@ class Run:
             self.save()
             return
         try:
-            kept |= self._run(name, budget_s, kept["rows"])
+            ended = self._run(name, budget_s, kept["rows"])
+            with self.lock:
+                kept |= ended
         except Stopped as stop:
-            kept |= {"status": "stopped", "reason": str(stop)}
+            with self.lock:
+                kept |= {"status": "stopped", "reason": str(stop)}
             raise
         finally:
-            kept["seconds"] = round(time.monotonic() - begin, 1)
-            if not self.options.dry_run:
-                self.results["machine"]["at_end"] = machine.state()
+            state = {} if self.options.dry_run else {"at_end": machine.state()}
+            with self.lock:
+                kept["seconds"] = round(time.monotonic() - begin, 1)
+                self.results["machine"] |= state
             self.save()
             print(summary.of_part(name, kept), flush=True)
 
@@ -160,7 +169,7 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            reader.join(timeout=5)
+            reader.join(timeout=30)
         if code == 0:
             return {"status": "passed", "reason": ""}
         return {"status": "failed", "reason": f"exit code {code}: {tail(self.log)}"}
@@ -172,8 +181,9 @@ class Run:
                 with contextlib.suppress(ValueError):
                     row = json.loads(line)
                     results.check_row(row)
-                    rows.append(row)
-                    self.save()
+                    with self.lock:
+                        rows.append(row)
+                        self.save()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
