@@ -86,7 +86,7 @@ bench bench-full: build
 	@mkdir -p build
 	@# a missed goal fails the run (1) and is reported; an interrupted run (2) is not
 	$(BIN)/python -m pytest benchmarks -q -c benchmarks/pytest.ini $(BENCH_FLAGS) --benchmark-json=build/bench.json; \
-	  status=$$?; test $$status -gt 1 || $(BIN)/python benchmarks/report.py build/bench.json || exit; exit $$status
+	  status=$$?; test $$status -gt 1 || $(BIN)/python -m benchmarks.report build/bench.json || exit; exit $$status
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

@@ -356,7 +356,8 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def phase(tensor: Tensor, op: str, name: str) -> contextlib.AbstractContextManager:
-    """NVTX range `opd::<op>::<phase>` on CUDA, nothing elsewhere."""
-    if tensor.is_cuda:
-        return torch.cuda.nvtx.range(f"opd::{op}::{name}")
-    return contextlib.nullcontext()
+    """Range `opd::<op>::<phase>` for profilers: NVTX on CUDA, torch's while it runs."""
+    label = f"opd::{op}::{name}"
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(label)
+    return torch.cuda.nvtx.range(label) if tensor.is_cuda else contextlib.nullcontext()
