@@ -42,22 +42,26 @@ STABLE_TORCH_LIBRARY(opd, m) {
   m.def("divergence_fwd(" OPD_LOGITS OPD_LAWS
         ", bool with_statistics) -> (Tensor loss, Tensor state, Tensor statistics)");
   m.def("divergence_bwd(Tensor grad_loss, Tensor state, " OPD_LOGITS OPD_LAWS ") -> Tensor");
+  // grad_dtype of the calls in place: -1 is the dtype of the logits; an opd_dtype_t of 16 bits packs
+  // each row's gradient into the first half of its own float32 row
   m.def(
       "divergence_fwd_grad_(Tensor(a!) student_logits, Tensor(b!) teacher_logits, "
-      "Tensor? reference_logits, " OPD_LAWS ", bool with_statistics) -> "
+      "Tensor? reference_logits, " OPD_LAWS ", bool with_statistics, int grad_dtype) -> "
       "(Tensor loss, Tensor statistics)");
   // the forward and the backward in phases, for slices of a vocabulary; 3 opens the state, 4 closes
   // the log-sum-exps, 5 finishes
   m.def("divergence_phase_(Tensor(a!) state, " OPD_LOGITS OPD_LAWS
         ", int phase, int first_column, bool with_statistics) -> (Tensor loss, Tensor statistics)");
   m.def("divergence_bwd_(Tensor grad_loss, Tensor state, Tensor(a!) student_logits, "
-        "Tensor teacher_logits, Tensor? reference_logits, " OPD_LAWS ", int first_column) -> ()");
+        "Tensor teacher_logits, Tensor? reference_logits, " OPD_LAWS ", int first_column, "
+        "int grad_dtype) -> ()");
   m.def("token_logprobs_fwd(Tensor logits, Tensor token_ids, " OPD_LAW
         ") -> (Tensor logprobs, Tensor lse, Tensor entropy)");
   m.def("token_logprobs_bwd(" OPD_TOKEN_GRADS
         "Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, " OPD_LAW ") -> Tensor");
   m.def("token_logprobs_bwd_(" OPD_TOKEN_GRADS
-        "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, " OPD_LAW ") -> ()");
+        "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, " OPD_LAW
+        ", int grad_dtype) -> ()");
   // segments: dtype float32 or float64 throughout, offsets int64, mask uint8; num_steps 2^63 - 1 is
   // the whole segment; reduction is an opd_reduction_t; index is empty for sums and means
   m.def(
@@ -80,25 +84,39 @@ STABLE_TORCH_LIBRARY(opd, m) {
       "sparse_gradient_pack_(Tensor(a!) packed, Tensor grad_logits, Tensor? token_weights, "
       "Tensor columns, Tensor kept) -> Tensor dropped");
   m.def("sparse_gradient_add_(Tensor(a!) target, Tensor columns, Tensor rows) -> ()");
-  // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
-  m.def("fused_linear_divergence_sum(" OPD_HIDDEN OPD_LAWS
-        ", int workspace_bytes, bool[] with_grads, bool with_statistics, str process_group, "
-        "float gradient_tolerance, str backend) -> (Tensor loss, Tensor grad_student_hidden, "
-        "Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
-        "Tensor grad_student_lora_a, Tensor grad_student_lora_b, Tensor statistics)");
+  // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py; sum_ adds
+  // grad_scale times the head's gradient to the caller's buffer, and attach is its autograd node
+#define OPD_SUM_OPTIONS                                                                          \
+  ", int workspace_bytes, bool[] with_grads, bool with_statistics, str process_group, "          \
+  "float gradient_tolerance, bool? compact_tokens, str backend) -> (Tensor loss, "               \
+  "Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "   \
+  "Tensor grad_student_lora_a, Tensor grad_student_lora_b, Tensor statistics)"
+  m.def("fused_linear_divergence_sum(" OPD_HIDDEN OPD_LAWS OPD_SUM_OPTIONS);
+  m.def("fused_linear_divergence_sum_(Tensor(a!) student_lm_head_weight_grad, float grad_scale, "
+        OPD_HIDDEN OPD_LAWS OPD_SUM_OPTIONS);
+  m.def("fused_linear_divergence_attach(Tensor loss, Tensor student_hidden, "
+        "Tensor student_lm_head_weight, Tensor? student_bias, Tensor? student_lora_a, "
+        "Tensor? student_lora_b, Tensor grad_student_hidden, Tensor grad_student_bias, "
+        "Tensor grad_student_lora_a, Tensor grad_student_lora_b, bool[] with_grads, "
+        "float grad_scale) -> Tensor");
   m.def("fused_linear_divergence_fwd(" OPD_HIDDEN OPD_LAWS
-        ", int workspace_bytes, bool with_statistics, str process_group, str backend) -> "
-        "(Tensor loss, Tensor statistics)");
+        ", int workspace_bytes, bool with_statistics, str process_group, bool? compact_tokens, "
+        "str backend) -> (Tensor loss, Tensor statistics)");
   m.def("fused_linear_divergence_bwd(Tensor grad_loss, " OPD_HIDDEN OPD_LAWS
-        ", int workspace_bytes, bool[] with_grads, str process_group, str backend) -> "
-        "(Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
-        "Tensor grad_student_lora_a, Tensor grad_student_lora_b)");
+        ", int workspace_bytes, bool[] with_grads, str process_group, bool? compact_tokens, "
+        "str backend) -> (Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, "
+        "Tensor grad_student_bias, Tensor grad_student_lora_a, Tensor grad_student_lora_b)");
+#define OPD_TOKEN_OPTIONS                                                                    \
+  ", int workspace_bytes, bool[] with_grads, bool? compact_tokens, str backend) -> "         \
+  "(Tensor grad_hidden, Tensor grad_lm_head_weight, Tensor grad_bias, Tensor grad_lora_a, "  \
+  "Tensor grad_lora_b)"
   m.def("fused_linear_token_logprobs_fwd(" OPD_LINEAR OPD_LAW
-        ", int workspace_bytes, str backend) -> (Tensor logprobs, Tensor lse, Tensor entropy)");
+        ", Tensor? lm_head_weight_grad, int workspace_bytes, bool? compact_tokens, str backend) -> "
+        "(Tensor logprobs, Tensor lse, Tensor entropy)");
   m.def("fused_linear_token_logprobs_bwd(" OPD_TOKEN_GRADS OPD_LINEAR
-        "Tensor lse, Tensor entropy, " OPD_LAW
-        ", int workspace_bytes, bool[] with_grads, str backend) -> (Tensor grad_hidden, "
-        "Tensor grad_lm_head_weight, Tensor grad_bias, Tensor grad_lora_a, Tensor grad_lora_b)");
+        "Tensor lse, Tensor entropy, " OPD_LAW OPD_TOKEN_OPTIONS);
+  m.def("fused_linear_token_logprobs_bwd_(Tensor(a!) lm_head_weight_grad, " OPD_TOKEN_GRADS
+        OPD_LINEAR "Tensor lse, Tensor entropy, " OPD_LAW OPD_TOKEN_OPTIONS);
 }
 
 namespace {
@@ -127,6 +145,12 @@ void check_logits(const Tensor& logits, int64_t num_tokens, int64_t vocab_size) 
           "opd: logits must be contiguous in the last dimension");
   require(vocab_size > 0 && vocab_size <= logits.size(1),
           "opd: vocab_size must be in [1, columns of the logits]");
+}
+
+void check_grad_dtype(int64_t grad_dtype) {
+  require(grad_dtype == -1,
+          "opd: grad_dtype must be -1 on CPU: 16-bit heads are widened there, so that dZ stays in the "
+          "dtype of the logits");
 }
 
 void check_rows(const Tensor& values, int64_t num_tokens, ScalarType dtype) {
@@ -340,7 +364,9 @@ Tensor divergence_bwd(Tensor grad_loss, Tensor state, Tensor student_logits, Ten
 }
 
 void divergence_bwd_(Tensor grad_loss, Tensor state, Tensor student_logits, Tensor teacher_logits,
-                     Optional reference_logits, OPD_LAW_PARAMETERS, int64_t first_column) {
+                     Optional reference_logits, OPD_LAW_PARAMETERS, int64_t first_column,
+                     int64_t grad_dtype) {
+  check_grad_dtype(grad_dtype);
   Laws laws = OPD_LAW_ARGUMENTS;
   opd_divergence_args_t args =
       divergence_args(student_logits, teacher_logits, reference_logits, laws);
@@ -350,7 +376,8 @@ void divergence_bwd_(Tensor grad_loss, Tensor state, Tensor student_logits, Tens
 
 std::tuple<Tensor, Tensor> divergence_fwd_grad_(Tensor student_logits, Tensor teacher_logits,
                                                 Optional reference_logits, OPD_LAW_PARAMETERS,
-                                                bool with_statistics) {
+                                                bool with_statistics, int64_t grad_dtype) {
+  check_grad_dtype(grad_dtype);
   Laws laws = OPD_LAW_ARGUMENTS;
   opd_divergence_args_t args =
       divergence_args(student_logits, teacher_logits, reference_logits, laws);
@@ -461,7 +488,9 @@ Tensor token_logprobs_bwd(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_ent
 }
 
 void token_logprobs_bwd_(Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, Tensor logits,
-                         Tensor token_ids, Tensor lse, Tensor entropy, OPD_ONE_LAW_PARAMETERS) {
+                         Tensor token_ids, Tensor lse, Tensor entropy, OPD_ONE_LAW_PARAMETERS,
+                         int64_t grad_dtype) {
+  check_grad_dtype(grad_dtype);
   const opd_token_logprobs_spec_t spec =
       token_logprobs_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
   token_logprobs_bwd_into(logits, grad_logprobs, grad_lse, grad_entropy, lse, entropy, spec);
