@@ -510,7 +510,8 @@ def test_divergence_bwd_opcheck(dtype, everything):
     torch.library.opcheck(torch.ops.opd.divergence_bwd, arguments)
     student, *others = logits
     torch.library.opcheck(
-        torch.ops.opd.divergence_bwd_, (torch.ones_like(loss), state, student, *others, *laws, 0, -1)
+        torch.ops.opd.divergence_bwd_,
+        (torch.ones_like(loss), state, student, *others, *laws, 0, -1),
     )
 
 

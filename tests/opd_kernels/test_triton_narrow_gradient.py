@@ -65,7 +65,7 @@ def test_divergence_fwd_grad_narrows_the_float32_gradient(name, dtype):
 @every_call
 def test_divergence_bwd_narrows_the_float32_gradient(name, dtype):
     logits, laws = call_of(name)
-    loss, state, _ = TRITON.divergence_fwd(*logits, *laws, False)
+    _, state, _ = TRITON.divergence_fwd(*logits, *laws, False)
     upstream = torch.linspace(1.0, -0.5, TOKENS)
     part = slice(19, VOCAB - 5)
     wide, narrowed = (
@@ -109,7 +109,7 @@ def test_narrow_gradients_in_rows_that_are_apart():
 @pytest.mark.parametrize("grad_dtype", [0, 1, 7])
 def test_triton_refuses_other_gradients_in_words(grad_dtype):
     logits, laws = call_of("plain")
-    with pytest.raises(RuntimeError, match="grad_dtype must be -1, or 2 .* with float32 logits"):
+    with pytest.raises(RuntimeError, match=r"grad_dtype must be -1, or 2 .* with float32 logits"):
         TRITON.divergence_fwd_grad_(*logits, *laws, False, grad_dtype)
 
 
@@ -118,7 +118,7 @@ def test_cpu_refuses_narrow_gradients_in_words():
     match = "grad_dtype must be -1 on CPU: 16-bit heads are widened there"
     with pytest.raises(RuntimeError, match=match):
         CPU.divergence_fwd_grad_(*logits, *laws, False, 2)
-    loss, state, _ = CPU.divergence_fwd(*logits, *laws, False)
+    _, state, _ = CPU.divergence_fwd(*logits, *laws, False)
     with pytest.raises(RuntimeError, match=match):
         CPU.divergence_bwd_(torch.ones(TOKENS), state, *logits, *laws, 0, 2)
     ids, law = torch.zeros(TOKENS, dtype=torch.int64), (None, None, [1.0, 0.0, 1.0], VOCAB)
