@@ -39,6 +39,8 @@ _STATE_BYTES = 8 * (20 + 4 * 16)
 _TILE_TOKENS, _TILE_HIDDEN = 128, 256
 _FEWEST_SPLIT_COLUMNS = 2048
 _MOST_SPLITS = 8
+# of the fastest count's time: what a smaller count may take instead
+_WORTH_A_SPLIT = 1.1
 _FLOPS, _BYTES_PER_SECOND = 790e12, 4.3e12
 _MULTIPROCESSORS = 132
 
@@ -285,7 +287,7 @@ def _gpu_plan(
     if not in_parts:
         student += _STATE_BYTES
     if costs.num_others == 0:
-        student += _partial_bytes(costs, budget // student, vocab_size)
+        student += _partial_bytes(costs, max(1, budget // student), vocab_size)
     counts = range(1, (_MOST_PARTS if in_parts and costs.num_others else 1) + 1)
     of_short = [m for m in counts if m <= _MOST_PARTS_OF_SHORT_CHUNKS]
     fits = max(m * (budget // (m * student + other)) for m in of_short)
@@ -346,7 +348,7 @@ def _gpu_slices(op: str, num_tokens: int, costs: _Costs, workspace_bytes: int, f
     def token_bytes(columns: int) -> int:
         partial = 0
         if costs.num_others == 0:
-            partial = _partial_bytes(costs, num_tokens, columns)
+            partial = _partial_bytes(costs, max(1, num_tokens), columns)
         return costs.student(columns, is_slice=True) + costs.other(columns) + partial
 
     vocab_size, budget = costs.vocab_size, workspace_bytes - costs.call
@@ -393,5 +395,6 @@ def grad_hidden_splits(tokens: int, hidden_size: int, vocab_size: int, multiproc
         return waves * tile_seconds / splits + extra
 
     most = max(1, min(_MOST_SPLITS, vocab_size // _FEWEST_SPLIT_COLUMNS))
-    # of equals the fewest
-    return min(range(1, most + 1), key=seconds)
+    times = [seconds(splits) for splits in range(1, most + 1)]
+    enough = _WORTH_A_SPLIT * min(times)
+    return next(splits for splits, time in enumerate(times, 1) if time <= enough)
