@@ -52,6 +52,29 @@ def plans(monkeypatch):
     return found
 
 
+class _RoundedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, dtype):
+        ctx.dtype = dtype
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.to(ctx.dtype).to(gradient.dtype), None
+
+
+@pytest.fixture
+def eager_rounds_grad_logits(monkeypatch):
+    """Eager torch with float32 logits whose gradient has the head's width, as its GEMMs have on a
+    GPU. What sums dZ alone or against a few columns (bias, low-rank pair) shows that rounding."""
+    logits_of = eager._logits
+    monkeypatch.setattr(
+        eager,
+        "_logits",
+        lambda hidden, *rest: _RoundedGradient.apply(logits_of(hidden, *rest), hidden.dtype),
+    )
+
+
 # -- truth ---------------------------------------------------------------------------------------
 
 
@@ -120,8 +143,10 @@ def test_a_third_model_has_its_part_too(plans):
 
 @every_width
 @pytest.mark.parametrize("option", LAW_OPTIONS)
-def test_fused_linear_token_logprobs_matches_reference(plans, option, dtype):
-    inputs = fused_of(FusedCase("gpu_ids", 9, 301, 16, 8), dtype)
+def test_fused_linear_token_logprobs_matches_reference(
+    plans, eager_rounds_grad_logits, option, dtype
+):
+    inputs = fused_of(FusedCase("gpu_token_ids", 16, 301, 16, 8), dtype)
     extra = [(torch.randn(shape) * 0.5).to(dtype) for shape in ((301,), (4, 16), (301, 4))]
 
     def bent(function, **fixed):
@@ -136,10 +161,10 @@ def test_fused_linear_token_logprobs_matches_reference(plans, option, dtype):
         bent(eager.fused_linear_token_logprobs),
         bent(reference.fused_linear_token_logprobs),
         [inputs.student_hidden, inputs.student_lm_head_weight, *extra],
-        token_ids_of(9, 301, 2),
+        token_ids_of(16, 301, 2),
         dtype,
         f"gpu {option} {dtype_id(dtype)}",
-        **law_options_of(option, 9),
+        **law_options_of(option, 16),
     )
     assert plans[-1].num_chunks > 1 and plans[-1].grad_hidden_splits > 1
 
@@ -399,3 +424,21 @@ def test_ranges_cost_nothing_off_cuda(monkeypatch):
     monkeypatch.setattr("torch.cuda.nvtx.range", fails)
     with _linear.phase(torch.zeros(1), "op", "rows") as nothing:
         assert nothing is None
+
+
+@every_half
+def test_low_rank_gradients_lose_nothing_but_the_rounding_of_dz(dtype):
+    # through 16-bit halves of float32 factors: as exact as float32 products of the same dZ
+    head, logits = torch.zeros(301, 16, dtype=dtype), torch.randn(9, 301)
+    gradient = logits.view(dtype)[:, :301].copy_(logits.clone())
+    down, up, hidden = torch.randn(4, 16), torch.randn(301, 4), torch.randn(9, 16).to(dtype)
+    pair = _gemms.LowRank.of(down, up, head, _gemms.grad_dtype(head))
+    projected = pair.project(hidden)
+    grads = [torch.ones(shape) for shape in ((9, 16), (4, 16), (301, 4))]
+    pair.backproject(gradient, hidden, projected, tuple(grads))
+    dz = gradient.double()
+    through = dz @ up.double()
+    exact = through @ down.double(), through.T @ hidden.double(), dz.T @ projected.double()
+    for got, truth in zip(grads, exact, strict=True):
+        error = (got.double() - 1 - truth).norm() / truth.norm()
+        assert float(error) < 2.0**-16

@@ -35,7 +35,11 @@ def run(dtype, compact, reduction, budget=BUDGET, **more):
     inputs = fused_of(CASE, dtype)
     hidden, head = (leaf(x) for x in inputs.tensors()[:2])
     bias = leaf(torch.linspace(-1, 1, 301).to(dtype))
-    low_rank = [leaf(x.to(dtype)) for x in (torch.ones(2, 16) / 9, torch.ones(301, 2) / 7)]
+    generator = torch.Generator().manual_seed(5)
+    low_rank = [
+        leaf((torch.randn(shape, generator=generator) / 3).to(dtype))
+        for shape in ((2, 16), (301, 2))
+    ]
     out = opk.fused_linear_divergence(
         hidden,
         head,
