@@ -248,12 +248,13 @@ def _costs(vocab_size: int, heads: Sequence[Tensor], low_rank: int) -> _Costs:
     sizes = [head.dtype.itemsize * head.shape[1] for head in heads]
     # dX of the chunk beside the gathered hidden states
     student = sizes[0] + real * hidden_sizes[0] + _LAW_BYTES
-    call = 0
+    # the column sums of dZ, for a bias
+    call = real * vocab_size
     if low_rank:
         # float32 hidden states, their projection and its halves, and what comes back through B
         student += real * hidden_sizes[0] + 6 * real * low_rank
         # float32 copies of A and B, and B as two halves
-        call = real * low_rank * (hidden_sizes[0] + 2 * vocab_size)
+        call += real * low_rank * (hidden_sizes[0] + 2 * vocab_size)
     return _Costs(
         vocab_size=vocab_size,
         hidden_size=hidden_sizes[0],

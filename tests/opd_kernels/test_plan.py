@@ -30,7 +30,8 @@ def bytes_held(cut, hidden_sizes, itemsize=2, low_rank=0):
     """What the loops allocate for a cut at most, counted from scratch."""
     student, *others = hidden_sizes
     columns, tokens = cut.slice_columns, cut.chunk_tokens
-    held = 4 * columns * (tokens + len(others) * cut.teacher_tokens)
+    held = 4 * cut.vocab_size
+    held += 4 * columns * (tokens + len(others) * cut.teacher_tokens)
     # hidden states of the chunk and of its part, gathered; dX of the chunk
     held += itemsize * (tokens * student + cut.teacher_tokens * sum(others)) + 4 * tokens * student
     partial = 4 * cut.grad_hidden_splits * tokens * student if cut.grad_hidden_splits > 1 else 0
@@ -162,7 +163,7 @@ def test_explain_prints_the_cut(monkeypatch):
     text = opk.explain("fused_linear_divergence", hidden[0], heads[0], hidden[1], heads[1])
     assert (
         "path A: 8 chunk(s) of up to 1024 of 8192 tokens, the teacher's logits 512 tokens at a "
-        "time, dX from 2 slices, 907.5 MiB workspace" in text
+        "time, dX from 2 slices, 908.1 MiB workspace" in text
     )
     text = opk.explain(
         "fused_linear_divergence",
