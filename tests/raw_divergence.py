@@ -102,7 +102,7 @@ def backward_in_slices(ops, grad_loss, state, logits, laws):
     grads = []
     for part in SLICES:
         student, *others = columns(logits, part)
-        ops.divergence_bwd_(grad_loss, state, student, *others, *laws.columns(part), part.start)
+        ops.divergence_bwd_(grad_loss, state, student, *others, *laws.columns(part), part.start, -1)
         grads.append(student)
     return torch.cat(grads, dim=1)
 
@@ -117,7 +117,9 @@ def check_in_place(ops, logits, laws, with_statistics, truth=None):
     ones = torch.ones(len(logits[0]))
     gradient = other.divergence_bwd(ones, expected[1], *logits, *laws)
     student, teacher = logits[0].clone(), logits[1].clone()
-    loss, statistics = ops.divergence_fwd_grad_(student, teacher, logits[2], *laws, with_statistics)
+    loss, statistics = ops.divergence_fwd_grad_(
+        student, teacher, logits[2], *laws, with_statistics, -1
+    )
     near = {"rtol": 0, "atol": 0} if truth is None else {"rtol": 1e-5, "atol": 2e-6}
     torch.testing.assert_close(loss, expected[0], **near)
     torch.testing.assert_close(statistics, expected[2], equal_nan=True, **near)

@@ -85,10 +85,13 @@ inline opd_matrix_t matrix(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), dtype_of(tensor)};
 }
 
-// Where a gradient goes that has the shape of the logits. grad_dtype: -1 is the tensor's own; a
-// 16-bit opd_dtype_t packs each row into the first half of a float32 row.
-inline opd_matrix_t gradient_in(const Tensor& tensor, int64_t grad_dtype = -1) {
-  if (grad_dtype == -1) return matrix(tensor);
+// grad_dtype of a gradient in the dtype of its logits
+constexpr int64_t kDtypeOfLogits = -1;
+
+// Where a gradient goes that has the shape of the logits. grad_dtype: a 16-bit opd_dtype_t packs each
+// row into the first half of a float32 row.
+inline opd_matrix_t gradient_in(const Tensor& tensor, int64_t grad_dtype) {
+  if (grad_dtype == kDtypeOfLogits) return matrix(tensor);
   require((grad_dtype == OPD_BFLOAT16 || grad_dtype == OPD_FLOAT16) &&
               tensor.scalar_type() == ScalarType::Float,
           "opd: grad_dtype must be -1, or bfloat16 or float16 in float32 logits");

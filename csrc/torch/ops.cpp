@@ -32,22 +32,26 @@ STABLE_TORCH_LIBRARY(opd, m) {
   m.def("divergence_fwd(" OPD_LOGITS OPD_LAWS
         ", bool with_statistics) -> (Tensor loss, Tensor state, Tensor statistics)");
   m.def("divergence_bwd(Tensor grad_loss, Tensor state, " OPD_LOGITS OPD_LAWS ") -> Tensor");
+  // grad_dtype of the calls in place: -1 is the dtype of the logits; an opd_dtype_t of 16 bits packs
+  // each row's gradient into the first half of its own float32 row
   m.def(
       "divergence_fwd_grad_(Tensor(a!) student_logits, Tensor(b!) teacher_logits, "
-      "Tensor? reference_logits, " OPD_LAWS ", bool with_statistics) -> "
+      "Tensor? reference_logits, " OPD_LAWS ", bool with_statistics, int grad_dtype) -> "
       "(Tensor loss, Tensor statistics)");
   // the forward and the backward in phases, for slices of a vocabulary; 3 opens the state, 4 closes
   // the log-sum-exps, 5 finishes
   m.def("divergence_phase_(Tensor(a!) state, " OPD_LOGITS OPD_LAWS
         ", int phase, int first_column, bool with_statistics) -> (Tensor loss, Tensor statistics)");
   m.def("divergence_bwd_(Tensor grad_loss, Tensor state, Tensor(a!) student_logits, "
-        "Tensor teacher_logits, Tensor? reference_logits, " OPD_LAWS ", int first_column) -> ()");
+        "Tensor teacher_logits, Tensor? reference_logits, " OPD_LAWS ", int first_column, "
+        "int grad_dtype) -> ()");
   m.def("token_logprobs_fwd(Tensor logits, Tensor token_ids, " OPD_LAW
         ") -> (Tensor logprobs, Tensor lse, Tensor entropy)");
   m.def("token_logprobs_bwd(" OPD_TOKEN_GRADS
         "Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, " OPD_LAW ") -> Tensor");
   m.def("token_logprobs_bwd_(" OPD_TOKEN_GRADS
-        "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, " OPD_LAW ") -> ()");
+        "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, " OPD_LAW
+        ", int grad_dtype) -> ()");
   // segments: dtype float32 or float64 throughout, offsets int64, mask uint8; num_steps 2^63 - 1 is
   // the whole segment; reduction is an opd_reduction_t; index is empty for sums and means
   m.def(
@@ -73,31 +77,46 @@ STABLE_TORCH_LIBRARY(opd, m) {
   // out (+)= a @ b, float32, a and b also of 16 bits; where the library's GEMMs are slow
   m.def("gemm_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   m.def("gemm_preferred() -> bool");
-  // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py
-  m.def("fused_linear_divergence_sum(" OPD_HIDDEN OPD_LAWS
-        ", int workspace_bytes, bool[] with_grads, bool with_statistics, str process_group, "
-        "float gradient_tolerance, str backend) -> (Tensor loss, Tensor grad_student_hidden, "
-        "Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
-        "Tensor grad_student_lora_a, Tensor grad_student_lora_b, Tensor statistics)");
+  // loops over torch.mm and the row kernels above, implemented in opd_kernels/<op>.py; sum_ adds
+  // grad_scale times the head's gradient to the caller's buffer, and attach is its autograd node
+#define OPD_SUM_OPTIONS                                                                          \
+  ", int workspace_bytes, bool[] with_grads, bool with_statistics, str process_group, "          \
+  "float gradient_tolerance, bool? compact_tokens, str backend) -> (Tensor loss, "               \
+  "Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "   \
+  "Tensor grad_student_lora_a, Tensor grad_student_lora_b, Tensor statistics)"
+  m.def("fused_linear_divergence_sum(" OPD_HIDDEN OPD_LAWS OPD_SUM_OPTIONS);
+  m.def("fused_linear_divergence_sum_(Tensor(a!) student_lm_head_weight_grad, float grad_scale, "
+        OPD_HIDDEN OPD_LAWS OPD_SUM_OPTIONS);
+  m.def("fused_linear_divergence_attach(Tensor loss, Tensor student_hidden, "
+        "Tensor student_lm_head_weight, Tensor? student_bias, Tensor? student_lora_a, "
+        "Tensor? student_lora_b, Tensor grad_student_hidden, Tensor grad_student_bias, "
+        "Tensor grad_student_lora_a, Tensor grad_student_lora_b, bool[] with_grads, "
+        "float grad_scale) -> Tensor");
   m.def("fused_linear_divergence_fwd(" OPD_HIDDEN OPD_LAWS
-        ", int workspace_bytes, bool with_statistics, str process_group, str backend) -> "
-        "(Tensor loss, Tensor statistics)");
+        ", int workspace_bytes, bool with_statistics, str process_group, bool? compact_tokens, "
+        "str backend) -> (Tensor loss, Tensor statistics)");
   m.def("fused_linear_divergence_bwd(Tensor grad_loss, " OPD_HIDDEN OPD_LAWS
-        ", int workspace_bytes, bool[] with_grads, str process_group, str backend) -> "
-        "(Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "
-        "Tensor grad_student_lora_a, Tensor grad_student_lora_b)");
+        ", int workspace_bytes, bool[] with_grads, str process_group, bool? compact_tokens, "
+        "str backend) -> (Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, "
+        "Tensor grad_student_bias, Tensor grad_student_lora_a, Tensor grad_student_lora_b)");
+#define OPD_TOKEN_OPTIONS                                                                    \
+  ", int workspace_bytes, bool[] with_grads, bool? compact_tokens, str backend) -> "         \
+  "(Tensor grad_hidden, Tensor grad_lm_head_weight, Tensor grad_bias, Tensor grad_lora_a, "  \
+  "Tensor grad_lora_b)"
   m.def("fused_linear_token_logprobs_fwd(" OPD_LINEAR OPD_LAW
-        ", int workspace_bytes, str backend) -> (Tensor logprobs, Tensor lse, Tensor entropy)");
+        ", Tensor? lm_head_weight_grad, int workspace_bytes, bool? compact_tokens, str backend) -> "
+        "(Tensor logprobs, Tensor lse, Tensor entropy)");
   m.def("fused_linear_token_logprobs_bwd(" OPD_TOKEN_GRADS OPD_LINEAR
-        "Tensor lse, Tensor entropy, " OPD_LAW
-        ", int workspace_bytes, bool[] with_grads, str backend) -> (Tensor grad_hidden, "
-        "Tensor grad_lm_head_weight, Tensor grad_bias, Tensor grad_lora_a, Tensor grad_lora_b)");
+        "Tensor lse, Tensor entropy, " OPD_LAW OPD_TOKEN_OPTIONS);
+  m.def("fused_linear_token_logprobs_bwd_(Tensor(a!) lm_head_weight_grad, " OPD_TOKEN_GRADS
+        OPD_LINEAR "Tensor lse, Tensor entropy, " OPD_LAW OPD_TOKEN_OPTIONS);
 }
 
 namespace opd::torch_ops {
 namespace {
 
 struct Cpu {
+  static constexpr bool kTakesNarrowGradients = false;
   explicit Cpu(const Tensor&) {}
 #define OPD_CALL(NAME)                      \
   template <class... Arguments>             \

@@ -42,6 +42,7 @@ struct Place {
 #endif
 
 struct Cuda : Place {
+  static constexpr bool kTakesNarrowGradients = true;
   using Place::Place;
 #define OPD_CALL(NAME)                              \
   template <class... Arguments>                     \

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The row kernels as torch ops, each written once for all backends. A Backend is made from the
 // first tensor of a call and has one member per entry point of the C API, which takes what the
-// entry point takes and throws its error.
+// entry point takes and throws its error; kTakesNarrowGradients says whether a 16-bit gradient of
+// float32 logits may be written in their place.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -28,6 +29,12 @@
 
 namespace opd::torch_ops {
 
+template <class Backend>
+void check_grad_dtype(int64_t grad_dtype) {
+  require(grad_dtype == kDtypeOfLogits || Backend::kTakesNarrowGradients,
+          "opd: grad_dtype must be -1 on CPU, where the GEMMs take dZ in the dtype of the logits");
+}
+
 // ---- divergences ----
 
 template <class Backend>
@@ -52,13 +59,14 @@ std::tuple<Tensor, Tensor, Tensor> divergence_fwd(const Backend& kernels, Tensor
 
 template <class Backend>
 void divergence_bwd_into(const Backend& kernels, const Tensor& grad, const Tensor& grad_loss,
-                         const Tensor& state, opd_divergence_args_t args) {
+                         const Tensor& state, opd_divergence_args_t args,
+                         int64_t grad_dtype = kDtypeOfLogits) {
   check_rows(grad_loss, args.num_tokens, real_of(grad));
   check_state(state, args);
   args.grad_loss = grad_loss.data_ptr();
   args.state = static_cast<double*>(state.data_ptr());
-  args.grad = gradient_in(grad);
-  args.grad_width = grad.size(1);
+  args.grad = gradient_in(grad, grad_dtype);
+  args.grad_width = grad_dtype == kDtypeOfLogits ? grad.size(1) : args.vocab_size;
   kernels.divergence_bwd(&args);
 }
 
@@ -77,18 +85,21 @@ Tensor divergence_bwd(const Backend& kernels, Tensor grad_loss, Tensor state, Te
 template <class Backend>
 void divergence_bwd_(const Backend& kernels, Tensor grad_loss, Tensor state, Tensor student_logits,
                      Tensor teacher_logits, Optional reference_logits, OPD_LAW_PARAMETERS,
-                     int64_t first_column) {
+                     int64_t first_column, int64_t grad_dtype) {
+  check_grad_dtype<Backend>(grad_dtype);
   Laws laws = OPD_LAW_ARGUMENTS;
   opd_divergence_args_t args =
       divergence_args(student_logits, teacher_logits, reference_logits, laws);
   args.first_column = first_column;
-  divergence_bwd_into(kernels, student_logits, grad_loss, state, args);
+  divergence_bwd_into(kernels, student_logits, grad_loss, state, args, grad_dtype);
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> divergence_fwd_grad_(const Backend& kernels, Tensor student_logits,
                                                 Tensor teacher_logits, Optional reference_logits,
-                                                OPD_LAW_PARAMETERS, bool with_statistics) {
+                                                OPD_LAW_PARAMETERS, bool with_statistics,
+                                                int64_t grad_dtype) {
+  check_grad_dtype<Backend>(grad_dtype);
   Laws laws = OPD_LAW_ARGUMENTS;
   opd_divergence_args_t args =
       divergence_args(student_logits, teacher_logits, reference_logits, laws);
@@ -98,7 +109,7 @@ std::tuple<Tensor, Tensor> divergence_fwd_grad_(const Backend& kernels, Tensor s
   args.with_statistics = with_statistics;
   args.loss = loss.data_ptr();
   args.statistics = with_statistics ? statistics.data_ptr() : nullptr;
-  args.grad = gradient_in(student_logits);
+  args.grad = gradient_in(student_logits, grad_dtype);
   args.grad_width = laws.vocab_size;
   args.scratch = matrix(teacher_logits);
   kernels.divergence_fwd_grad(&args);
@@ -159,7 +170,8 @@ template <class Backend>
 void token_logprobs_bwd_into(const Backend& kernels, const Tensor& grad_logits,
                              const Tensor& grad_logprobs, const Tensor& grad_lse,
                              const Tensor& grad_entropy, const Tensor& lse, const Tensor& entropy,
-                             const opd_token_logprobs_spec_t& spec) {
+                             const opd_token_logprobs_spec_t& spec,
+                             int64_t grad_dtype = kDtypeOfLogits) {
   for (const Tensor& values : {grad_lse, lse}) {
     check_rows(values, spec.num_tokens, ScalarType::Double);
   }
@@ -174,8 +186,8 @@ void token_logprobs_bwd_into(const Backend& kernels, const Tensor& grad_logits,
   args.grad_entropy = grad_entropy.data_ptr();
   args.lse = static_cast<const double*>(lse.data_ptr());
   args.entropy = entropy.data_ptr();
-  args.grad_logits = gradient_in(grad_logits);
-  args.grad_width = grad_logits.size(1);
+  args.grad_logits = gradient_in(grad_logits, grad_dtype);
+  args.grad_width = grad_dtype == kDtypeOfLogits ? grad_logits.size(1) : spec.vocab_size;
   kernels.token_logprobs_bwd(&args);
 }
 
@@ -194,11 +206,12 @@ Tensor token_logprobs_bwd(const Backend& kernels, Tensor grad_logprobs, Tensor g
 template <class Backend>
 void token_logprobs_bwd_(const Backend& kernels, Tensor grad_logprobs, Tensor grad_lse,
                          Tensor grad_entropy, Tensor logits, Tensor token_ids, Tensor lse,
-                         Tensor entropy, OPD_ONE_LAW_PARAMETERS) {
+                         Tensor entropy, OPD_ONE_LAW_PARAMETERS, int64_t grad_dtype) {
+  check_grad_dtype<Backend>(grad_dtype);
   const opd_token_logprobs_spec_t spec =
       token_logprobs_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
   token_logprobs_bwd_into(kernels, logits, grad_logprobs, grad_lse, grad_entropy, lse, entropy,
-                          spec);
+                          spec, grad_dtype);
 }
 
 // ---- segments ----

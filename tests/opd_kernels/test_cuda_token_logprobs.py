@@ -87,7 +87,7 @@ def test_cuda_token_logprobs_bwd_in_place_is_bwd(numbers):
     gradient = CUDA.token_logprobs_bwd(*arguments)
     assert bool((gradient[:, 690:] == 0).all())
     assert bool((gradient[1] == 0).all())
-    CUDA.token_logprobs_bwd_(*arguments)
+    CUDA.token_logprobs_bwd_(*arguments, -1)
     assert torch.equal(logits, gradient)
 
 
@@ -117,7 +117,7 @@ def test_cuda_token_logprobs_opcheck():
     grads = torch.ones_like(logprobs), torch.ones_like(lse), torch.ones_like(entropy)
     arguments = (*grads, logits, ids, lse, entropy, *law)
     torch.library.opcheck(CUDA.token_logprobs_bwd, arguments)
-    torch.library.opcheck(CUDA.token_logprobs_bwd_, arguments)
+    torch.library.opcheck(CUDA.token_logprobs_bwd_, (*arguments, -1))
 
 
 def test_cuda_token_logprobs_compiles_without_a_graph_break():

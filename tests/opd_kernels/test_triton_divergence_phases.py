@@ -146,7 +146,7 @@ def test_row_of_coefficients_zero_has_no_gradient_whatever_it_holds(ops):
     gradient = ops.divergence_bwd(torch.ones(NUM_TOKENS), state, *logits, *laws)
     assert loss[1] == 0 and bool((gradient[1] == 0).all())
     student, teacher = logits[0].clone(), logits[1].clone()
-    loss, _ = ops.divergence_fwd_grad_(student, teacher, None, *laws, False)
+    loss, _ = ops.divergence_fwd_grad_(student, teacher, None, *laws, False, -1)
     assert loss[1] == 0 and bool((student[1, :VOCAB] == 0).all())
     assert bool(student[0, :VOCAB].isfinite().all())
 
@@ -187,7 +187,7 @@ def test_triton_divergence_opcheck():
     loss, state, _ = TRITON.divergence_fwd(*logits, *laws, False)
     ones = torch.ones_like(loss)
     torch.library.opcheck(TRITON.divergence_bwd, (ones, state, *logits, *laws))
-    torch.library.opcheck(TRITON.divergence_bwd_, (ones, state, student, *others, *laws, 0))
-    torch.library.opcheck(TRITON.divergence_fwd_grad_, (*logits, *laws, True))
+    torch.library.opcheck(TRITON.divergence_bwd_, (ones, state, student, *others, *laws, 0, -1))
+    torch.library.opcheck(TRITON.divergence_fwd_grad_, (*logits, *laws, True, -1))
     for phase in (TERMS, FINISH):
         torch.library.opcheck(TRITON.divergence_phase_, (state, *logits, *laws, phase, 0, True))
