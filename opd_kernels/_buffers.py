@@ -31,8 +31,9 @@ _kept = _Kept()
 def borrowed_buffers(like: Tensor, shapes: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
     """A `_gemms.new_buffer` of each shape, for as long as the block runs.
 
-    On a CPU their memory is kept for this thread's next call, up to KEPT_BYTES: the system hands out
-    pages one fault at a time, which may cost a tenth of a whole loss. `release_workspace` frees it.
+    On a CPU their memory is kept for this thread's next call, up to KEPT_BYTES: the system hands
+    out pages one fault at a time, which may cost a tenth of a whole loss. `release_workspace` frees
+    it.
     """
     real, sizes = _checks.real_dtype(like), [math.prod(shape) for shape in shapes]
     total = sum(sizes)
