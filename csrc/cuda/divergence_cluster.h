@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Stands in for the one-read kernel of sm_90: it takes no call.
 #pragma once
 
 #include "launch.h"
