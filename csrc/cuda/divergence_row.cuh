@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One row of a divergence by one thread block, step by step; csrc/core/divergence.cpp is the same on
-// a CPU. Each step reads the row once: two reads for the loss, one more for each divergence that
+// One row of a divergence by one thread block, step by step; csrc/core/divergence.cpp is the same
+// on a CPU. Each step reads the row once: two reads for the loss, one more for each divergence that
 // needs row sums first, one more for the gradient. The gradient is formed from the logits again:
 // leaving dterm and q in memory between, as the CPU does, would move 36 bytes per column, not 28.
 // Sums and terms walk the row backwards, from the end that the L2 cache still holds.
@@ -53,7 +53,7 @@ struct RowKernel : RowSums<kId> {
   __device__ RowKernel(const Call& call, int64_t row, const SharedRow& shared, float weight)
       : Base(call, row, shared, weight) {}
 
-  // -- terms and gradient --------------------------------------------------------------------------
+  // -- terms and gradient -------------------------------------------------------------------------
 
   // What the terms of the loss are over four columns.
   struct Terms {
@@ -101,11 +101,12 @@ struct RowKernel : RowSums<kId> {
     if (!is_centred) terms->summed += c * sum;
   }
 
-  // fn(column, count, values, entries, terms) for the columns of this thread; the terms themselves go
-  // to term_lane, that of component j to term_lane[j * blockDim.x].
+  // fn(column, count, values, entries, terms) for the columns of this thread; the terms themselves
+  // go to term_lane, that of component j to term_lane[j * blockDim.x].
   template <class WithTerms, class Fn>
-  __device__ __forceinline__ void for_each_terms(WithTerms with_terms, bool descending, bool barrier,
-                                 float* term_lane, Fn&& fn) const {
+  __device__ __forceinline__ void for_each_terms(WithTerms with_terms, bool descending,
+                                                 bool barrier, float* term_lane,
+                                                 Fn&& fn) const {
     const Shifts<float> shifts(shared.state);
     const auto walk = [&](auto&& add_components) {
       for_each_vector<1>(
@@ -159,8 +160,8 @@ struct RowKernel : RowSums<kId> {
     bool aligned;
   };
 
-  // Sums over the row into the state, or, from a finished state, the gradient. The plain kernels have
-  // a loop for each: there `with_terms` is a constant.
+  // Sums over the row into the state, or, from a finished state, the gradient. The plain kernels
+  // have a loop for each: there `with_terms` is a constant.
   template <class WithTerms>
   __device__ __forceinline__ void walk_terms(WithTerms with_terms,
                                              const Gradient& gradient) const {
@@ -283,7 +284,7 @@ struct RowKernel : RowSums<kId> {
     return grad_loss != 0.0f && (has_labels || reads_teacher());
   }
 
-  // -- outcome -------------------------------------------------------------------------------------
+  // -- outcome ------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void finish() const {
     if (threadIdx.x != 0) return;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The functors of opd/divergences.h on a GPU: one that is known when a kernel is compiled, or those of
-// a call's components, which a block makes once and keeps in shared memory.
+// The functors of opd/divergences.h on a GPU: one that is known when a kernel is compiled, or those
+// of a call's components, which a block makes once and keeps in shared memory.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a block adds up over a row before the terms: log-sum-exps, the sums that terms need first,
-// single columns. kId >= 0 is the kernel of that divergence alone, without biases, scales, softcaps,
-// targets, statistics; kId < 0 that of every call, which looks at the ids as it runs.
+// single columns. kId >= 0 is the kernel of that divergence alone, without biases, scales,
+// softcaps, targets, statistics; kId < 0 that of every call, which looks at the ids as it runs.
 #pragma once
 
 #include <type_traits>
@@ -91,7 +91,7 @@ struct RowSums {
     }
   }
 
-  // -- log-sum-exps --------------------------------------------------------------------------------
+  // -- log-sum-exps -------------------------------------------------------------------------------
 
   __device__ __forceinline__ void add_lse() const {
     RunningLargest student, teacher;
@@ -126,7 +126,7 @@ struct RowSums {
     __syncthreads();
   }
 
-  // -- what terms need first -----------------------------------------------------------------------
+  // -- what terms need first ----------------------------------------------------------------------
 
   // fn(entries, count) for the columns of this thread, the target as the terms see it
   template <class Fn>
@@ -207,7 +207,7 @@ struct RowSums {
     return block_sum(lane);
   }
 
-  // -- single columns ------------------------------------------------------------------------------
+  // -- single columns -----------------------------------------------------------------------------
 
   // fn(k, log q, log p) for the ids of this row that are columns of this call, spread over the
   // threads. An id beyond the vocabulary, the caller's error, is NaN: a kernel cannot raise.

@@ -251,8 +251,8 @@ struct Laws {
   SideRow<kGeneral> student, teacher;
 };
 
-// The teacher's side becomes weight * teacher + rest * student, both weights in (0, 1); `through` is
-// d log(mixture) / d log q.
+// The teacher's side becomes weight * teacher + rest * student, both weights in (0, 1); `through`
+// is d log(mixture) / d log q.
 __device__ __forceinline__ Entry<float> mixed_entry(const Entry<float>& e, float weight, float rest,
                                                     float* through) {
   const Mixture<float> mix = mixture(e, weight, rest);
@@ -289,7 +289,7 @@ __device__ __forceinline__ void for_each_vector(const Laws& laws, int vocab_size
   }
 }
 
-// -- log-sum-exps ----------------------------------------------------------------------------------
+// -- log-sum-exps ---------------------------------------------------------------------------------
 
 // The largest logit that a thread has seen, its first column, and the sum relative to it.
 struct RunningLargest {

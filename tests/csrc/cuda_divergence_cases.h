@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Calls of a divergence with everything that they may be given, in float32 and in float64, on the CPU
-// and on the emulated GPU; and the rule that compares their results.
+// Calls of a divergence with everything that they may be given, in float32 and in float64, on the
+// CPU and on the emulated GPU; and the rule that compares their results.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +41,8 @@ struct Logits {
   Values values;
   std::vector<uint16_t> bits;
 
-  Logits(int64_t rows, int64_t vocab, int64_t row_stride, int32_t type, unsigned seed, double spread)
+  Logits(int64_t rows, int64_t vocab, int64_t row_stride, int32_t type, unsigned seed,
+         double spread)
       : num_rows(rows), vocab_size(vocab), stride(row_stride), dtype(type) {
     values.resize(rows * stride, kNan);
     bits.assign(rows * stride, 0x7fff);
@@ -233,8 +234,8 @@ struct Worst {
 };
 inline Worst worst;
 
-// |got - truth| <= 2 max|single - truth| + 4 eps max|truth|, with the maxima over [begin, end); where
-// the truth is no finite number both are the same.
+// |got - truth| <= 2 max|single - truth| + 4 eps max|truth|, with the maxima over [begin, end);
+// where the truth is no finite number both are the same.
 inline void compare(const std::vector<double>& truth, const std::vector<double>& single,
              const std::vector<double>& got, size_t begin, size_t end, double floor,
              const std::string& what) {
@@ -255,8 +256,8 @@ inline void compare(const std::vector<double>& truth, const std::vector<double>&
   if (bound > 0 && error / bound > worst.ratio) worst = {error / bound, what};
 }
 
-inline void compare_rows(const Problem& p, const Outcome& truth, const Outcome& single, const Outcome& got,
-                  const std::string& what) {
+inline void compare_rows(const Problem& p, const Outcome& truth, const Outcome& single,
+                         const Outcome& got, const std::string& what) {
   const int64_t n = p.num_tokens, v = p.vocab_size;
   compare(truth.loss, single.loss, got.loss, 0, n, 0, what + ": loss");
   // the gradient over one token or two is what cancellation leaves of numbers near 1
@@ -274,8 +275,8 @@ inline void check(const Problem& p, const std::string& what) {
 }
 
 inline std::string name_of(const Kind& kind, const Target& target, int64_t vocab_size) {
-  return "divergence " + std::to_string(kind.divergence) + "(" + std::to_string(kind.param0) + ", " +
-         std::to_string(kind.param1) + ") target " + std::to_string(target.kind) +
+  return "divergence " + std::to_string(kind.divergence) + "(" + std::to_string(kind.param0) +
+         ", " + std::to_string(kind.param1) + ") target " + std::to_string(target.kind) +
          (target.live ? " live" : "") + " V " + std::to_string(vocab_size);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA row kernels of a divergence under emulation. Truth is the CPU kernel in float64 on widened
-// copies of the inputs; the error that is allowed follows from what the CPU kernel in float32 has on
-// the same call.
+// The CUDA row kernels of a divergence under emulation. Truth is the CPU kernel in float64 on
+// widened copies of the inputs; the error that is allowed follows from what the CPU kernel in
+// float32 has on the same call.
 #include <cuda_runtime.h>
 #include <sys/mman.h>
 
@@ -142,7 +142,8 @@ void test_masked_rows() {
     const auto is_zero = [&](int64_t t) {
       bool zero = got.loss[t] == 0.0;
       for (int64_t v = 0; v < 1023; ++v) zero = zero && got.grad[t * 1023 + v] == 0.0;
-      for (int64_t i = 0; i < state_size(p); ++i) zero = zero && got.state[t * state_size(p) + i] == 0;
+      const double* const state = got.state.data() + t * state_size(p);
+      for (int64_t i = 0; i < state_size(p); ++i) zero = zero && state[i] == 0.0;
       for (size_t i = t; i < got.statistics.size(); i += 3) zero = zero && got.statistics[i] == 0.0;
       return zero;
     };
@@ -175,7 +176,8 @@ uint32_t bits_at(const void* data, int32_t dtype, int64_t i) {
 Stored forward_grad(Problem p, int32_t dtype, bool in_place) {
   std::vector<opd_divergence_component_t> components;
   opd_divergence_args_t args = args_of(p, false, components);
-  const int64_t stride = in_place ? p.student.stride * (dtype == OPD_FLOAT32 ? 1 : 2) : p.vocab_size;
+  const int64_t per_logit = dtype == OPD_FLOAT32 ? 1 : 2;
+  const int64_t stride = in_place ? p.student.stride * per_logit : p.vocab_size;
   const int64_t width = in_place ? p.student.stride : p.vocab_size;
   std::vector<uint32_t> own(p.num_tokens * p.vocab_size + 4);
   Stored out;
