@@ -56,8 +56,7 @@ OPD_HD RowLaws::Side side_of(const Factor& factor, const RelativeSum& of, double
   const double above = ::log2(of.sum);
   *lse = of.largest * factor.factor + above * kLn2;
   const double log2_sum = of.largest * static_cast<double>(factor.exponents) + above;
-  // exponents of nearly 0 where a token has all the mass: exact there
-  const double shift = static_cast<double>(static_cast<float>(log2_sum));
+  const double shift = ::rint(log2_sum);
   RowLaws::Side side;
   side.exponents = factor.exponents;
   side.shift = static_cast<float>(shift);
