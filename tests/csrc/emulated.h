@@ -82,7 +82,8 @@ inline void shuffle_threads(int seed) {
 
 template <class T>
 bool same(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+  if (a.size() != b.size()) return false;
+  return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
 // err(got) <= 2 err(baseline) + 4 eps max|truth|, and NaN and infinities where the truth has them.
