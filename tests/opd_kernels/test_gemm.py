@@ -174,6 +174,13 @@ def test_cpu_buffers_are_kept_for_the_next_call_and_released(monkeypatch):
     ):
         assert first.shape == (4, 5) and first.data_ptr() != other.data_ptr()
         address = first.data_ptr()
+    shapes = [(4, 5)]
+    with (
+        _buffers.borrowed_buffers(like, shapes) as (first,),
+        _buffers.borrowed_buffers(like, shapes) as (other,),
+    ):
+        assert first.shape == (4, 5) and first.data_ptr() != other.data_ptr()
+        address = first.data_ptr()
     with _buffers.borrowed_buffers(like, [(2, 3)]) as (smaller,):
         assert smaller.data_ptr() == address and smaller.is_contiguous()
     with _buffers.borrowed_buffers(like, [(100, 100)]) as (larger,):
@@ -192,7 +199,7 @@ def test_cpu_plan_asks_for_no_more_than_is_kept():
 
 def test_cpu_plan_holds_one_token_wherever_the_budget_does(monkeypatch):
     monkeypatch.setattr(gemm, "OWN", True)
-    whole_rows = _linear.NO_PATH_B
+    whole_rows = _plan.NO_PATH_B
     # 3 MiB a token; the packed operand would take 2 more
     head = torch.empty(1).expand(750_000, 2048)
     plan = _plan.plan("op", 5, 750_000, [head], 4 << 20, whole_rows=whole_rows)
