@@ -201,6 +201,8 @@ Stored forward_grad(Problem p, int32_t dtype, bool in_place) {
 }
 
 void test_gradient_in_place() {
+  // the kernels that stream, bit for bit; the one that reads once is held to the truth elsewhere
+  setenv("OPD_EMULATION_CAPABILITY", "80", 1);
   unsigned seed = 0;
   for (const Target& target : {kTargets[0], kTargets[3], kTargets[5]}) {
     for (int64_t vocab_size : {1, 17, 4099, 9000}) {
@@ -243,6 +245,7 @@ void test_gradient_in_place() {
       }
     }
   }
+  unsetenv("OPD_EMULATION_CAPABILITY");
 }
 
 // fwd of a problem in slices of the vocabulary, and the gradient of each slice

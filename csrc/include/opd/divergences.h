@@ -515,7 +515,8 @@ struct AlphaBeta : Separable {
     // powers that overflow against each other: the term itself grows without bound
     const T directly = (sum == sum) | (x != x) ? sum : std::numeric_limits<T>::infinity();
     const bool near = (x < T(reach)) & (x > T(-reach));
-    return select(e.absent(), T(0), near ? by_series : directly);
+    // NaN stays NaN where an exponent of 0 would leave it out
+    return select(e.absent(), T(0), x != x ? x : near ? by_series : directly);
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
@@ -531,7 +532,7 @@ struct AlphaBeta : Separable {
     const T directly = (qs - cross) * T(inverse_a);
     // a = 0 is always near: y is 0 then, x however large
     const bool near = (y < T(1)) & (y > T(-1));
-    return select(e.absent(), T(0), near ? by_series : directly);
+    return select(e.absent(), T(0), x != x ? x : near ? by_series : directly);
   }
   template <class T>
   OPD_HD T dterm_teacher(const Entry<T>& e) const {

@@ -120,10 +120,9 @@ inline int& emulated_multiprocessors() {
   static int count = 4;
   return count;
 }
-inline int& emulated_capability() {
-  static int value = 90;
-  if (const char* text = std::getenv("OPD_EMULATION_CAPABILITY")) value = std::atoi(text);
-  return value;
+inline int emulated_capability() {
+  const char* const text = std::getenv("OPD_EMULATION_CAPABILITY");
+  return text ? std::atoi(text) : 90;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
