@@ -450,9 +450,10 @@ class _Run:
     ) -> tuple[Tensor, Tensor]:
         """(dZ as the head's GEMMs take it, what is left of `spare`).
 
-        Float32 dZ of a 16-bit head, which no column could be left out of, is rounded in `spare`.
+        On a GPU, float32 dZ of a 16-bit head, which no column could be left out of, is rounded in
+        `spare`.
         """
-        if grad_logits.dtype == head.dtype or _gemms.widens(head):
+        if grad_logits.dtype == head.dtype or not _gemms.on_gpu(head):
             return grad_logits, spare
         size = grad_logits.numel()
         rounded = spare.view(head.dtype)[:size].view(grad_logits.shape)

@@ -189,6 +189,7 @@ def check(
     Raises:
         ValueError: the workspace does not even hold one token.
     """
+    _checks.byte_count(op, workspace_bytes)
     columns = vocab_size if whole_rows is not None else min(vocab_size, _FEWEST_COLUMNS)
     fixed_bytes, row_bytes = _cpu_bytes(heads)
     if _gemms.on_gpu(heads[0]):

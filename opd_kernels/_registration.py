@@ -31,6 +31,7 @@ def register(
     backward: Callable | None = None,
     triton: Callable | None = None,
     python: Callable | None = None,
+    cpu_only: bool = False,
 ) -> None:
     """Registers op `name`.
 
@@ -41,13 +42,13 @@ def register(
         backward: the same, but made from the namespace of the op that it belongs to.
         triton: host launcher with the schema's signature; makes `opd_triton::name`.
         python: the op itself, for ops that are loops over library GEMMs and row kernels; any other
-            is a row kernel and has a twin `opd_cuda::name`.
+            is a row kernel and has a twin `opd_cuda::name`, unless it is `cpu_only`.
     """
     names = [f"opd::{name}"]
     schema = str(getattr(torch.ops.opd, name).default._schema).removeprefix("opd::")
     if python is not None:
         _python_library.impl(name, python, "CompositeExplicitAutograd")
-    else:
+    elif not cpu_only:
         # implemented by csrc/torch/ops_cuda.cpp, where that is loaded
         _cuda_library.define(schema)
         names.append(f"opd_cuda::{name}")

@@ -264,6 +264,9 @@ struct RowKernel : RowSums<kId> {
   __device__ __forceinline__ bool open_gradient(Gradient* gradient) const {
     const float grad_loss = call.grad_loss ? call.grad_loss[row] : 1.0f;
     double sum = shared.state[kGradSum];
+    // a side without a law leaves no gradient; a dterm that only multiplies by the gap may not show it
+    const double gap = shared.state[kStudentLse] - shared.state[kTeacherLse];
+    if (reads_teacher() && !(gap - gap == 0.0)) sum = std::numeric_limits<double>::quiet_NaN();
     bool has_labels = false;
     gradient->label_coefficient = 0.0f;
     if constexpr (kGeneral) {

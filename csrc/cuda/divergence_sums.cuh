@@ -210,9 +210,11 @@ struct RowSums {
   // -- single columns -----------------------------------------------------------------------------
 
   // fn(k, log q, log p) for the ids of this row that are columns of this call, spread over the
-  // threads. An id beyond the vocabulary, the caller's error, is NaN: a kernel cannot raise.
+  // threads; a negative one may stand for none. An id beyond the vocabulary, the caller's error, is
+  // NaN: a kernel cannot raise.
   template <class Fn>
-  __device__ __forceinline__ void for_each_id(const int64_t* ids, int64_t count, Fn&& fn) const {
+  __device__ __forceinline__ void for_each_id(const int64_t* ids, int64_t count, bool may_be_none,
+                                              Fn&& fn) const {
     const Shifts<float> shifts(shared.state);
     for (int64_t k = threadIdx.x; k < count; k += blockDim.x) {
       const int64_t id = ids[row * count + k], column = id - call.first_column;
@@ -220,7 +222,7 @@ struct RowSums {
         const LawValues z = laws.at(static_cast<int>(column), 1);
         fn(k, (z.student[0] - shifts.student.high) - shifts.student.low,
            (z.target[0] - shifts.teacher.high) - shifts.teacher.low);
-      } else if (id >= call.vocab_size && (call.steps & kWholeRows)) {
+      } else if ((call.steps & kWholeRows) && (id >= 0 || !may_be_none)) {
         const float undefined = std::numeric_limits<float>::quiet_NaN();
         fn(k, undefined, undefined);
       }
@@ -241,14 +243,14 @@ struct RowSums {
   __device__ __forceinline__ void add_ids() const {
     double lq_lane = 0.0, lp_lane = 0.0, q_lane = 0.0, p_lane = 0.0, cross_entropy = 0.0;
     if (call.labels) {
-      for_each_id(call.labels, call.num_labels, [&](int64_t k, float lq, float) {
+      for_each_id(call.labels, call.num_labels, true, [&](int64_t k, float lq, float) {
         const float weight = label_weight(k);
         if (weight != 0.0f) cross_entropy -= static_cast<double>(weight) * lq;
       });
       add_to(shared.state + kCrossEntropy_, cross_entropy);
     }
     if (call.with_statistics && call.token_ids) {
-      for_each_id(call.token_ids, 1, [&](int64_t, float lq, float lp) {
+      for_each_id(call.token_ids, 1, false, [&](int64_t, float lq, float lp) {
         lq_lane += lq;
         lp_lane += lp;
       });
@@ -256,7 +258,7 @@ struct RowSums {
       add_to(shared.state + kTeacherLogprob, lp_lane);
     }
     if (call.with_statistics && call.topk_ids) {
-      for_each_id(call.topk_ids, call.num_topk, [&](int64_t, float lq, float lp) {
+      for_each_id(call.topk_ids, call.num_topk, true, [&](int64_t, float lq, float lp) {
         q_lane += ::exp(static_cast<double>(lq));
         p_lane += ::exp(static_cast<double>(lp));
       });

@@ -41,6 +41,17 @@ EXCEPTIONS = [
         WIDE_STORES,
         "as its loads",
     ),
+    Exemption(
+        r"forward_grad_cluster_kernel<Renyi, \w+>",
+        LOCAL_MEMORY,
+        "32 bytes of stack on the path of a mass beyond float32, which few rows ever take",
+    ),
+    Exemption(
+        r"divergence_rows<-1, \d+, \d+>",
+        LOCAL_MEMORY,
+        "every divergence and option in one kernel, with the 255 registers that a thread may have; "
+        "plain calls have kernels of their own",
+    ),
     Exemption(r"token_logprobs_forward<.*>", WIDE_STORES, "writes three numbers per row"),
     Exemption(r"sparse_gradient_mark", WIDE_STORES, "writes one byte per column, after all rows"),
     Exemption(r"sparse_gradient_pack", WIDE_STORES, "gathers: each value comes from elsewhere"),
@@ -66,7 +77,9 @@ def report(kernels: list[Kernel], what: str) -> None:
 
 def test_every_source_has_its_kernels(kernels):
     compiled = {kernel.source for kernel in kernels}
-    empty = [name for name in cuda_offline.sources() if name not in compiled]
+    # divergence.cu has the checks and the entry points; its kernels are in files beside it
+    expected = set(cuda_offline.sources()) - {"csrc/cuda/divergence.cu"}
+    empty = sorted(expected - compiled)
     assert not empty, f"no kernel came of {empty}"
     report([k for k in kernels if k.is_empty and k.arch != SM_80], "compiled to nothing")
 
