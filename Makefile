@@ -2,11 +2,13 @@
 # `make demo` and `make test` need Python >= 3.11, g++ and make; they set up .venv by themselves.
 #   PYTHON=python3.12   another interpreter        PIP_FLAGS="..."   passed to pip install
 #   OPD_MARCH=x86-64-v3 binaries that travel       CXX=g++-13        another compiler
+#   WORKERS=4           processes that run tests; by itself one per core
 #   OPD_CUDA=1          build the CUDA kernels here too, where there is nvcc and no GPU; 0: never
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
+WORKERS ?= auto
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -52,8 +54,9 @@ $(VENV)/.built: $(VENV)/.dependencies $(KERNEL_SOURCES)
 
 build: $(VENV)/.built
 
+# a worker per core, whole files: tests use one thread each, and the fixtures of a file are costly
 test: build test-core
-	$(BIN)/python -m pytest tests -q -m "not slow and not cuda"
+	$(BIN)/python -m pytest tests -q -m "not slow and not cuda" -n $(WORKERS) --dist loadfile
 
 test-core: $(VENV)/.dependencies
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF $(CORE_CUDA) >/dev/null
@@ -64,7 +67,7 @@ test-full: build test-core
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -G Ninja -DOPD_TORCH=OFF -DOPD_CUDA=OFF -DOPD_SANITIZE=ON >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/asan
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/asan --output-on-failure
-	$(BIN)/python -m pytest tests -q -m "not cuda"
+	$(BIN)/python -m pytest tests -q -m "not cuda" -n $(WORKERS) --dist loadfile
 
 # make test compiles all of them for Hopper and a few for the others
 test-cuda-compile: build

@@ -110,7 +110,7 @@ def fused_linear_divergence(
         compact_tokens: gather the tokens of non-zero weight before the first GEMM, which waits for
             the device once. False: GEMMs run on all tokens, nothing waits. None: unless a CUDA
             graph is captured.
-        backend: "cpu" | "triton" | "reference"; None picks one (`explain` says which).
+        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one (`explain` says which).
 
     Returns:
         FusedLinearDivergenceOutput(loss, statistics): float32 (float64 for float64), nats.

@@ -57,7 +57,7 @@ def fused_linear_token_logprobs(
         compact_tokens: backward gathers the tokens that have an upstream gradient, which waits for
             the device once. False: GEMMs run on all tokens, nothing waits. None: unless a CUDA
             graph is captured.
-        backend: "cpu" | "triton" | "reference"; None picks one.
+        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one.
 
     Returns:
         TokenLogprobs of [T] float32 (float64 for float64), nats, all three differentiable in
