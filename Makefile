@@ -2,19 +2,24 @@
 # `make demo` and `make test` need Python >= 3.11, g++ and make; they set up .venv by themselves.
 #   PYTHON=python3.12   another interpreter        PIP_FLAGS="..."   passed to pip install
 #   OPD_MARCH=x86-64-v3 binaries that travel       CXX=g++-13        another compiler
+#   WORKERS=4           processes that run tests; by itself one per core
+#   OPD_CUDA=1          build the CUDA kernels here too, where there is nvcc and no GPU; 0: never
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
+WORKERS ?= auto
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
   && echo $$p && break; done)
 CXX ?= g++
+# compiling the CUDA kernels for every GPU takes minutes; their emulation is tested without nvcc
+CORE_CUDA := -DOPD_CUDA=$(if $(filter 1,$(OPD_CUDA)),ON,OFF)
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build test test-full test-core demo demo-full bench bench-full peers lint clean
+.PHONY: help build test test-full test-core test-cuda-compile demo demo-full bench bench-full peers lint clean
 
 help:
 	@echo "make demo       train a small model on-policy from scratch on the CPU, through the fused kernel"
@@ -25,6 +30,9 @@ help:
 	@echo "make bench-full the same, and every divergence against torch.compile"
 	@echo "make peers      what they are compared with: the bench extra (Liger, TRL, orda) into .venv"
 	@echo "make test-full  the tests with the slow ones, and the core under sanitizers"
+	@echo "make test-cuda-compile"
+	@echo "                every CUDA kernel for sm_80, sm_90a and sm_100a, and the machine code held to"
+	@echo "                limits; needs nvcc, no GPU"
 	@echo "make build      only set up .venv and build"
 
 $(VENV)/.dependencies: requirements.txt constraints.txt
@@ -46,19 +54,24 @@ $(VENV)/.built: $(VENV)/.dependencies $(KERNEL_SOURCES)
 
 build: $(VENV)/.built
 
+# a worker per core, whole files: tests use one thread each, and the fixtures of a file are costly
 test: build test-core
-	$(BIN)/python -m pytest tests -q -m "not slow and not cuda"
+	$(BIN)/python -m pytest tests -q -m "not slow and not cuda" -n $(WORKERS) --dist loadfile
 
 test-core: $(VENV)/.dependencies
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF $(CORE_CUDA) >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/core
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/core --output-on-failure
 
 test-full: build test-core
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -G Ninja -DOPD_TORCH=OFF -DOPD_SANITIZE=ON >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -G Ninja -DOPD_TORCH=OFF -DOPD_CUDA=OFF -DOPD_SANITIZE=ON >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/asan
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/asan --output-on-failure
-	$(BIN)/python -m pytest tests -q -m "not cuda"
+	$(BIN)/python -m pytest tests -q -m "not cuda" -n $(WORKERS) --dist loadfile
+
+# make test compiles all of them for Hopper and a few for the others
+test-cuda-compile: build
+	$(BIN)/python -m pytest tests/opd_kernels/test_cuda_compile.py -q
 
 demo: build
 	@$(BIN)/python examples/first_light/demo.py
@@ -76,11 +89,11 @@ bench bench-full: build
 	@mkdir -p build
 	@# a missed goal fails the run (1) and is reported; an interrupted run (2) is not
 	$(BIN)/python -m pytest benchmarks -q -c benchmarks/pytest.ini $(BENCH_FLAGS) --benchmark-json=build/bench.json; \
-	  status=$$?; test $$status -gt 1 || $(BIN)/python benchmarks/report.py build/bench.json || exit; exit $$status
+	  status=$$?; test $$status -gt 1 || $(BIN)/python -m benchmarks.report build/bench.json || exit; exit $$status
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf build dist *.egg-info opd_kernels/_C.so $(VENV)/.built
+	rm -rf build dist *.egg-info opd_kernels/_C.so opd_kernels/_C_cuda.so $(VENV)/.built

@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds opd_kernels/_C.so with CMake and declares the two packages; no source list lives here."""
+"""Builds opd_kernels/_C.so, and _C_cuda.so where it can be used, with CMake; declares the packages.
+
+No source list lives here. Environment variables:
+
+    OPD_MARCH               -march of the CPU kernels, default native
+    OPD_CUDA                1: build the CUDA kernels or fail; 0: do not. Default: build them where
+                            there are nvcc, a GPU and a torch with CUDA, since they take minutes
+    OPD_CUDA_ARCHITECTURES  GPUs to build for, as CMake's CUDA_ARCHITECTURES; default
+                            80-real;90a-real;100a-real
+"""
 
 from __future__ import annotations
 
@@ -36,12 +45,50 @@ def torch_directory() -> Path:
     return Path(spec.origin).parent
 
 
+def nvcc() -> str | None:
+    """Path of nvcc, also where CUDA is installed beside PATH."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    paths = [os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next((found for path in paths if path and (found := shutil.which(path))), None)
+
+
+def has_gpu() -> bool:
+    """Whether the driver lists a GPU."""
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+
+
+def builds_cuda() -> bool:
+    """Whether to build the CUDA kernels, by OPD_CUDA or by what is here."""
+    wanted = os.environ.get("OPD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"opd-kernels: OPD_CUDA must be 0 or 1 or unset, got {wanted!r}.")
+    if wanted == "1" and nvcc() is None:
+        raise SystemExit(
+            "opd-kernels: OPD_CUDA=1 needs nvcc, which was not found. Install the CUDA toolkit "
+            "(12.8 or newer) and put nvcc on PATH, or name it in CUDACXX."
+        )
+    if wanted:
+        return wanted == "1"
+    has_cuda = (torch_directory() / "lib" / "libtorch_cuda.so").exists()
+    return nvcc() is not None and has_cuda and has_gpu()
+
+
 class CMakeBuild(build_ext):
-    """Runs CMake once and copies the one shared object to where Python looks for it."""
+    """Runs CMake once per shared object and copies that to where Python looks for it."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # no Python in the library, so no interpreter tag in its name
         return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def run(self) -> None:
+        self.cuda = builds_cuda()
+        cuda = next(ext for ext in self.extensions if ext.name == "opd_kernels._C_cuda")
+        if not self.cuda:
+            self.extensions.remove(cuda)
+            # kernels of older sources would be loaded beside the new library
+            Path(self.get_ext_fullpath(cuda.name)).unlink(missing_ok=True)
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         find_program(os.environ.get("CXX", "g++"), "Install a C++20 compiler (g++ >= 11).")
@@ -53,15 +100,19 @@ class CMakeBuild(build_ext):
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DOPD_MARCH={march}"]
         configure += ["-DOPD_TESTS=OFF", "-DOPD_WERROR=OFF"]
         configure += [f"-DOPD_TORCH_DIR={torch_directory()}"]
+        configure += [f"-DOPD_CUDA={'ON' if self.cuda else 'OFF'}"]
+        if self.cuda:
+            configure += [f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
+            architectures = os.environ.get("OPD_CUDA_ARCHITECTURES")
+            configure += [f"-DOPD_CUDA_ARCHITECTURES={architectures}"] if architectures else []
         subprocess.run(configure, check=True)
-        subprocess.run(
-            [cmake, "--build", str(build_directory), "--target", "opd_torch"], check=True
-        )
         target = Path(self.get_ext_fullpath(ext.name))
+        build = {"_C.so": "opd_torch", "_C_cuda.so": "opd_torch_cuda"}[target.name]
+        subprocess.run([cmake, "--build", str(build_directory), "--target", build], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         # a process that has the old file mapped keeps it: replace, never overwrite
         fresh = target.with_suffix(".so.new")
-        shutil.copy2(build_directory / "_C.so", fresh)
+        shutil.copy2(build_directory / target.name, fresh)
         os.replace(fresh, target)
 
 
@@ -72,10 +123,13 @@ setup(
     ],
     package_dir={"opd": "python/opd", "opd_kernels": "opd_kernels"},
     package_data={
-        "opd_kernels": ["_C.so", "py.typed"],
+        "opd_kernels": ["_C.so", "_C_cuda.so", "py.typed"],
         "opd": ["py.typed", "recipes/*.yaml", "*.j2"],
         "opd.tasks": ["chain_repair_teacher/*"],
     },
-    ext_modules=[Extension("opd_kernels._C", sources=[])],
+    ext_modules=[
+        Extension("opd_kernels._C", sources=[]),
+        Extension("opd_kernels._C_cuda", sources=[]),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

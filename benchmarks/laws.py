@@ -38,17 +38,19 @@ class Laws(NamedTuple):
     teacher_lm_head_weight: Tensor
 
 
-def peaked(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Laws:
+def peaked(
+    shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> Laws:
     """Logits z[t, v] = log prior_v + lift of t's candidates + noise, through heads of rank D.
 
     A head row is (log prior, random features); a hidden state is (1, a sum of the candidates'
     features + noise). The teacher has the student's features and others of its own, from which
     its noise comes: its hidden size must be the larger one.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+        return torch.randn(*size, generator=generator, device=device)
 
     num_tokens, vocab_size, size, teacher_size = shape
     own = teacher_size - size
@@ -56,8 +58,9 @@ def peaked(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> L
         raise ValueError(
             f"peaked: the teacher's hidden size must be above {size}, got {own + size}"
         )
-    prior = -ZIPF_EXPONENT * torch.arange(1, vocab_size + 1).log()
-    prior = (prior - prior.logsumexp(0))[torch.randperm(vocab_size, generator=generator)]
+    prior = -ZIPF_EXPONENT * torch.arange(1, vocab_size + 1, device=device).log()
+    order = torch.randperm(vocab_size, generator=generator, device=device)
+    prior = (prior - prior.logsumexp(0))[order]
     # rows of unit length, so that a lift of 1 along a row adds 1 to its own logit
     features = torch.nn.functional.normalize(normal(vocab_size, size - 1), dim=1)
     candidates = torch.stack(
@@ -74,7 +77,7 @@ def peaked(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> L
     # the candidates' logits are their lifts, exactly
     wanted = lifts - noise.unsqueeze(1) @ rows.mT
     mixed = (torch.linalg.solve(rows @ rows.mT, wanted.mT) * rows).sum(1)
-    student_hidden = torch.cat([torch.ones(num_tokens, 1), mixed + noise], 1)
+    student_hidden = torch.cat([torch.ones(num_tokens, 1, device=device), mixed + noise], 1)
     student_head = torch.cat([prior.unsqueeze(1), features], 1)
     teacher_noise = TEACHER_NOISE * normal(num_tokens, own)
     teacher_features = torch.nn.functional.normalize(normal(vocab_size, own), dim=1)
@@ -88,9 +91,10 @@ def peaked(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> L
 
 def _lifts(num_tokens: int, generator: torch.Generator) -> Tensor:
     """[T, candidates]: logits of the candidates relative to no prior at all."""
-    lifts = torch.randn(num_tokens, NUM_CANDIDATES, generator=generator) + CANDIDATE_LIFT
-    is_peaked = torch.randperm(num_tokens, generator=generator) < PEAKED_SHARE * num_tokens
-    share = torch.rand(num_tokens, generator=generator)
+    where = {"generator": generator, "device": generator.device}
+    lifts = torch.randn(num_tokens, NUM_CANDIDATES, **where) + CANDIDATE_LIFT
+    is_peaked = torch.randperm(num_tokens, **where) < PEAKED_SHARE * num_tokens
+    share = torch.rand(num_tokens, **where)
     low, high = (
         torch.where(is_peaked, peaked, flat)
         for peaked, flat in zip(PEAKED_LIFT, FLAT_LIFT, strict=True)

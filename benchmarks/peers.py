@@ -102,7 +102,7 @@ def _of_packages(name: str, dtype: torch.dtype, params: dict) -> dict[str, Peer]
 
 
 def liger(beta: float, compiled: bool) -> Loss:
-    """Liger-Kernel's chunked JSD, the one of its losses that runs on a CPU."""
+    """Liger-Kernel's chunked JSD, torch alone, the one of its two that runs on a CPU."""
 
     def loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -111,14 +111,19 @@ def liger(beta: float, compiled: bool) -> Loss:
         module = LigerFusedLinearJSDLoss(
             weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled
         )
-        token_ids = torch.zeros(student_hidden.shape[0], dtype=torch.long)
+        token_ids = _labels(student_hidden)
         return module(student_hidden, student_weight, teacher_hidden, teacher_weight, token_ids)
 
     return loss
 
 
+def _labels(hidden: Tensor) -> Tensor:
+    """Hard labels, which a loss wants and then weighs with zero."""
+    return torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+
+
 def trl(beta: float) -> Loss:
-    """TRL's chunked divergence: its torch path, since its kernels are Triton."""
+    """TRL's chunked divergence: Triton on a GPU, its torch path elsewhere."""
 
     def loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -131,12 +136,12 @@ def trl(beta: float) -> Loss:
 
 
 def orda(**variant) -> Loss:
-    """orda-kernel's distillation loss: its torch path, since its kernels are Triton."""
+    """orda-kernel's distillation loss: Triton on a GPU, its torch path elsewhere."""
 
     def loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
         from orda_kernel import SeparateTeacher, distillation_loss
 
-        labels = torch.zeros(student_hidden.shape[0], dtype=torch.long)
+        labels = _labels(student_hidden)
         teacher = SeparateTeacher(hidden=teacher_hidden, weight=teacher_weight)
         return distillation_loss(
             student_hidden,
@@ -147,7 +152,7 @@ def orda(**variant) -> Loss:
             teacher_ce_weight=0.0,
             kl_weight=1.0,
             reduction="sum",
-            backend="torch",
+            backend="auto" if student_hidden.is_cuda else "torch",
             **variant,
         ).loss
 

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a pytest-benchmark run into benchmarks/results/cpu.json and docs/benchmarks.md.
+"""A pytest-benchmark run becomes benchmarks/results/cpu.json, and results docs/benchmarks.md.
 
-Ratios and bytes are kept, absolute times are not: on a shared machine they mean nothing.
+Ratios and bytes are kept, absolute times are not: on a shared machine they mean nothing. What GPUs
+have measured is in files of their own (benchmarks/gpu/report.py).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import results as gpu_results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
@@ -18,12 +22,14 @@ OURS = "opd_kernels"
 
 HEADER = """# Benchmarks
 
-How long do the losses take, and how much memory, on a CPU: against the matrix products that nobody
-can do without, and against other people's code. Written by `make bench` from
-`benchmarks/results/cpu.json`; do not edit. No GPU has run these kernels yet, so there is no GPU
-number here.
+How long do the losses take, and how much memory: against the matrix products that nobody can do
+without, and against other people's code. Written by `opd bench --report` from the files in
+`benchmarks/results`; do not edit. {gpu}
 
-Machine: {cpu}, {threads} threads; torch {torch}, Python {python}, commit {commit}. {peers}
+{gpu_sections}## On a CPU
+
+From `benchmarks/results/cpu.json`, all that follows. Machine: {cpu}, {threads} threads; torch
+{torch}, Python {python}, commit {commit}. {peers}
 
 **How to read it.** Every time is a ratio within one run, in which the variants took turns: the best
 time of one over the best time of another, in brackets the same of medians. Everything is forward +
@@ -224,12 +230,14 @@ def question_of(group: str) -> str:
     return max((key for key in QUESTIONS if group.startswith(key)), key=len, default=group)
 
 
-def page(results: dict) -> str:
-    """The Markdown page: goals, how to reproduce, then a question at a time."""
+def page(results: dict, gpu_sections: Sequence[str] = ()) -> str:
+    """The Markdown page: GPUs, then the CPU: goals, how to reproduce, a question at a time."""
     machine = dict(results["machine"])
     versions = ", ".join(f"{name} {version}" for name, version in machine.pop("peers", {}).items())
     peers = f"Peers: {versions}." if versions else "No peer package was installed."
-    lines = [HEADER.format(peers=peers, **machine)]
+    gpu = f"GPUs: {len(gpu_sections)}." if gpu_sections else gpu_report.NONE
+    sections = "".join(f"{section}\n" for section in gpu_sections)
+    lines = [HEADER.format(peers=peers, gpu=gpu, gpu_sections=sections, **machine)]
     if results.get("goals"):
         lines += ["## Goals\n", goals_table(results["goals"])]
     lines.append(REPRODUCE)
@@ -255,15 +263,35 @@ def page(results: dict) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def main(path: str) -> None:
-    """Reads the JSON that `pytest --benchmark-json` wrote, and writes the two files."""
-    results = condense(json.loads(Path(path).read_text()))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
-    print(goals_table(results["goals"]))
-    print(f"{RESULTS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)} are written")
+def gpu_sections_of(directory: Path, pictures: Path) -> list[str]:
+    """A section for each GPU that has results.
+
+    Raises:
+        SchemaError: a results file that is not what this version writes.
+    """
+    return [
+        gpu_report.section(gpu_results.load(path), path, pictures)
+        for path in gpu_report.files(directory)
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes the page; before it cpu.json, from a file of `pytest --benchmark-json` if named."""
+    if arguments:
+        results = condense(json.loads(Path(arguments[0]).read_text()))
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(goals_table(results["goals"]))
+        print(f"{RESULTS.relative_to(ROOT)} is written")
+    try:
+        sections = gpu_sections_of(RESULTS.parent, PAGE.parent)
+    except gpu_results.SchemaError as error:
+        print(error, file=sys.stderr)
+        return 2
+    PAGE.write_text(page(json.loads(RESULTS.read_text()), sections))
+    print(f"{PAGE.relative_to(ROOT)} is written")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    raise SystemExit(main(sys.argv[1:]))

@@ -2,9 +2,9 @@
 """Fused LM-head divergence kernels for on-policy distillation."""
 
 from . import divergences, errors, reference, targets
+from ._buffers import release_workspace
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
-from ._linear import release_workspace
 from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence

@@ -338,6 +338,12 @@ def one_of(op: str, name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
+def optional_bool(op: str, name: str, value: bool | None) -> None:
+    """True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True, False or None, got {value!r}.")
+
+
 def names(op: str, name: str, value: Iterable[str]) -> tuple[str, ...]:
     """Several strings; a single one is refused, because its letters would be taken for them."""
     if isinstance(value, str) or not isinstance(value, Iterable):

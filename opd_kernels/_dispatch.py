@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import env
+from . import _library, env
 from .errors import UnsupportedBackendError
 
 OPS = (
@@ -23,12 +23,17 @@ OPS = (
     "segment_scan",
 )
 
+# the oldest GPUs that csrc/cuda is written for
+_OLDEST_CAPABILITY = (8, 0)
+
 
 class Meta(NamedTuple):
     """What the choice may depend on."""
 
     device: str
     dtype: torch.dtype
+    # compute capability (major, minor) of a CUDA device
+    capability: tuple[int, int] | None = None
 
 
 class Row(NamedTuple):
@@ -38,8 +43,45 @@ class Row(NamedTuple):
     objection: Callable[[Meta], str | None]
 
 
+def _constant_for_dynamo(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo: seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def _cuda(meta: Meta) -> str | None:
-    return "this version has no CUDA C++ kernels; use backend='triton' on a GPU"
+    if meta.device == "cpu" and _cuda_emulated():
+        return None
+    if meta.device != "cuda":
+        return f"the tensors are on {meta.device}"
+    if _library.CUDA_OBJECTION is not None:
+        return _library.CUDA_OBJECTION
+    return None if meta.capability is None else _gpu_objection(meta.capability)
+
+
+@_constant_for_dynamo
+def _cuda_emulated() -> bool:
+    return _library.cuda_emulated()
+
+
+@_constant_for_dynamo
+def _gpu_objection(capability: tuple[int, int]) -> str | None:
+    gpu = f"the GPU has compute capability {capability[0]}.{capability[1]}"
+    if capability < _OLDEST_CAPABILITY:
+        return f"{gpu} and the CUDA kernels need {_OLDEST_CAPABILITY[0]}.{_OLDEST_CAPABILITY[1]}"
+    built = _library.architectures()
+    if _library.runs_on(capability, built):
+        return None
+    return (
+        f"{gpu} and the CUDA kernels were built for {', '.join(built)}; rebuild them with "
+        f"OPD_CUDA_ARCHITECTURES={10 * capability[0] + capability[1]}"
+    )
+
+
+def _cuda_of_logits(meta: Meta) -> str | None:
+    if meta.dtype == torch.float64:
+        return "float64 is not supported by the CUDA kernels of logits"
+    return _cuda(meta)
 
 
 def _cpu(meta: Meta) -> str | None:
@@ -60,11 +102,11 @@ def _reference(meta: Meta) -> str | None:
     return None
 
 
-# in order of preference; the same for all ops: the fused_linear ops use the row kernels of the rest
+# in order of preference; the fused_linear ops use the row kernels of the rest
 BACKENDS: dict[str, tuple[Row, ...]] = {
     op: (
-        Row("cuda", _cuda),
         Row("cpu", _cpu),
+        Row("cuda", _cuda if op == "segment_scan" else _cuda_of_logits),
         Row("triton", _triton),
         Row("reference", _reference),
     )
@@ -108,7 +150,14 @@ def _check_name(op: str, backend: str) -> None:
 
 def meta_of(tensor: Tensor) -> Meta:
     """Metadata of a call from its first tensor."""
-    return Meta(tensor.device.type, tensor.dtype)
+    device = tensor.device
+    return Meta(device.type, tensor.dtype, _capability(device.type, device.index))
+
+
+@_constant_for_dynamo
+def _capability(device: str, index: int | None) -> tuple[int, int] | None:
+    known = device == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_capability(index) if known else None
 
 
 def select(op: str, meta: Meta, backend: str | None = None) -> str:
@@ -144,9 +193,12 @@ def select(op: str, meta: Meta, backend: str | None = None) -> str:
     )
 
 
+_ROW_OPS = {"cpu": "opd", "cuda": "opd_cuda", "triton": "opd_triton"}
+
+
 def row_ops(backend: str):
     """The namespace of compiled row kernels of a backend."""
-    return torch.ops.opd_triton if backend == "triton" else torch.ops.opd
+    return getattr(torch.ops, _ROW_OPS[backend])
 
 
 def table(op: str, meta: Meta) -> list[tuple[str, bool, str]]:
@@ -162,8 +214,9 @@ def table(op: str, meta: Meta) -> list[tuple[str, bool, str]]:
 def kernel_table() -> list[dict[str, object]]:
     """One row per op and backend on this machine: op, backend, available, reason."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    meta = Meta(device, torch.float32, _capability(device, None))
     return [
         {"op": op, "backend": backend, "available": available, "reason": reason}
         for op in OPS
-        for backend, available, reason in table(op, Meta(device, torch.float32))
+        for backend, available, reason in table(op, meta)
     ]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loops of fused_linear_divergence: LM-head GEMMs and row kernels over chunks.
 
-Path A has whole rows of logits for a chunk of tokens: one row kernel, dZ in place. Path B has a
-slice of the vocabulary at a time and forms its logits again for each phase. A vocabulary-parallel
-call has its own shard's columns of a chunk, whole, and combines the state between phases.
+Path A has whole rows of logits for a chunk of tokens: one row kernel per part of the chunk, for
+which the other models' logits exist, dZ in place. Path B has a slice of the vocabulary at a time
+and forms its logits again for each phase. A vocabulary-parallel call has its own shard's columns of
+a chunk, whole, and combines the state between phases.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _dispatch, _laws, _linear, _parallel, sparse_gradient
+from . import _buffers, _dispatch, _gemms, _laws, _linear, _parallel, _plan, sparse_gradient
 from ._checks import real_dtype, token_ids_in_range, values_in_range
 from .divergence import CLOSE_LSE, FINISH, LSE, OPEN, ROW_SUMS, TERMS
 
@@ -61,7 +62,15 @@ class Options(NamedTuple):
     with_statistics: bool
     process_group: str
     gradient_tolerance: float
+    compact_tokens: bool | None
     backend: str
+
+
+class Sum(NamedTuple):
+    """The caller's float32 (float64) [V_head, D]: `factor` times the head's gradient is added."""
+
+    grad: Tensor
+    factor: float
 
 
 def empty_gradients(inputs: Inputs, laws: _laws.Laws, with_grads: list[bool]) -> Gradients:
@@ -82,14 +91,37 @@ def empty_gradients(inputs: Inputs, laws: _laws.Laws, with_grads: list[bool]) ->
     )
 
 
-def run(inputs: Inputs, laws: _laws.Laws, options: Options) -> tuple[Tensor, Gradients, Tensor]:
+def run(
+    inputs: Inputs, laws: _laws.Laws, options: Options, head_sum: Sum | None = None
+) -> tuple[Tensor, Gradients, Tensor]:
     """(loss [T], gradients, statistics).
 
     Everything is float32 (float64): gradients are rounded to the inputs' dtype once, after the
-    upstream gradient has been applied.
+    upstream gradient has been applied. With `head_sum`, the head's is added there.
     """
     _check_ids(laws, options)
-    return _Run(inputs, laws, options).run()
+    return _Run(inputs, laws, options, head_sum).run()
+
+
+def plan_of(
+    num_tokens: int, vocab_size: int, inputs: Inputs, laws: _laws.Laws, options: Options
+) -> _plan.Plan:
+    """How a call with so many tokens that count is cut."""
+    whole_rows = _laws.needs_whole_rows(laws.divergences)
+    if options.process_group:
+        whole_rows = _parallel.WHOLE_ROWS
+    return _plan.plan(
+        OP,
+        num_tokens,
+        vocab_size,
+        inputs.heads(),
+        options.workspace_bytes,
+        whole_rows=whole_rows,
+        # ranks exchange a chunk's state at once, and columns are packed where all of a chunk's
+        # teacher logits were
+        in_parts=not options.process_group and not options.gradient_tolerance,
+        low_rank=0 if inputs.student_lora_a is None else inputs.student_lora_a.shape[0],
+    )
 
 
 def _check_ids(laws: _laws.Laws, options: Options) -> None:
@@ -116,43 +148,48 @@ def _check_ids(laws: _laws.Laws, options: Options) -> None:
 
 
 class _Chunk(NamedTuple):
-    """Tokens [begin, end) of the active ones: hidden states by head, and their laws."""
+    """Tokens [begin, end) of the active ones: the student's hidden states, and their laws."""
 
     begin: int
     end: int
-    hidden: list[Tensor]
+    hidden: Tensor
     # student_hidden @ A.T of the low-rank pair
     low_rank: Tensor | None
     laws: _laws.Laws
 
 
 class _Run:
-    def __init__(self, inputs: Inputs, laws: _laws.Laws, options: Options) -> None:
-        self.inputs, self.options = inputs, options
+    def __init__(
+        self, inputs: Inputs, laws: _laws.Laws, options: Options, head_sum: Sum | None
+    ) -> None:
+        self.inputs, self.options, self.head_sum = inputs, options, head_sum
         self.rows = _dispatch.row_ops(options.backend)
         self.group = _parallel.resolve(options.process_group)
         # from here on the vocabulary is this rank's part of it
         self.first_column = 0 if self.group is None else self.group.first_column
         if self.group is not None:
             laws = laws._replace(vocab_size=self.group.num_columns)
-        self.laws = laws
-        student = inputs.student_hidden
+        student, head = inputs.student_hidden, inputs.student_lm_head_weight
         real = real_dtype(student)
         num_tokens = student.shape[0]
-        self.token_idx = _linear.active_tokens(laws.token_weights)
+        if options.gradient_tolerance and _linear.is_captured(student):
+            raise RuntimeError(
+                f"{OP}: gradient_tolerance must be None while a CUDA graph is captured, got "
+                f"{options.gradient_tolerance}: its list of columns waits for the device."
+            )
+        self.token_idx = _linear.active_tokens(laws.token_weights, options.compact_tokens)
         num_active = num_tokens if self.token_idx is None else self.token_idx.shape[0]
-        whole_rows = _laws.needs_whole_rows(laws.divergences)
-        if self.group is not None:
-            whole_rows = _parallel.WHOLE_ROWS
-        self.plan = _linear.plan(
-            OP,
-            num_active,
-            laws.vocab_size,
-            inputs.heads(),
-            options.workspace_bytes,
-            whole_rows=whole_rows,
-        )
+        self.plan = plan_of(num_active, laws.vocab_size, inputs, laws, options)
         self.with_grad = any(options.with_grads)
+        # columns are packed from float32 dZ, and few of them are left to be rounded
+        self.grad_dtype = _gemms.AS_LOGITS
+        if not options.gradient_tolerance:
+            self.grad_dtype = _gemms.grad_dtype(head)
+        self.unit = _linear.gradient_unit(head, laws.token_weights) if self.with_grad else None
+        weights = _linear.in_units(laws.token_weights, self.unit, num_tokens)
+        # tokens of weight 0 take part, and their hidden states may hold anything
+        self.has_masked = self.token_idx is None and laws.token_weights is not None
+        self.laws = laws._replace(token_weights=weights)
         new = student.new_zeros if self.token_idx is not None else student.new_empty
         self.loss = new(num_tokens, dtype=real)
         self.statistics = new(
@@ -164,24 +201,34 @@ class _Run:
         self.gradients = self._new_gradients(new, num_active)
         self.low_rank = None
         if inputs.student_lora_a is not None:
-            self.low_rank = _linear.LowRank(
-                inputs.student_lora_a.to(real), inputs.student_lora_b.to(real)
+            self.low_rank = _gemms.LowRank.of(
+                inputs.student_lora_a, inputs.student_lora_b, head, self.grad_dtype
             )
 
     def run(self) -> tuple[Tensor, Gradients, Tensor]:
-        shape = (len(self.inputs.heads()), self.plan.chunk_tokens, self.plan.slice_columns)
-        with _linear.borrowed_buffer(self.inputs.student_hidden, *shape) as self.buffers:
-            for begin, end in self.plan.chunks():
+        head_sum = None if self.head_sum is None else self.head_sum.grad
+        plan, num_others = self.plan, len(self.inputs.heads()) - 1
+        shapes = [(plan.chunk_tokens, plan.slice_columns)]
+        shapes += [(plan.teacher_tokens, plan.slice_columns)] * num_others
+        with (
+            _linear.summed_in_units(head_sum, self.unit),
+            _buffers.borrowed_buffers(self.inputs.student_hidden, shapes) as self.buffers,
+        ):
+            for begin, end in plan.chunks():
                 # a function, so that its gathered rows are gone before the next chunk's exist
                 self._run_chunk(begin, end)
+        gradients = self.gradients
+        if self.unit is not None:
+            for value in (self.loss, *gradients):
+                value.mul_(self.unit)
         if self.group is not None:
             self.group.sum_gradients(
-                self.gradients.student_hidden, self.gradients.student_lora_a, self.dropped
+                gradients.student_hidden, gradients.student_lora_a, self.dropped
             )
         statistics = self.statistics
         if self.options.gradient_tolerance and self.options.with_statistics:
             statistics = torch.cat([statistics, self.dropped.unsqueeze(0)])
-        return self.loss, self.gradients, statistics
+        return self.loss, gradients, statistics
 
     def _new_gradients(self, new: Callable, num_active: int) -> Gradients:
         inputs, laws, wanted = self.inputs, self.laws, self.options.with_grads
@@ -190,10 +237,10 @@ class _Run:
         real = self.loss.dtype
         if wanted[0]:
             named["student_hidden"] = new(inputs.student_hidden.shape, dtype=real)
-        if wanted[1]:
+        if wanted[1] and self.head_sum is None:
             # a tolerance leaves most rows of dW unwritten
             sparse = bool(self.options.gradient_tolerance)
-            named["student_lm_head_weight"] = _linear.new_grad_weight(
+            named["student_lm_head_weight"] = _gemms.new_grad_weight(
                 inputs.student_lm_head_weight, laws.vocab_size, 0 if sparse else num_active
             )
         for name, source, wants in (
@@ -208,69 +255,94 @@ class _Run:
     def _run_chunk(self, begin: int, end: int) -> None:
         chunk = self._take(begin, end)
         if self.plan.whole_rows and self.group is None:
-            loss, statistics = self._whole_rows(chunk)
+            self._whole_rows(chunk)
         else:
-            loss, statistics = self._phases(chunk)
+            self._phases(chunk)
+
+    def _put_values(self, begin: int, end: int, loss: Tensor, statistics: Tensor) -> None:
         _linear.put(self.loss, self.token_idx, begin, end, loss)
         if self.options.with_statistics:
             _linear.put(self.statistics.t(), self.token_idx, begin, end, statistics.t())
 
     def _take(self, begin: int, end: int) -> _Chunk:
-        inputs = self.inputs
-        hidden = [
-            _linear.take(values, self.token_idx, begin, end)
-            for values in (inputs.student_hidden, inputs.teacher_hidden, inputs.reference_hidden)
-            if values is not None
-        ]
-        rows = slice(begin, end) if self.token_idx is None else self.token_idx[begin:end]
+        hidden = self.inputs.student_hidden
+        with _linear.phase(hidden, OP, "take"):
+            rows = slice(begin, end) if self.token_idx is None else self.token_idx[begin:end]
+            laws = self.laws.rows(rows)
+            weights = laws.token_weights if self.has_masked else None
+            hidden = _linear.take(hidden, self.token_idx, begin, end, weights)
         low_rank = None
         if self.low_rank is not None:
-            low_rank = self.low_rank.project(hidden[0])
-        return _Chunk(begin, end, hidden, low_rank, self.laws.rows(rows))
+            with _linear.phase(hidden, OP, "low_rank"):
+                low_rank = self.low_rank.project(hidden)
+        return _Chunk(begin, end, hidden, low_rank, laws)
 
-    def _logits(self, chunk: _Chunk, columns: slice) -> list[Tensor | None]:
-        """[C, columns] of student, teacher and reference (or None), in the buffers."""
-        num_tokens, width = chunk.end - chunk.begin, columns.stop - columns.start
-        logits: list[Tensor | None] = []
-        sides = ("student_logits", "teacher_logits", "reference_logits")
-        heads = self.inputs.heads()
-        for i, (name, head, hidden) in enumerate(zip(sides, heads, chunk.hidden, strict=False)):
-            flat = self.buffers[i].view(-1)[: num_tokens * width]
-            out = flat.view(num_tokens, width)
-            with _linear.phase(hidden, OP, name):
-                _linear.logits_into(out, hidden, head[columns], self.plan.head_slice_rows)
-                if i == 0 and chunk.low_rank is not None:
-                    self.low_rank.columns(columns).add_logits(out, chunk.low_rank)
-            logits.append(out)
-        return logits + [None] * (3 - len(logits))
+    def _others(self, begin: int, end: int) -> list[Tensor]:
+        """Hidden states of teacher and, if there is one, reference."""
+        inputs = self.inputs
+        with _linear.phase(inputs.teacher_hidden, OP, "take"):
+            return [
+                _linear.take(values, self.token_idx, begin, end)
+                for values in (inputs.teacher_hidden, inputs.reference_hidden)
+                if values is not None
+            ]
 
-    def _whole_rows(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    def _form(self, model: int, hidden: Tensor, columns: slice) -> Tensor:
+        """Logits [C, columns] of student (0), teacher (1) or reference (2), in their buffer."""
+        width = columns.stop - columns.start
+        flat = self.buffers[model].view(-1)[: hidden.shape[0] * width]
+        out = flat.view(hidden.shape[0], width)
+        name = ("student_logits", "teacher_logits", "reference_logits")[model]
+        with _linear.phase(hidden, OP, name):
+            head = self.inputs.heads()[model][columns]
+            _gemms.logits_into(out, hidden, head, self.plan.head_slice_rows)
+        return out
+
+    def _student_logits(self, chunk: _Chunk, columns: slice) -> Tensor:
+        out = self._form(0, chunk.hidden, columns)
+        if chunk.low_rank is not None:
+            with _linear.phase(out, OP, "low_rank"):
+                self.low_rank.columns(columns).add_logits(out, chunk.low_rank)
+        return out
+
+    def _other_logits(self, others: list[Tensor], columns: slice) -> list[Tensor | None]:
+        logits = [self._form(model, hidden, columns) for model, hidden in enumerate(others, 1)]
+        return [*logits, None][:2]
+
+    def _whole_rows(self, chunk: _Chunk) -> None:
         columns = slice(0, self.laws.vocab_size)
-        logits = self._logits(chunk, columns)
-        with _linear.phase(logits[0], OP, "rows"):
-            if self.with_grad:
-                loss, statistics = self.rows.divergence_fwd_grad_(
-                    *logits, *chunk.laws, self.options.with_statistics
-                )
-            else:
-                loss, _, statistics = self.rows.divergence_fwd(
-                    *logits, *chunk.laws, self.options.with_statistics
-                )
+        student = self._student_logits(chunk, columns)
+        for begin, end in self.plan.parts(chunk.end - chunk.begin):
+            here = chunk.begin + begin, chunk.begin + end
+            logits = [student[begin:end], *self._other_logits(self._others(*here), columns)]
+            laws = chunk.laws.rows(slice(begin, end))
+            with _linear.phase(student, OP, "rows"):
+                if self.with_grad:
+                    loss, statistics = self.rows.divergence_fwd_grad_(
+                        *logits, *laws, self.options.with_statistics, self.grad_dtype
+                    )
+                else:
+                    loss, _, statistics = self.rows.divergence_fwd(
+                        *logits, *laws, self.options.with_statistics
+                    )
+            self._put_values(*here, loss, statistics)
+            # or the hidden states of two parts would be alive
+            del logits
         if self.with_grad:
-            self._backproject(chunk, logits[0], columns, logits[1], first=True)
-        return loss, statistics
+            self._backproject(chunk, student, columns, first=True)
 
-    def _phases(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        state = chunk.hidden[0].new_empty(
+    def _phases(self, chunk: _Chunk) -> None:
+        state = chunk.hidden.new_empty(
             chunk.end - chunk.begin, chunk.laws.state_size, dtype=torch.float64
         )
-        slices = self.plan.slices()
+        slices, others = self.plan.slices(), self._others(chunk.begin, chunk.end)
         formed: list[Tensor | None] = []
 
         def each_slice() -> Iterator[tuple[slice, list[Tensor | None]]]:
             for columns in slices:
                 if len(slices) > 1 or not formed:
-                    formed[:] = self._logits(chunk, columns)
+                    student = self._student_logits(chunk, columns)
+                    formed[:] = [student, *self._other_logits(others, columns)]
                 yield columns, formed
 
         def phase(number: int, columns: slice, logits: list[Tensor | None]):
@@ -292,12 +364,13 @@ class _Run:
                     phase(OPEN, columns, logits)
                 phase(number, columns, logits)
             if self.group is not None:
-                self.group.combine(state, number, self.options.with_statistics)
+                with _linear.phase(state, OP, "combine"):
+                    self.group.combine(state, number, self.options.with_statistics)
             if number == LSE:
                 phase(CLOSE_LSE, columns, logits)
-        loss, statistics = phase(FINISH, columns, logits)
+        self._put_values(chunk.begin, chunk.end, *phase(FINISH, columns, logits))
         if self.with_grad:
-            ones = torch.ones_like(loss)
+            ones = chunk.hidden.new_ones(chunk.end - chunk.begin, dtype=self.loss.dtype)
             for columns, logits in each_slice():
                 with _linear.phase(logits[0], OP, "rows"):
                     self.rows.divergence_bwd_(
@@ -306,56 +379,101 @@ class _Run:
                         *logits,
                         *chunk.laws.columns(columns),
                         self.first_column + columns.start,
+                        self.grad_dtype,
                     )
-                self._backproject(chunk, logits[0], columns, logits[1], first=columns.start == 0)
-        return loss, statistics
+                self._backproject(chunk, logits[0], columns, first=columns.start == 0)
 
-    def _backproject(
-        self, chunk: _Chunk, grad_logits: Tensor, columns: slice, buffer: Tensor, *, first: bool
-    ) -> None:
-        """Adds what dZ of these tokens and columns gives to each gradient; overwrites `buffer`."""
+    def _backproject(self, chunk: _Chunk, logits: Tensor, columns: slice, *, first: bool) -> None:
+        """Adds what dZ of these tokens and columns gives to each gradient.
+
+        dZ is where the logits were; the teacher's have been used up and give their memory.
+        """
         wanted, gradients = self.options.with_grads, self.gradients
         head = self.inputs.student_lm_head_weight[columns]
-        grad_weight = gradients.student_lm_head_weight[columns] if wanted[1] else None
-        hidden, slice_rows = chunk.hidden[0], self.plan.head_slice_rows
+        hidden, spare = chunk.hidden, self.buffers[1].view(-1)
+        grad_logits = _gemms.gradient_of(logits, head, self.grad_dtype)
         packed = None
         if self.options.gradient_tolerance and (wanted[0] or wanted[1]):
-            with _linear.phase(hidden, OP, "pack"):
-                packed, dropped = sparse_gradient.pack(
-                    self.rows,
-                    grad_logits,
-                    chunk.laws.token_weights,
-                    self.options.gradient_tolerance,
-                    buffer,
-                    head,
-                    slice_rows,
-                )
-            self._add(self.dropped, chunk, dropped)
+            packed = self._pack(chunk, grad_logits, head)
+        operand = grad_logits
+        if packed is None:
+            operand, spare = self._as_wide_as(head, grad_logits, spare)
         grad_hidden = None
         if wanted[0]:
             with _linear.phase(hidden, OP, "grad_hidden"):
                 if packed is None:
-                    grad_hidden = _linear.grad_hidden(grad_logits, head, slice_rows)
-                else:
-                    grad_hidden = sparse_gradient.grad_hidden(packed, head)
-        if grad_weight is not None:
-            with _linear.phase(hidden, OP, "grad_weight"):
-                if packed is None:
-                    _linear.accumulate_grad_weight(
-                        grad_weight, grad_logits, hidden, first=chunk.begin == 0
+                    grad_hidden = _gemms.grad_hidden(
+                        operand,
+                        head,
+                        self.plan.head_slice_rows,
+                        self.plan.grad_hidden_splits,
+                        spare,
                     )
                 else:
-                    sparse_gradient.add_grad_weight(self.rows, grad_weight, packed, hidden)
+                    grad_hidden = sparse_gradient.grad_hidden(packed, head)
+        if wanted[1]:
+            with _linear.phase(hidden, OP, "grad_weight"):
+                self._add_grad_weight(chunk, operand, columns, packed)
         if wanted[2]:
-            gradients.student_bias[columns] += grad_logits.sum(0)
+            with _linear.phase(hidden, OP, "grad_bias"):
+                real = gradients.student_bias.dtype
+                gradients.student_bias[columns] += grad_logits.sum(0, dtype=real)
         if chunk.low_rank is not None:
             grad_down = gradients.student_lora_a if wanted[3] else None
             grad_up = gradients.student_lora_b[columns] if wanted[4] else None
-            self.low_rank.columns(columns).backproject(
-                grad_logits, hidden, chunk.low_rank, (grad_hidden, grad_down, grad_up)
-            )
+            with _linear.phase(hidden, OP, "grad_low_rank"):
+                self.low_rank.columns(columns).backproject(
+                    grad_logits, hidden, chunk.low_rank, (grad_hidden, grad_down, grad_up)
+                )
         if wanted[0]:
             self._put_grad_hidden(chunk, grad_hidden, first)
+
+    def _pack(
+        self, chunk: _Chunk, grad_logits: Tensor, head: Tensor
+    ) -> sparse_gradient.Packed | None:
+        flat = self.buffers[1].view(-1)[: grad_logits.numel()]
+        with _linear.phase(grad_logits, OP, "pack"):
+            packed, dropped = sparse_gradient.pack(
+                self.rows,
+                grad_logits,
+                chunk.laws.token_weights,
+                self.options.gradient_tolerance,
+                flat.view(grad_logits.shape),
+                head,
+                self.plan.head_slice_rows,
+            )
+        self._add(self.dropped, chunk, dropped)
+        return packed
+
+    def _as_wide_as(
+        self, head: Tensor, grad_logits: Tensor, spare: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(dZ as the head's GEMMs take it, what is left of `spare`).
+
+        On a GPU, float32 dZ of a 16-bit head, which no column could be left out of, is rounded in
+        `spare`.
+        """
+        if grad_logits.dtype == head.dtype or not _gemms.on_gpu(head):
+            return grad_logits, spare
+        size = grad_logits.numel()
+        rounded = spare.view(head.dtype)[:size].view(grad_logits.shape)
+        return rounded.copy_(grad_logits), spare[-(-size // 2) :]
+
+    def _add_grad_weight(
+        self,
+        chunk: _Chunk,
+        grad_logits: Tensor,
+        columns: slice,
+        packed: sparse_gradient.Packed | None,
+    ) -> None:
+        target, factor, first = self.gradients.student_lm_head_weight, 1.0, chunk.begin == 0
+        if self.head_sum is not None:
+            (target, factor), first = self.head_sum, False
+        target = target[columns]
+        if packed is None:
+            _gemms.accumulate_grad_weight(target, grad_logits, chunk.hidden, first, factor)
+        else:
+            sparse_gradient.add_grad_weight(self.rows, target, packed, chunk.hidden, factor)
 
     def _put_grad_hidden(self, chunk: _Chunk, grad_hidden: Tensor, first: bool) -> None:
         out = self.gradients.student_hidden

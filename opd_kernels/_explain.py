@@ -8,7 +8,7 @@ import inspect
 
 from torch import Tensor
 
-from . import _checks, _dispatch, _laws, _linear, _parallel
+from . import _checks, _dispatch, _laws, _parallel, _plan
 from .divergences import parse_sum
 
 # where the heads are among the tensors of a call
@@ -22,7 +22,8 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
         op: name of a public op, such as "fused_linear_divergence".
         tensors: the tensors of the call, in its order.
         options: its keyword arguments; `backend`, `vocab_size`, `workspace_bytes`, `divergence`,
-            `reference_lm_head_weight` and `process_group` matter.
+            `reference_lm_head_weight`, `process_group`, `gradient_tolerance` and the low-rank pair
+            matter.
 
     Returns:
         One line for the choice, one per backend with its reason, and the plan of a fused op.
@@ -50,26 +51,32 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
         state = "can run" if available else "cannot run"
         lines.append(f"  {backend}: {state}{f' ({reason})' if reason else ''}")
     if heads and chosen != "reference":
-        lines.append(f"  {_plan(op, tensors, heads, options)}")
+        lines.append(f"  {_plan_of(op, tensors, heads, options)}")
     return "\n".join(lines)
 
 
-def _plan(op: str, tensors: tuple[Tensor, ...], positions: tuple[int, ...], options: dict):
+def _plan_of(
+    op: str, tensors: tuple[Tensor, ...], positions: tuple[int, ...], options: dict
+) -> _plan.Plan:
     weights = {f"head {i}": tensors[i] for i in positions}
     if options.get("reference_lm_head_weight") is not None:
         weights["reference_lm_head_weight"] = options["reference_lm_head_weight"]
     weights, group = _parallel.local_heads(op, weights, options.get("process_group"))
     widths = {name: weight.shape[0] for name, weight in weights.items()}
     vocab_size, group_name = _parallel.vocabulary(op, options.get("vocab_size"), widths, group)
-    whole_rows = _linear.NO_PATH_B
+    whole_rows, in_parts = _plan.NO_PATH_B, True
     if op == "fused_linear_divergence":
         ids = [divergence.id for _, divergence in parse_sum(options.get("divergence", "jsd"))]
         whole_rows = _parallel.WHOLE_ROWS if group_name else _laws.needs_whole_rows(ids)
-    return _linear.plan(
+        in_parts = not group_name and not options.get("gradient_tolerance")
+    lora = options.get("student_lora", options.get("lora"))
+    return _plan.plan(
         op,
         tensors[0].shape[0],
         _parallel.local_size(group_name, vocab_size),
         list(weights.values()),
         options.get("workspace_bytes", _checks.DEFAULT_WORKSPACE_BYTES),
         whole_rows=whole_rows,
+        in_parts=in_parts,
+        low_rank=0 if lora is None else lora[0].shape[0],
     )

@@ -60,7 +60,7 @@ def divergence(
         label_weights: like labels; cross_entropy is -sum_k label_weights[k] log Q(labels[k]).
         vocab_size: the leading columns that both vocabularies share, when the heads are padded
             differently. The rest is not read and gets zero gradient.
-        backend: "cpu" | "triton" | "reference"; None picks one (`explain` says which).
+        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one (`explain` says which).
 
     Returns:
         [T] float32 (float64 for float64 inputs), nats, not reduced. Differentiable in
@@ -181,7 +181,8 @@ def _bwd_fake(grad_loss, state, student_logits, *_):
 
 
 def _fwd_grad_fake(student_logits, *arguments):
-    return _empty_loss(student_logits, arguments[-1])
+    *_, with_statistics, _ = arguments
+    return _empty_loss(student_logits, with_statistics)
 
 
 def _phase_fake(state, student_logits, *arguments):

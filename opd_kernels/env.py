@@ -6,6 +6,7 @@
 | `OPD_BACKEND` | backend for every call that names none: cuda, triton, cpu, reference |
 | `OPD_CPU_GEMM` | own, library: the GEMMs on a CPU; unset: the quicker. Read on import |
 | `TRITON_INTERPRET` | Triton's own: 1 runs Triton kernels on CPU tensors, for tests |
+| `OPD_CUDA_EMULATION` | path of opd_emulated.so: CUDA kernels on CPU tensors, for tests |
 """
 
 from __future__ import annotations
@@ -33,3 +34,8 @@ def cpu_gemm() -> str | None:
     if chosen not in (None, "own", "library"):
         raise ValueError(f"OPD_CPU_GEMM must be 'own' or 'library', got {chosen!r}.")
     return chosen
+
+
+def cuda_emulation() -> str | None:
+    """`OPD_CUDA_EMULATION`, or None."""
+    return os.environ.get("OPD_CUDA_EMULATION") or None

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _laws, _linear, _parallel, reference
-from ._divergence_paths import Gradients, Inputs, Options, empty_gradients, run
+from . import _checks, _dispatch, _grad_sums, _laws, _linear, _parallel, _plan, reference
+from ._divergence_paths import Gradients, Inputs, Options, Sum, empty_gradients, run
 from ._registration import register
 
 _OP = "fused_linear_divergence"
@@ -56,6 +56,9 @@ def fused_linear_divergence(
     workspace_bytes: int = _checks.DEFAULT_WORKSPACE_BYTES,
     process_group: torch.distributed.ProcessGroup | None = None,
     gradient_tolerance: float | None = None,
+    student_lm_head_weight_grad: Tensor | None = None,
+    grad_scale: float = 1.0,
+    compact_tokens: bool | None = None,
     backend: str | None = None,
 ) -> FusedLinearDivergenceOutput:
     """Divergence of teacher and student from their hidden states, through both LM heads.
@@ -99,7 +102,15 @@ def fused_linear_divergence(
             token lost, which bounds the error: norm(dX[t] - exact) <= |w[t]| dropped[t]
             max_v norm(W[v]), and sum_v norm(dW[v] - exact) <= sum_t |w[t]| dropped[t] norm(X[t]).
             Bias and low-rank pair get exact gradients. Only with "sum". Default: exact.
-        backend: "cpu" | "triton" | "reference"; None picks one (`explain` says which).
+        student_lm_head_weight_grad: float32 (float64) [Vs, Ds], a main_grad: this forward, unless
+            gradients are off, adds grad_scale * dW to it; the head gets no .grad, and no other dW
+            exists. Only with "sum", for one backward, outside activation checkpointing.
+        grad_scale: what the upstream gradient of that loss will be (1 / accumulation steps, a loss
+            scale). Another one raises on CPU; on a GPU it is the caller's contract.
+        compact_tokens: gather the tokens of non-zero weight before the first GEMM, which waits for
+            the device once. False: GEMMs run on all tokens, nothing waits. None: unless a CUDA
+            graph is captured.
+        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one (`explain` says which).
 
     Returns:
         FusedLinearDivergenceOutput(loss, statistics): float32 (float64 for float64), nats.
@@ -168,6 +179,11 @@ def fused_linear_divergence(
     lora = _checks.lora(rows, student_lora, heads["student"][1])
     _checks.one_of(_OP, "reduction", reduction, ("sum", "none"))
     tolerance = _checks.gradient_tolerance(_OP, gradient_tolerance, reduction)
+    head_sum = _grad_sums.checked(
+        _OP, "student_lm_head_weight_grad", student_lm_head_weight_grad, heads["student"][1]
+    )
+    grad_scale = _grad_sums.grad_scale(_OP, grad_scale, reduction, head_sum is not None)
+    _checks.optional_bool(_OP, "compact_tokens", compact_tokens)
     statistics = _laws.statistic_names(_OP, statistics, laws, tolerance)
     whole_rows = _laws.needs_whole_rows(laws.divergences)
     if group_name and whole_rows is not None:
@@ -178,6 +194,11 @@ def fused_linear_divergence(
             raise ValueError(
                 f"{_OP}: backend 'reference' must be used without process_group and "
                 "gradient_tolerance: it is exact and on one rank."
+            )
+        if head_sum is not None:
+            raise ValueError(
+                f"{_OP}: backend 'reference' must be used without student_lm_head_weight_grad: its "
+                "gradients are autograd's."
             )
         loss, named = reference.fused_linear_divergence(
             student_hidden,
@@ -215,7 +236,7 @@ def fused_linear_divergence(
     plan_heads = [weight for _, weight, _ in heads.values()]
     local_size = _parallel.local_size(group_name, vocab_size)
     why = _parallel.WHOLE_ROWS if group_name else whole_rows
-    _linear.plan(_OP, rows.num_tokens, local_size, plan_heads, workspace_bytes, whole_rows=why)
+    _plan.check(_OP, local_size, plan_heads, workspace_bytes, whole_rows=why)
     inputs = Inputs(
         *heads["student"][:2],
         *(tensor.detach() for tensor in heads["teacher"][:2]),
@@ -231,12 +252,22 @@ def fused_linear_divergence(
             torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
             for tensor in differentiable
         ]
-        loss, *_, named = torch.ops.opd.fused_linear_divergence_sum(
-            *inputs, *laws, workspace_bytes, wanted, with_statistics, group_name, tolerance, chosen
-        )
+        options = (group_name, tolerance, compact_tokens, chosen)
+        if head_sum is None:
+            loss, *_, named = torch.ops.opd.fused_linear_divergence_sum(
+                *inputs, *laws, workspace_bytes, wanted, with_statistics, *options
+            )
+        else:
+            loss, named = _sum_into(
+                (head_sum, grad_scale),
+                inputs,
+                laws,
+                wanted,
+                (workspace_bytes, with_statistics, *options),
+            )
     else:
         loss, named = torch.ops.opd.fused_linear_divergence_fwd(
-            *inputs, *laws, workspace_bytes, with_statistics, group_name, chosen
+            *inputs, *laws, workspace_bytes, with_statistics, group_name, compact_tokens, chosen
         )
     returned = {name: named[STATISTICS.index(name)] for name in statistics}
     if tolerance:
@@ -244,8 +275,42 @@ def fused_linear_divergence(
     return FusedLinearDivergenceOutput(loss, returned)
 
 
+def _sum_into(
+    head_sum: tuple[Tensor, float],
+    inputs: Inputs,
+    laws: _laws.Laws,
+    wanted: list[bool],
+    options: tuple,
+) -> tuple[Tensor, Tensor]:
+    """(loss, statistics), dW added to the caller's sum, the other gradients attached."""
+    workspace_bytes, *options = options
+    is_graph = torch.is_grad_enabled()
+    if is_graph:
+        _grad_sums.not_in_backward(_OP)
+
+    def detached(values):
+        return [value.detach() if isinstance(value, Tensor) else value for value in values]
+
+    loss, grad_hidden, _, *others, named = torch.ops.opd.fused_linear_divergence_sum_(
+        *head_sum,
+        *detached(inputs),
+        *detached(laws),
+        workspace_bytes,
+        [wanted[0], is_graph, *wanted[2:]],
+        *options,
+    )
+    if any(wanted):
+        sources = (*inputs[:2], laws.student_bias, *inputs[6:])
+        with_grads = [wanted[0], *wanted[2:]]
+        loss = torch.ops.opd.fused_linear_divergence_attach(
+            loss, *sources, grad_hidden, *others, with_grads, head_sum[1]
+        )
+    return loss, named
+
+
 _NUM_INPUTS = len(Inputs._fields)
 _NUM_LAWS = _laws.NUM_ARGUMENTS
+_NUM_TENSORS = _NUM_INPUTS + _laws.Laws._fields.index("divergences")
 # where the differentiable tensors are among the arguments: hidden, head, bias, A and B
 _DIFFERENTIABLE = (0, 1, _NUM_INPUTS, 6, 7)
 
@@ -271,6 +336,18 @@ def _sum(*arguments):
     loss, gradients, statistics = run(inputs, laws, Options(*rest))
     # float64: a sum over 100k tokens in float32 would be the least accurate step of the op
     return loss.sum(dtype=torch.float64).to(loss.dtype), *gradients, statistics
+
+
+def _sum_(head_sum, factor, *arguments):
+    inputs, laws, rest = _split(arguments)
+    loss, gradients, statistics = run(inputs, laws, Options(*rest), Sum(head_sum, factor))
+    return loss.sum(dtype=torch.float64).to(loss.dtype), *gradients, statistics
+
+
+def _sum_into_fake(head_sum, factor, *arguments):
+    inputs, laws, (workspace_bytes, with_grads, *rest) = _split(arguments)
+    hidden, _, *others = with_grads
+    return _sum_fake(*inputs, *laws, workspace_bytes, [hidden, False, *others], *rest)
 
 
 def _sum_fake(*arguments):
@@ -312,10 +389,10 @@ def _sum_backward(_):
 
 
 def _fwd(*arguments):
-    inputs, laws, (workspace_bytes, with_statistics, group, backend) = _split(arguments)
+    inputs, laws, (workspace_bytes, with_statistics, group, *rest) = _split(arguments)
     wanted = [False] * len(_DIFFERENTIABLE)
     loss, _, statistics = run(
-        inputs, laws, Options(workspace_bytes, wanted, with_statistics, group, 0.0, backend)
+        inputs, laws, Options(workspace_bytes, wanted, with_statistics, group, 0.0, *rest)
     )
     return loss, statistics
 
@@ -333,9 +410,8 @@ def _fwd_setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.num_inputs = len(inputs)
-    ctx.num_tensors = sum(value is None or isinstance(value, Tensor) for value in inputs)
-    ctx.save_for_backward(*inputs[: ctx.num_tensors])
-    ctx.rest = inputs[ctx.num_tensors :]
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
+    ctx.rest = inputs[_NUM_TENSORS:]
 
 
 def _fwd_backward(_):
@@ -343,7 +419,7 @@ def _fwd_backward(_):
         gradients = [None] * ctx.num_inputs
         if grad_loss is None:
             return tuple(gradients)
-        *numbers, workspace_bytes, _, group, backend = ctx.rest
+        *numbers, workspace_bytes, _, group, compact_tokens, backend = ctx.rest
         wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
         formed = torch.ops.opd.fused_linear_divergence_bwd(
             grad_loss.contiguous(),
@@ -352,6 +428,7 @@ def _fwd_backward(_):
             workspace_bytes,
             wanted,
             group,
+            compact_tokens,
             backend,
         )
         for position, want, gradient in zip(_DIFFERENTIABLE, wanted, formed, strict=True):
@@ -363,14 +440,14 @@ def _fwd_backward(_):
 
 
 def _bwd(grad_loss, *arguments):
-    inputs, laws, (workspace_bytes, with_grads, group, backend) = _split(arguments)
+    inputs, laws, (workspace_bytes, with_grads, group, *rest) = _split(arguments)
     # the upstream gradient is one more token weight, and its zeros cost nothing either
     weights = grad_loss
     if laws.token_weights is not None:
         # a token of weight 0 stays out whatever comes from above, inf included
         given = laws.token_weights
         weights = torch.where(given == 0, torch.zeros_like(grad_loss), given * grad_loss)
-    options = Options(workspace_bytes, with_grads, False, group, 0.0, backend)
+    options = Options(workspace_bytes, with_grads, False, group, 0.0, *rest)
     _, gradients, _ = run(inputs, laws._replace(token_weights=weights), options)
     return tuple(
         gradient.to(like.dtype) if wanted else gradient
@@ -402,6 +479,7 @@ register(
     backward=_sum_backward,
     python=_sum,
 )
+register("fused_linear_divergence_sum_", fake=_sum_into_fake, python=_sum_)
 register(
     "fused_linear_divergence_fwd",
     fake=_fwd_fake,

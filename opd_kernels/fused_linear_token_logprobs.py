@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _laws, _linear, reference
+from . import _buffers, _checks, _dispatch, _gemms, _grad_sums, _laws, _linear, _plan, reference
 from ._registration import register
 from .token_logprobs import Law, TokenLogprobs, fwd_outputs, pack_law
 
@@ -28,6 +29,8 @@ def fused_linear_token_logprobs(
     lora: tuple[Tensor, Tensor, float] | None = None,
     vocab_size: int | None = None,
     workspace_bytes: int = _checks.DEFAULT_WORKSPACE_BYTES,
+    lm_head_weight_grad: Tensor | None = None,
+    compact_tokens: bool | None = None,
     backend: str | None = None,
 ) -> TokenLogprobs:
     """Log-probability of one token per position from hidden states, through the LM head.
@@ -49,7 +52,12 @@ def fused_linear_token_logprobs(
             A and B are differentiable; freeze W and no gradient of it exists.
         vocab_size: the leading rows of the head that count.
         workspace_bytes: budget for logits and other temporaries; the gradients come on top.
-        backend: "cpu" | "triton" | "reference"; None picks one.
+        lm_head_weight_grad: float32 (float64) [V, D], a main_grad: backward adds dW to it; the head
+            gets no .grad, and no other dW exists.
+        compact_tokens: backward gathers the tokens that have an upstream gradient, which waits for
+            the device once. False: GEMMs run on all tokens, nothing waits. None: unless a CUDA
+            graph is captured.
+        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one.
 
     Returns:
         TokenLogprobs of [T] float32 (float64 for float64), nats, all three differentiable in
@@ -81,9 +89,16 @@ def fused_linear_token_logprobs(
     low_rank = _checks.lora(rows, lora, lm_head_weight, "lora")
     token_ids = _checks.token_ids(_OP, token_ids, hidden.shape[0], hidden.device)
     inputs = Inputs(hidden, lm_head_weight, *low_rank, token_ids)
-    _plan(inputs, law, workspace_bytes, hidden.shape[0])
+    _plan.check(_OP, vocab_size, (lm_head_weight,), workspace_bytes, whole_rows=_plan.NO_PATH_B)
+    head_sum = _grad_sums.checked(_OP, "lm_head_weight_grad", lm_head_weight_grad, lm_head_weight)
+    _checks.optional_bool(_OP, "compact_tokens", compact_tokens)
     chosen = _dispatch.select(_OP, _dispatch.meta_of(hidden), backend)
     if chosen == "reference":
+        if head_sum is not None:
+            raise ValueError(
+                f"{_OP}: backend 'reference' must be used without lm_head_weight_grad: its "
+                "gradients are autograd's."
+            )
         values = reference.fused_linear_token_logprobs(
             hidden,
             lm_head_weight,
@@ -98,7 +113,7 @@ def fused_linear_token_logprobs(
     else:
         _checks.no_forward_mode(_OP, hidden, lm_head_weight)
         values = torch.ops.opd.fused_linear_token_logprobs_fwd(
-            *inputs, *law, workspace_bytes, chosen
+            *inputs, *law, head_sum, workspace_bytes, compact_tokens, chosen
         )
     return TokenLogprobs(*(value.to(rows.real) for value in values))
 
@@ -112,11 +127,10 @@ class Inputs(NamedTuple):
     lora_b: Tensor | None
     token_ids: Tensor
 
-    def low_rank(self) -> _linear.LowRank | None:
+    def low_rank(self, grad_dtype: int = _gemms.AS_LOGITS) -> _gemms.LowRank | None:
         if self.lora_a is None:
             return None
-        real = _checks.real_dtype(self.hidden)
-        return _linear.LowRank(self.lora_a.to(real), self.lora_b.to(real))
+        return _gemms.LowRank.of(self.lora_a, self.lora_b, self.lm_head_weight, grad_dtype)
 
 
 _NUM_INPUTS, _NUM_LAW = len(Inputs._fields), len(Law._fields)
@@ -133,14 +147,16 @@ def _split(arguments: Sequence) -> tuple[Inputs, Law, list]:
     )
 
 
-def _plan(inputs: Inputs, law: Law, workspace_bytes: int, num_tokens: int) -> _linear.Plan:
-    return _linear.plan(
+def plan_of(inputs: Inputs, law: Law, workspace_bytes: int, num_tokens: int) -> _plan.Plan:
+    """How a call with so many tokens that count is cut."""
+    return _plan.plan(
         _OP,
         num_tokens,
         law.vocab_size,
         (inputs.lm_head_weight,),
         workspace_bytes,
-        whole_rows=_linear.NO_PATH_B,
+        whole_rows=_plan.NO_PATH_B,
+        low_rank=0 if inputs.lora_a is None else inputs.lora_a.shape[0],
     )
 
 
@@ -148,24 +164,25 @@ def _form_logits(
     logits: Tensor,
     chunk: Tensor,
     head: Tensor,
-    low_rank: _linear.LowRank | None,
+    low_rank: _gemms.LowRank | None,
     head_slice_rows: int,
 ) -> Tensor | None:
     """Fills `logits`; returns chunk @ A.T of the low-rank pair."""
     with _linear.phase(chunk, _OP, "logits"):
-        _linear.logits_into(logits, chunk, head, head_slice_rows)
-        if low_rank is None:
-            return None
+        _gemms.logits_into(logits, chunk, head, head_slice_rows)
+    if low_rank is None:
+        return None
+    with _linear.phase(chunk, _OP, "low_rank"):
         projected = low_rank.project(chunk)
         low_rank.add_logits(logits, projected)
         return projected
 
 
 def _fwd(*arguments):
-    inputs, law, (workspace_bytes, backend) = _split(arguments)
+    inputs, law, (_, workspace_bytes, _, backend) = _split(arguments)
     rows = _dispatch.row_ops(backend)
     _checks.token_ids_in_range(_OP, inputs.token_ids, law.vocab_size)
-    plan = _plan(inputs, law, workspace_bytes, inputs.hidden.shape[0])
+    plan = plan_of(inputs, law, workspace_bytes, inputs.hidden.shape[0])
     outputs = fwd_outputs(inputs.hidden)
     low_rank = inputs.low_rank()
 
@@ -179,8 +196,8 @@ def _fwd(*arguments):
         for output, value in zip(outputs, values, strict=True):
             output[begin:end] = value
 
-    shape = (plan.chunk_tokens, law.vocab_size)
-    with _linear.borrowed_buffer(inputs.hidden, *shape) as buffer:
+    shapes = [(plan.chunk_tokens, law.vocab_size)]
+    with _buffers.borrowed_buffers(inputs.hidden, shapes) as (buffer,):
         for begin, end in plan.chunks():
             run_chunk(buffer, begin, end)
     return outputs
@@ -194,7 +211,10 @@ def _fwd_setup_context(ctx, inputs, output):
     _, lse, entropy = output
     tensors = _NUM_INPUTS + 2
     ctx.save_for_backward(*inputs[:tensors], lse, entropy)
-    *ctx.numbers, ctx.workspace_bytes, ctx.backend = inputs[tensors:]
+    # not with the saved tensors: it may change before the backward, which only adds to it
+    *ctx.numbers, ctx.head_sum, ctx.workspace_bytes, ctx.compact_tokens, ctx.backend = inputs[
+        tensors:
+    ]
     ctx.num_inputs = len(inputs)
 
 
@@ -202,7 +222,10 @@ def _fwd_backward(_):
     def backward(ctx, grad_logprobs, grad_lse, grad_entropy):
         wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
         *inputs, bias, temperatures, lse, entropy = ctx.saved_tensors
-        formed = torch.ops.opd.fused_linear_token_logprobs_bwd(
+        bwd = torch.ops.opd.fused_linear_token_logprobs_bwd
+        if ctx.head_sum is not None:
+            bwd = partial(torch.ops.opd.fused_linear_token_logprobs_bwd_, ctx.head_sum)
+        formed = bwd(
             grad_logprobs.contiguous(),
             grad_lse.contiguous(),
             grad_entropy.contiguous(),
@@ -214,11 +237,12 @@ def _fwd_backward(_):
             *ctx.numbers,
             ctx.workspace_bytes,
             wanted,
+            ctx.compact_tokens,
             ctx.backend,
         )
         gradients = [None] * ctx.num_inputs
         for position, want, gradient in zip(_DIFFERENTIABLE, wanted, formed, strict=True):
-            if want:
+            if want and not (position == 1 and ctx.head_sum is not None):
                 gradients[position] = gradient
         return tuple(gradients)
 
@@ -229,54 +253,89 @@ def _sources(inputs: Inputs, law: Law) -> tuple[Tensor | None, ...]:
     return (*inputs[:2], law.bias, *inputs[2:4])
 
 
-def _bwd(grad_logprobs, grad_lse, grad_entropy, *arguments):
+def _bwd(*arguments):
+    return _run_backward(None, *arguments)
+
+
+def _bwd_(head_sum, *arguments):
+    return _run_backward(head_sum, *arguments)
+
+
+def _run_backward(head_sum: Tensor | None, grad_logprobs, grad_lse, grad_entropy, *arguments):
     *tensors, lse, entropy = arguments[: _NUM_INPUTS + 2]
-    inputs, law, (workspace_bytes, with_grads, backend) = _split(
+    inputs, law, (workspace_bytes, with_grads, compact_tokens, backend) = _split(
         (*tensors, *arguments[_NUM_INPUTS + 2 :])
     )
     hidden, head = inputs[:2]
-    rows, low_rank, real = _dispatch.row_ops(backend), inputs.low_rank(), entropy.dtype
+    grad_dtype = _gemms.grad_dtype(head)
+    rows, low_rank, real = _dispatch.row_ops(backend), inputs.low_rank(grad_dtype), entropy.dtype
     # tokens without an upstream gradient (a masked loss) cost nothing
-    token_idx = _linear.active_tokens((grad_logprobs != 0) | (grad_lse != 0) | (grad_entropy != 0))
-    num_active = token_idx.shape[0]
-    plan = _plan(inputs, law, workspace_bytes, num_active)
+    is_active = (grad_logprobs != 0) | (grad_lse != 0) | (grad_entropy != 0)
+    token_idx = _linear.active_tokens(is_active, compact_tokens)
+    num_active = hidden.shape[0] if token_idx is None else token_idx.shape[0]
+    plan = plan_of(inputs, law, workspace_bytes, num_active)
+    unit = _linear.gradient_unit(head, grad_logprobs, grad_lse, grad_entropy)
+    upstream = [
+        _linear.in_units(values, unit, num_active)
+        for values in (grad_logprobs, grad_lse, grad_entropy)
+    ]
     with_hidden, with_head, *_ = with_grads
     grad_hidden = hidden.new_zeros(hidden.shape) if with_hidden else None
-    grad_head = _linear.new_grad_weight(head, law.vocab_size, num_active) if with_head else None
+    grad_head = head_sum if with_head else None
+    if with_head and head_sum is None:
+        grad_head = _gemms.new_grad_weight(head, law.vocab_size, num_active)
     grad_bias, grad_down, grad_up = (
         torch.zeros_like(source, dtype=real) if wanted else None
         for source, wanted in zip(_sources(inputs, law)[2:], with_grads[2:], strict=True)
     )
-    per_token = (grad_logprobs, grad_lse, grad_entropy, inputs.token_ids, lse, entropy)
+    per_token = (*upstream, inputs.token_ids, lse, entropy)
 
     def run_chunk(buffer: Tensor, begin: int, end: int) -> None:
-        here = token_idx[begin:end]
-        chunk = _linear.take(hidden, token_idx, begin, end)
-        *upstream, token_ids, chunk_lse, chunk_entropy = (values[here] for values in per_token)
+        here = slice(begin, end) if token_idx is None else token_idx[begin:end]
+        with _linear.phase(hidden, _OP, "take"):
+            chunk = _linear.take(hidden, token_idx, begin, end, is_active[here])
+            *upstream, token_ids, chunk_lse, chunk_entropy = (values[here] for values in per_token)
         logits = buffer[: end - begin]
         projected = _form_logits(logits, chunk, head, low_rank, plan.head_slice_rows)
         with _linear.phase(chunk, _OP, "rows"):
             rows.token_logprobs_bwd_(
-                *upstream, logits, token_ids, chunk_lse, chunk_entropy, *law.rows(here)
+                *upstream, logits, token_ids, chunk_lse, chunk_entropy, *law.rows(here), grad_dtype
             )
+        grad_logits = _gemms.gradient_of(logits, head, grad_dtype)
         grad_chunk = None
         if grad_hidden is not None:
             with _linear.phase(chunk, _OP, "grad_hidden"):
-                grad_chunk = _linear.grad_hidden(logits, head, plan.head_slice_rows)
+                grad_chunk = _gemms.grad_hidden(
+                    grad_logits, head, plan.head_slice_rows, plan.grad_hidden_splits
+                )
         if grad_head is not None:
             with _linear.phase(chunk, _OP, "grad_weight"):
-                _linear.accumulate_grad_weight(grad_head, logits, chunk, first=begin == 0)
+                first = begin == 0 and head_sum is None
+                _gemms.accumulate_grad_weight(grad_head, grad_logits, chunk, first)
         if grad_bias is not None:
-            grad_bias[: law.vocab_size] += logits.sum(0)
+            with _linear.phase(chunk, _OP, "grad_bias"):
+                grad_bias[: law.vocab_size] += grad_logits.sum(0, dtype=real)
         if low_rank is not None:
-            low_rank.backproject(logits, chunk, projected, (grad_chunk, grad_down, grad_up))
+            with _linear.phase(chunk, _OP, "grad_low_rank"):
+                low_rank.backproject(
+                    grad_logits, chunk, projected, (grad_chunk, grad_down, grad_up)
+                )
         if grad_hidden is not None:
+            if unit is not None:
+                grad_chunk.mul_(unit)
             _linear.put(grad_hidden, token_idx, begin, end, grad_chunk)
 
-    with _linear.borrowed_buffer(hidden, plan.chunk_tokens, law.vocab_size) as buffer:
+    shapes = [(plan.chunk_tokens, law.vocab_size)]
+    with (
+        _linear.summed_in_units(head_sum, unit),
+        _buffers.borrowed_buffers(hidden, shapes) as (buffer,),
+    ):
         for begin, end in plan.chunks():
             run_chunk(buffer, begin, end)
-    formed = (grad_hidden, grad_head, grad_bias, grad_down, grad_up)
+    summed = [None if head_sum is not None else grad_head, grad_bias, grad_down, grad_up]
+    if unit is not None:
+        summed = [None if gradient is None else gradient.mul_(unit) for gradient in summed]
+    formed = (grad_hidden, *summed)
     return tuple(
         hidden.new_empty(0) if gradient is None else gradient.to(source.dtype)
         for gradient, source in zip(formed, _sources(inputs, law), strict=True)
@@ -284,7 +343,7 @@ def _bwd(grad_logprobs, grad_lse, grad_entropy, *arguments):
 
 
 def _bwd_fake(grad_logprobs, grad_lse, grad_entropy, *arguments):
-    inputs, law, (_, with_grads, _) = _split(
+    inputs, law, (_, with_grads, *_) = _split(
         (*arguments[:_NUM_INPUTS], *arguments[_NUM_INPUTS + 2 :])
     )
     hidden = inputs.hidden
@@ -292,6 +351,11 @@ def _bwd_fake(grad_logprobs, grad_lse, grad_entropy, *arguments):
         hidden.new_empty(source.shape, dtype=source.dtype) if wanted else hidden.new_empty(0)
         for source, wanted in zip(_sources(inputs, law), with_grads, strict=True)
     )
+
+
+def _bwd_into_fake(head_sum, *arguments):
+    grad_hidden, _, *others = _bwd_fake(*arguments)
+    return grad_hidden, grad_hidden.new_empty(0), *others
 
 
 register(
@@ -307,3 +371,4 @@ register(
     backward=lambda _: _linear.no_double_backward,
     python=_bwd,
 )
+register("fused_linear_token_logprobs_bwd_", fake=_bwd_into_fake, python=_bwd_)

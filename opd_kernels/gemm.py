@@ -64,5 +64,5 @@ def _unit_stride(matrix: Tensor) -> Tensor:
     return matrix if fits else matrix.contiguous()
 
 
-register("gemm_", fake=lambda *_: None)
-register("gemm_preferred", fake=lambda: False)
+register("gemm_", fake=lambda *_: None, cpu_only=True)
+register("gemm_preferred", fake=lambda: False, cpu_only=True)

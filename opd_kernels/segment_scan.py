@@ -60,7 +60,7 @@ def segment_scan(
         num_steps: how many k; >= 1. None: to the end of the segment.
         stride: tokens per step; >= 1.
         direction: "suffix" looks ahead, "prefix" looks back.
-        backend: "cpu" | "triton" | "reference"; None picks one.
+        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one.
 
     Returns:
         [N] float32 (float64 for float64 values), in the unit of the values (nats for log-ratios).

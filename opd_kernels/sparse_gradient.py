@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _linear
+from . import _gemms
 from ._registration import register
-from .gemm import gemm, is_own
 
 # beyond this share of the columns, packing them costs what the shorter GEMMs save
 LARGEST_SHARE = 0.75
@@ -90,7 +89,7 @@ def pack(
     Args:
         rows: namespace of the row kernels.
         grad_logits: dZ, with its token weights in it.
-        token_weights: [C], none of them 0; None for ones.
+        token_weights: [C]; None for ones. Rows of weight 0 need no column.
         tolerance: of |dZ| / |weight|.
         buffer: [C, V] of the dtype of dZ, overwritten: packing takes no memory of its own.
         head: [V, D], the rows that dZ's columns belong to.
@@ -105,7 +104,7 @@ def pack(
     # GEMMs like aligned operands
     spare = flat[-(-size // _ALIGNMENT) * _ALIGNMENT :]
     rows_at_a_time = spare.shape[0] // head.shape[1]
-    if _linear.widens(head):
+    if _gemms.widens(head):
         rows_at_a_time = min(rows_at_a_time, head_slice_rows)
     fewest = min(_FEWEST_ROWS, columns.shape[0])
     if columns.shape[0] > largest_share * vocab_size or rows_at_a_time < fewest:
@@ -131,22 +130,20 @@ def grad_hidden(packed: Packed, head: Tensor) -> Tensor:
         gradient = packed.grad_logits[:, piece]
         if head.dtype == real:
             weight = torch.index_select(head, 0, columns, out=out)
-        elif _linear.widens(head):
+        elif _gemms.widens(head):
             weight = out.copy_(head[columns])
         else:
             weight = head[columns]
-        if not is_own(gradient):
-            gradient = gradient.to(weight.dtype)
-        gemm(result, gradient, weight, accumulate=True)
+        _gemms.multiply_into(result, _gemms.beside(gradient, weight), weight, adds=True)
         del weight
     return result
 
 
-def add_grad_weight(rows, target: Tensor, packed: Packed, hidden: Tensor) -> None:
-    """target [V, D] += dW, on the rows whose columns count."""
+def add_grad_weight(
+    rows, target: Tensor, packed: Packed, hidden: Tensor, factor: float = 1.0
+) -> None:
+    """target [V, D] += factor * dW, on the rows whose columns count."""
     for piece, columns, out in _pieces(packed, target.shape[1]):
-        gradient = packed.grad_logits[:, piece].t()
-        if not is_own(gradient):
-            gradient = gradient.to(hidden.dtype)
-        gemm(out, gradient, hidden)
+        gradient = _gemms.beside(packed.grad_logits[:, piece].t(), hidden)
+        _gemms.multiply_into(out, gradient, hidden, factor=factor)
         rows.sparse_gradient_add_(target, columns, out)

@@ -83,7 +83,7 @@ def token_logprobs(
         softcap: c of cap, Gemma's; > 0. None: no cap.
         logit_scale: multiplies the logits before the cap; not 0.
         vocab_size: the leading columns that count; the rest is not read and gets zero gradient.
-        backend: "cpu" | "triton" | "reference"; None picks one.
+        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one.
 
     Returns:
         TokenLogprobs of [T] float32 (float64 for float64 logits), nats, all three differentiable.

@@ -39,6 +39,23 @@ def _reproducible():
 
 
 @pytest.fixture(scope="session")
+def emulated_cuda_library():
+    """Path of the CUDA kernels as C++ on CPU tensors; compiled if they are not."""
+    from tests import native
+
+    return native.build("opd_torch_emulated") / "opd_emulated.so"
+
+
+@pytest.fixture
+def emulated_cuda(emulated_cuda_library, monkeypatch):
+    """backend="cuda" takes CPU tensors; skips, with the reason, where nothing compiles them."""
+    from opd_kernels import _library
+
+    monkeypatch.setenv("OPD_CUDA_EMULATION", str(emulated_cuda_library))
+    assert _library.cuda_emulated()
+
+
+@pytest.fixture(scope="session")
 def interpreted_triton():
     """The Triton kernels on CPU tensors; skips, with the reason, where they can't run."""
     if os.environ.get("TRITON_INTERPRET") != "1":

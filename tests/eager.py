@@ -78,7 +78,7 @@ def laws(
 ) -> tuple[Tensor, Tensor]:
     """(student, target) log-probabilities in float64, for the checks; rows of weight 0 uniform."""
     pair = temperature if isinstance(temperature, (tuple, list)) else (temperature, temperature)
-    skipped = torch.zeros(len(student_logits), dtype=torch.bool)
+    skipped = torch.zeros(len(student_logits), dtype=torch.bool, device=student_logits.device)
     if token_weights is not None:
         skipped = token_weights == 0
     streams = {"student": student_logits, "teacher": teacher_logits, "reference": reference_logits}
@@ -180,7 +180,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), [T] each."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    skipped = torch.zeros(len(logits), dtype=torch.bool)
+    skipped = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     scaled = _scaled(logits, softcap, logit_scale, temperature, skipped, dtype, vocab_size)
     logprobs = torch.log_softmax(scaled, dim=-1)
     probs = logprobs.exp()

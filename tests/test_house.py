@@ -21,12 +21,13 @@ import opd_kernels
 from opd_kernels import _dispatch, _registration
 from opd_kernels.divergences import DIVERGENCES
 from opd_kernels.reference import divergences as reference_divergences
-from tests import public_api
+from tests import native, public_api
 from tests.cases import LABEL_SPECS, SPECS
 
 ROOT = Path(__file__).parents[1]
 HEADER = "csrc/include/opd/divergences.h"
 OPS_CPP = "csrc/torch/ops.cpp"
+ROW_OPS = "csrc/torch/row_ops.h"
 MIRROR = "opd_kernels/triton/_divergences.py"
 SOURCE_SUFFIXES = (".py", ".cpp", ".cc", ".c", ".h", ".cu", ".cuh")
 STANDARD_LIBRARY = sys.stdlib_module_names
@@ -35,12 +36,15 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 
 LAYERS = (
     "csrc/core/{op}.cpp",
+    "csrc/cuda/{op}.cu",
     "opd_kernels/{op}.py",
     "opd_kernels/triton/{op}.py",
     "opd_kernels/reference/{op}.py",
     "tests/opd_kernels/test_{op}.py",
+    "tests/opd_kernels/test_cuda_{op}.py",
     "tests/opd_kernels/test_triton_{op}.py",
     "tests/csrc/test_{op}.cpp",
+    "tests/csrc/test_cuda_{op}.cpp",
     "benchmarks/bench_{op}.py",
 )
 _ROW_KERNEL = "its GEMMs are the library's and its row kernel is that of the op without the prefix"
@@ -49,25 +53,50 @@ ABSENT = {
     for op in ("fused_linear_divergence", "fused_linear_token_logprobs")
     for layer in (
         "csrc/core/{op}.cpp",
+        "csrc/cuda/{op}.cu",
         "opd_kernels/triton/{op}.py",
+        "tests/opd_kernels/test_cuda_{op}.py",
         "tests/opd_kernels/test_triton_{op}.py",
         "tests/csrc/test_{op}.cpp",
+        "tests/csrc/test_cuda_{op}.cpp",
     )
 }
 _LIBRARY = "on a GPU the GEMMs are the library's"
 ABSENT |= {
     ("gemm", layer): _LIBRARY
-    for layer in ("opd_kernels/triton/{op}.py", "tests/opd_kernels/test_triton_{op}.py")
+    for layer in (
+        "csrc/cuda/{op}.cu",
+        "opd_kernels/triton/{op}.py",
+        "tests/csrc/test_cuda_{op}.cpp",
+        "tests/opd_kernels/test_cuda_{op}.py",
+        "tests/opd_kernels/test_triton_{op}.py",
+    )
 }
 # kernels that a public op uses and nobody calls by themselves: no reference, their tests hold them
 # against plain torch
 INTERNAL_OPS = ("gemm", "sparse_gradient")
 
+# arguments that say how, not what: the reference has none of them
+ONLY_OF_KERNELS = frozenset(
+    (
+        "backend",
+        "workspace_bytes",
+        "process_group",
+        "gradient_tolerance",
+        "student_lm_head_weight_grad",
+        "lm_head_weight_grad",
+        "grad_scale",
+        "compact_tokens",
+    )
+)
+
 # modules without a test file of their own name, and what tests them
 TESTED_ELSEWHERE = {
+    "opd_kernels/_buffers.py": "tests/opd_kernels/test_gemm.py",
     "opd_kernels/_catalogue.py": "tests/opd_kernels/test_divergences.py",
     "opd_kernels/_checks.py": "the error texts of each op's test",
     "opd_kernels/_divergence_paths.py": "tests/opd_kernels/test_fused_linear_divergence.py",
+    "opd_kernels/_gemms.py": "tests/opd_kernels/test_gpu_paths.py and test_fused_linear_*.py",
     "opd_kernels/_laws.py": "tests/opd_kernels/test_divergence.py and test_fused_linear_*.py",
     "opd_kernels/_library.py": "every test: it loads the ops",
     "opd_kernels/_linear.py": "tests/opd_kernels/test_fused_linear_*.py",
@@ -89,7 +118,8 @@ MAY_IMPORT = {
 MAY_INCLUDE = {
     "csrc/include/": r"opd/\w+\.h",
     "csrc/core/": r"opd/\w+\.h|\w+\.h",
-    "csrc/torch/": r"opd/opd\.h|torch/(csrc/(stable|inductor/aoti_torch/c)|headeronly)/.*",
+    "csrc/torch/": r"opd/opd\.h|(arguments|row_ops)\.h|"
+    r"torch/(csrc/(stable|inductor/aoti_torch/c)|headeronly)/.*",
     "csrc/cuda/": r"opd/\w+\.h|\w+\.(h|cuh)|cuda\w*\.h",
 }
 OP_CODE = ("opd_kernels/*.py", "opd_kernels/triton/*.py")
@@ -208,6 +238,37 @@ def test_schemas_are_the_registered_fakes():
     )
 
 
+def test_every_row_kernel_has_a_body_for_cpu_and_cuda():
+    """An op of a schema is a loop in Python, or has a body in row_ops.h and a twin in opd_cuda."""
+    block = read(ROW_OPS).partition("#define OPD_ROW_OPS(X)")[2].partition("\n\n")[0]
+    bodies = set(re.findall(r"X\((\w+)\)", block))
+    assert bodies, f"no OPD_ROW_OPS list was found in {ROW_OPS}"
+    twins = {
+        name.removeprefix("opd_cuda::")
+        for name in _registration.REGISTERED
+        if name.startswith("opd_cuda::")
+    }
+    report(
+        [f"{name}: a twin in opd_cuda and no body in {ROW_OPS}" for name in sorted(twins - bodies)]
+        + [f"{name}: a body in {ROW_OPS} and no opd_cuda::{name}" for name in bodies - twins]
+        + [f"{name}: a body without a schema in {OPS_CPP}" for name in bodies - set(schemas())]
+    )
+
+
+def test_every_cuda_entry_point_has_a_kernel_and_a_refusal():
+    declared = native.cuda_entry_points()
+    assert declared, "no entry point opd_*_cuda was found in csrc/include/opd/opd.h"
+    refusals = read("csrc/core/without_cuda.cpp")
+    report(
+        [f"{name}: no kernel in csrc/cuda" for name in native.unwritten("")]
+        + [
+            f"csrc/core/without_cuda.cpp: {name} is missing"
+            for name in declared
+            if not re.search(rf"\b{name}\b", refusals)
+        ]
+    )
+
+
 def test_triton_launchers_have_the_signatures_of_the_schemas():
     pytest.importorskip("triton")
     findings = []
@@ -234,8 +295,7 @@ def test_reference_has_the_signature_of_the_op(op):
         return [
             (parameter.name, parameter.default)
             for parameter in inspect.signature(function).parameters.values()
-            if parameter.name
-            not in ("backend", "workspace_bytes", "process_group", "gradient_tolerance")
+            if parameter.name not in ONLY_OF_KERNELS
         ]
 
     public, truth = getattr(opd_kernels, op), getattr(opd_kernels.reference, op)

@@ -28,11 +28,11 @@ def assert_within_eager(actual: Tensor, eager: Tensor, truth: Tensor, what: str)
     )
     if truth.numel() == 0:
         return
-    got, baseline, exact = (x.detach().to(torch.float64).cpu() for x in (actual, eager, truth))
+    got, baseline, exact = (x.detach().to(torch.float64) for x in (actual, eager, truth))
     _assert_same_special_values(got, exact, what)
     finite = exact.isfinite()
     assert baseline[finite].isfinite().all(), f"{what}: the eager baseline is not finite"
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device=exact.device)
     error = torch.where(finite, got - exact, zero).abs()
     eager_error = torch.where(finite, baseline - exact, zero).abs()
     scale = torch.where(finite, exact, zero).abs()

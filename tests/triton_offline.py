@@ -95,7 +95,8 @@ def calls(names: Sequence[str]):
     yield chosen, partial(_phases, logits, laws)
     logits, laws = call_of(torch.float32, **everything())
     chosen = {"options": EVERYTHING, "divergence": None, "dtype": "fp32"}
-    yield chosen, partial(divergence.divergence_fwd_grad_, *logits, *laws, True)
+    for grad_dtype in (2, -1):
+        yield chosen, partial(divergence.divergence_fwd_grad_, *logits, *laws, True, grad_dtype)
     yield chosen, partial(both_ways, logits, laws, True)
     for dtype in (torch.bfloat16, torch.float32):
         for options in (PLAIN, EVERYTHING):
@@ -142,7 +143,9 @@ def both_ways(logits, laws, with_statistics: bool) -> None:
 
 def _plain(logits, laws) -> None:
     if logits[0].dtype == torch.float32:
-        divergence.divergence_fwd_grad_(*logits, *laws, False)
+        # with the gradient in 16 bits, as 16-bit heads on a GPU take it, and in float32
+        for grad_dtype in (2, -1):
+            divergence.divergence_fwd_grad_(*logits, *laws, False, grad_dtype)
     else:
         both_ways(logits, laws, False)
 
@@ -151,6 +154,8 @@ def _phases(logits, laws) -> None:
     state = torch.empty(2, laws.state_size, dtype=torch.float64)
     for phase in (LSE, ROW_SUMS, TERMS, FINISH):
         divergence.divergence_phase_(state, *logits, *laws, phase, 16, True)
+    for grad_dtype in (2, -1):
+        divergence.divergence_bwd_(torch.ones(2), state, *logits, *laws, 16, grad_dtype)
 
 
 def _token_logprobs(dtype: torch.dtype, options: str) -> None:
@@ -160,7 +165,10 @@ def _token_logprobs(dtype: torch.dtype, options: str) -> None:
     if options == EVERYTHING:
         law = (torch.empty(VOCAB_SIZE), ones, [0.5, 30.0, 1.0], VOCAB_SIZE)
     _, lse, entropy = token_logprobs.token_logprobs_fwd(logits, ids, *law)
-    token_logprobs.token_logprobs_bwd(ones, ones.double(), ones, logits, ids, lse, entropy, *law)
+    grads = ones, ones.double(), ones
+    token_logprobs.token_logprobs_bwd(*grads, logits, ids, lse, entropy, *law)
+    if dtype == torch.float32:
+        token_logprobs.token_logprobs_bwd_(*grads, logits, ids, lse, entropy, *law, 2)
 
 
 def _sparse_gradient() -> None:

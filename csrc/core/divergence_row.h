@@ -4,38 +4,11 @@
 // are made of the same few loops.
 #pragma once
 
+#include "divergence_state.h"
 #include "opd/divergences.h"
 #include "rows.h"
 
 namespace opd {
-
-// -- what a row of state holds ---------------------------------------------------------------------
-
-enum State {
-  kStudentLse,  // until the phase is closed: the sum relative to the largest logit
-  kTeacherLse,
-  kStudentLargest,
-  kTeacherLargest,
-  kStudentArgmax,
-  kTeacherArgmax,
-  kGradSum,         // sum of dterm
-  kTeacherGradSum,  // sum of dterm_teacher, for a live geometric target
-  kStudentEntropy,
-  kTeacherEntropy,
-  kForwardKl,
-  kReverseKl,
-  kStudentLogprob,
-  kTeacherLogprob,
-  kStudentTopkMass,
-  kTeacherTopkMass,
-  kCrossEntropy_,
-  kStateSize = OPD_DIVERGENCE_STATE
-};
-static_assert(kCrossEntropy_ < kStateSize, "opd.h must leave room for the state");
-
-// ... and after that, for each component:
-enum ComponentState { kTermSum, kRowSum, kThreshold = 3, kComponentState = 4 };
-static_assert(int(kComponentState) == int(OPD_DIVERGENCE_STATE_PER_COMPONENT), "opd.h and core differ");
 
 // -- laws --------------------------------------------------------------------------------------------
 
@@ -104,16 +77,6 @@ class Laws {
 
 // -- entries -----------------------------------------------------------------------------------------
 
-// What turns two logits into an Entry.
-template <class T>
-struct Shifts {
-  explicit Shifts(const double* state)
-      : student(state[kStudentLse]),
-        teacher(state[kTeacherLse]),
-        gap(state[kStudentLse] - state[kTeacherLse]) {}
-  Shift<T> student, teacher, gap;
-};
-
 template <class T>
 struct Entries {
   Block<T> lp, lq, p, q, gap, lp_low, lq_low;
@@ -128,21 +91,14 @@ OPD_ELEMENTWISE void entry_block(const T* __restrict__ student, const T* __restr
                                  T* __restrict__ lq_low) {
 OPD_IVDEP
   for (int i = 0; i < padded; ++i) {
-    // what a difference has lost goes with the low part of the shift: one rounding in all
-    T lost;
-    const T below = difference(student[i], shifts.student.high, &lost);
-    T lost_again;
-    const T log_q = difference(below, shifts.student.low - lost, &lost_again);
-    lq_low[i] = lost_again;
-    const T under = difference(teacher[i], shifts.teacher.high, &lost);
-    const T log_p = difference(under, shifts.teacher.low - lost, &lost_again);
-    lp_low[i] = lost_again;
-    const T apart = difference(student[i], teacher[i], &lost);
-    gap[i] = (apart - shifts.gap.high) - (shifts.gap.low - lost);
-    lp[i] = log_p;
-    lq[i] = log_q;
-    p[i] = exp(log_p);
-    q[i] = exp(log_q);
+    const Entry<T> e = entry_of(student[i], teacher[i], shifts);
+    lp[i] = e.lp;
+    lq[i] = e.lq;
+    p[i] = e.p;
+    q[i] = e.q;
+    gap[i] = e.gap;
+    lp_low[i] = e.lp_low;
+    lq_low[i] = e.lq_low;
   }
 }
 
@@ -282,17 +238,6 @@ inline int num_row_sums(const opd_divergence_component_t& component) {
   return count;
 }
 
-// dterm sums to 0 as it is, and summing it would only add rounding. With a weight that is the
-// student's law, the sum is what takes the rounding of the means out again.
-inline bool is_centred(const opd_divergence_component_t& component) {
-  return component.divergence == OPD_CONCRETE_SCORE && component.param0 != 0 &&
-         component.param1 != 0;
-}
-
-inline bool needs_threshold(const opd_divergence_component_t& component) {
-  return component.divergence == OPD_ADAPTIVE_KL;
-}
-
 // Adds the sums of a block to state.
 template <class T>
 void component_row_sums(const opd_divergence_component_t& component, const Entries<T>& e,
@@ -351,27 +296,6 @@ OPD_IVDEP
 }
 
 // -- the head of the teacher's law -----------------------------------------------------------------------
-
-// Order of the bits is order of the values, from -inf to inf.
-inline uint64_t ordered_bits(float value) {
-  const uint32_t bits = static_cast<uint32_t>(detail::float_to_bits(value));
-  return (bits >> 31) ? ~bits & 0xffffffffu : bits | 0x80000000u;
-}
-inline uint64_t ordered_bits(double value) {
-  uint64_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return (bits >> 63) ? ~bits : bits | (uint64_t{1} << 63);
-}
-inline float value_of(uint64_t bits, float) {
-  const uint32_t word = static_cast<uint32_t>(bits);
-  return detail::bits_to_float(static_cast<int32_t>((word >> 31) ? word & 0x7fffffffu : ~word));
-}
-inline double value_of(uint64_t bits, double) {
-  const uint64_t word = (bits >> 63) ? bits & ~(uint64_t{1} << 63) : ~bits;
-  double value;
-  std::memcpy(&value, &word, sizeof(value));
-  return value;
-}
 
 // The least log p whose {log p >= it} has mass of at most `head_mass`; the largest log p if that
 // alone has more. A radix select by mass: exact, and tied tokens stay together.

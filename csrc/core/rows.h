@@ -204,10 +204,11 @@ void for_each_block(int64_t vocab_size, Fn&& fn) {
 // lse to float32 does not scale a whole row of probabilities.
 template <class T>
 struct Shift {
-  explicit Shift(double lse)
+  OPD_HD explicit Shift(double lse)
       : high(static_cast<T>(lse)), low(static_cast<T>(lse - static_cast<double>(high))) {
     // inf - inf would hide that the row has no finite logit
-    if (std::isinf(high)) low = T(0);
+    constexpr T infinity = std::numeric_limits<T>::infinity();
+    if (high == infinity || high == -infinity) low = T(0);
   }
   T high, low;
 };

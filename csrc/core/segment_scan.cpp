@@ -7,28 +7,19 @@
 #include <cstdint>
 #include <limits>
 
-#include "check.h"
 #include "parallel.h"
 #include "rows.h"
+#include "segment_scan_check.h"
 
 namespace opd {
 namespace {
 
-constexpr char kScan[] = "segment_scan";
-constexpr char kReduce[] = "segment_reduce";
-constexpr char kBroadcast[] = "segment_broadcast";
-constexpr char kGroup[] = "group_statistics";
+using segment_scan::is_float64;
 
 // partial sums side by side, so that a long segment does not wait for one addition after another
 constexpr int kSums = 8;
 
-void check_segments(const char* op, const opd_segments_t& segments) {
-  OPD_CHECK(segments.num_segments >= 0, op, ": num_segments must be >= 0, got ",
-            segments.num_segments);
-  OPD_CHECK(segments.num_tokens >= 0, op, ": num_tokens must be >= 0, got ", segments.num_tokens);
-  OPD_CHECK(segments.dtype == OPD_FLOAT32 || segments.dtype == OPD_FLOAT64, op,
-            ": dtype must be OPD_FLOAT32 or OPD_FLOAT64, got ", segments.dtype);
-  check_pointer(op, "offsets", segments.offsets);
+void check_offsets(const char* op, const opd_segments_t& segments) {
   const int64_t* offsets = segments.offsets;
   OPD_CHECK(offsets[0] == 0, op, ": offsets must start at 0, got ", offsets[0]);
   for (int64_t s = 0; s < segments.num_segments; ++s) {
@@ -282,73 +273,39 @@ void group_statistics(const opd_group_statistics_args_t& args) {
   });
 }
 
-bool is_float64(const opd_segments_t& segments) { return segments.dtype == OPD_FLOAT64; }
-
 }  // namespace
 }  // namespace opd
 
 opd_status_t opd_segment_scan_cpu(const opd_segment_scan_args_t* args) {
   return opd::guarded([&] {
-    const char* op = opd::kScan;
-    opd::check_pointer(op, "args", args);
-    opd::check_struct_size(op, args->struct_size, sizeof(*args));
-    opd::check_segments(op, args->segments);
-    OPD_CHECK(args->discount >= 0.0 && args->discount <= 1.0, op,
-              ": discount must be in [0, 1], got ", args->discount);
-    OPD_CHECK(args->first_step >= 0, op, ": first_step must be >= 0, got ", args->first_step);
-    OPD_CHECK(args->num_steps >= 1, op, ": num_steps must be >= 1, got ", args->num_steps);
-    OPD_CHECK(args->stride >= 1, op, ": stride must be >= 1, got ", args->stride);
+    opd::segment_scan::check_args(args);
+    opd::check_offsets(opd::segment_scan::kScan, args->segments);
     if (args->segments.num_tokens == 0) return;
-    opd::check_pointers(op, "values and out", {args->values, args->out});
-    OPD_CHECK(args->scratch != nullptr || args->num_steps == 1 ||
-                  args->num_steps >= args->segments.num_tokens,
-              op, ": scratch must not be NULL for num_steps ", args->num_steps, " of ",
-              args->segments.num_tokens, " tokens");
     opd::is_float64(args->segments) ? opd::scan<double>(*args) : opd::scan<float>(*args);
   });
 }
 
 opd_status_t opd_segment_reduce_cpu(const opd_segment_reduce_args_t* args) {
   return opd::guarded([&] {
-    const char* op = opd::kReduce;
-    opd::check_pointer(op, "args", args);
-    opd::check_struct_size(op, args->struct_size, sizeof(*args));
-    opd::check_segments(op, args->segments);
-    OPD_CHECK(args->reduction >= OPD_SUM && args->reduction <= OPD_MIN, op,
-              ": reduction must be an opd_reduction_t, got ", args->reduction);
-    if (args->segments.num_segments == 0) return;
-    opd::check_pointer(op, "out", args->out);
-    if (args->segments.num_tokens > 0) opd::check_pointer(op, "values", args->values);
+    opd::segment_scan::check_args(args);
+    opd::check_offsets(opd::segment_scan::kReduce, args->segments);
     opd::is_float64(args->segments) ? opd::reduce<double>(*args) : opd::reduce<float>(*args);
   });
 }
 
 opd_status_t opd_segment_broadcast_cpu(const opd_segment_broadcast_args_t* args) {
   return opd::guarded([&] {
-    const char* op = opd::kBroadcast;
-    opd::check_pointer(op, "args", args);
-    opd::check_struct_size(op, args->struct_size, sizeof(*args));
-    opd::check_segments(op, args->segments);
+    opd::segment_scan::check_args(args);
+    opd::check_offsets(opd::segment_scan::kBroadcast, args->segments);
     if (args->segments.num_tokens == 0) return;
-    opd::check_pointers(op, "segment_values and out", {args->segment_values, args->out});
     opd::is_float64(args->segments) ? opd::broadcast<double>(*args) : opd::broadcast<float>(*args);
   });
 }
 
 opd_status_t opd_group_statistics_cpu(const opd_group_statistics_args_t* args) {
   return opd::guarded([&] {
-    const char* op = opd::kGroup;
-    opd::check_pointer(op, "args", args);
-    opd::check_struct_size(op, args->struct_size, sizeof(*args));
-    opd::check_segments(op, args->segments);
-    OPD_CHECK(args->correction == 0 || args->correction == 1, op,
-              ": correction must be 0 or 1, got ", args->correction);
-    if (args->segments.num_segments == 0) return;
-    opd::check_pointers(op, "every output of a group", {args->count, args->mean, args->std});
-    if (args->segments.num_tokens > 0) {
-      opd::check_pointers(op, "values and leave_one_out_mean",
-                          {args->values, args->leave_one_out_mean});
-    }
+    opd::segment_scan::check_args(args);
+    opd::check_offsets(opd::segment_scan::kGroup, args->segments);
     opd::is_float64(args->segments) ? opd::group_statistics<double>(*args)
                                     : opd::group_statistics<float>(*args);
   });

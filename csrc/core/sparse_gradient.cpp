@@ -2,14 +2,13 @@
 // Which columns of a gradient [T, V] some token needs, these columns packed side by side, what each
 // row sums to in the others, and rows added where the columns belong. A NaN or an infinity is always
 // needed: dropping it would hide it.
-#include "check.h"
 #include "parallel.h"
 #include "rows.h"
+#include "sparse_gradient_check.h"
 
 namespace opd {
 namespace {
 
-constexpr char kOp[] = "sparse_gradient";
 // columns that one thread marks: its marks stay in L1, and a row's part of them is a long read
 constexpr int64_t kTileColumns = 4096;
 
@@ -119,26 +118,14 @@ void add_rows(const opd_sparse_gradient_add_args_t& args) {
   });
 }
 
-void check_columns(const int64_t* columns, int64_t num_columns, int64_t vocab_size) {
-  OPD_CHECK(num_columns >= 0 && num_columns <= vocab_size, kOp,
-            ": num_columns must be in [0, vocab_size], got ", num_columns);
-  if (num_columns > 0) check_pointer(kOp, "columns", columns);
+void check_ascending(const int64_t* columns, int64_t num_columns, int64_t vocab_size) {
   int64_t last = -1;
   for (int64_t k = 0; k < num_columns; ++k) {
-    OPD_CHECK(columns[k] > last && columns[k] < vocab_size, kOp, ": columns must ascend in [0, ",
-              vocab_size, "), got ", columns[k], " at position ", k);
+    OPD_CHECK(columns[k] > last && columns[k] < vocab_size, sparse_gradient::kOp,
+              ": columns must ascend in [0, ", vocab_size, "), got ", columns[k], " at position ",
+              k);
     last = columns[k];
   }
-}
-
-void check_args(const opd_sparse_gradient_args_t& args) {
-  check_struct_size(kOp, args.struct_size, sizeof(args));
-  check_sizes(kOp, args.num_tokens, args.vocab_size);
-  const int32_t dtype = args.grad_logits.dtype;
-  OPD_CHECK(dtype == OPD_FLOAT32 || dtype == OPD_FLOAT64, kOp,
-            ": grad_logits must be float32 or float64");
-  check_logits(kOp, "grad_logits", args.grad_logits, args.num_tokens);
-  check_pointer(kOp, "kept", args.kept);
 }
 
 }  // namespace
@@ -146,45 +133,23 @@ void check_args(const opd_sparse_gradient_args_t& args) {
 
 opd_status_t opd_sparse_gradient_mark_cpu(const opd_sparse_gradient_args_t* args) {
   return opd::guarded([&] {
-    opd::check_pointer(opd::kOp, "args", args);
-    opd::check_args(*args);
-    OPD_CHECK(args->tolerance >= 0.0 && std::isfinite(args->tolerance), opd::kOp,
-              ": tolerance must be >= 0 and finite, got ", args->tolerance);
+    opd::sparse_gradient::check_mark(args);
     args->grad_logits.dtype == OPD_FLOAT64 ? opd::mark<double>(*args) : opd::mark<float>(*args);
   });
 }
 
 opd_status_t opd_sparse_gradient_pack_cpu(const opd_sparse_gradient_args_t* args) {
   return opd::guarded([&] {
-    opd::check_pointer(opd::kOp, "args", args);
-    opd::check_args(*args);
-    opd::check_columns(args->columns, args->num_columns, args->vocab_size);
-    if (args->num_tokens == 0) return;
-    opd::check_pointer(opd::kOp, "dropped", args->dropped);
-    if (args->num_columns > 0) {
-      opd::check_pointer(opd::kOp, "packed", args->packed.data);
-      OPD_CHECK(args->packed.dtype == args->grad_logits.dtype, opd::kOp,
-                ": packed must have the dtype of grad_logits");
-      opd::check_gradient(opd::kOp, args->packed, args->num_tokens, args->num_columns,
-                          args->num_columns);
-    }
+    opd::sparse_gradient::check_pack(args);
+    opd::check_ascending(args->columns, args->num_columns, args->vocab_size);
     args->grad_logits.dtype == OPD_FLOAT64 ? opd::pack<double>(*args) : opd::pack<float>(*args);
   });
 }
 
 opd_status_t opd_sparse_gradient_add_cpu(const opd_sparse_gradient_add_args_t* args) {
   return opd::guarded([&] {
-    opd::check_pointer(opd::kOp, "args", args);
-    opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
-    opd::check_sizes(opd::kOp, args->num_columns, args->vocab_size);
-    opd::check_columns(args->columns, args->num_columns, args->vocab_size);
-    if (args->num_columns == 0) return;
-    const int32_t dtype = args->target.dtype;
-    OPD_CHECK((dtype == OPD_FLOAT32 || dtype == OPD_FLOAT64) && args->rows.dtype == dtype, opd::kOp,
-              ": target and rows must both be float32 or float64");
-    opd::check_logits(opd::kOp, "rows", args->rows, args->num_columns);
-    opd::check_pointer(opd::kOp, "target", args->target.data);
-    opd::check_gradient(opd::kOp, args->target, args->vocab_size, args->width, args->width);
-    dtype == OPD_FLOAT64 ? opd::add_rows<double>(*args) : opd::add_rows<float>(*args);
+    opd::sparse_gradient::check_add(args);
+    opd::check_ascending(args->columns, args->num_columns, args->vocab_size);
+    args->target.dtype == OPD_FLOAT64 ? opd::add_rows<double>(*args) : opd::add_rows<float>(*args);
   });
 }

@@ -3,14 +3,12 @@
 // with c0 = g_lse - g_logprob - g_entropy H and c1 = -g_entropy,
 // dz_v = slope_v (q_v (c0 + c1 log q_v) + g_logprob 1[v = id]), slope_v = scale / temperature, times
 // the softcap's own slope.
-#include "check.h"
 #include "parallel.h"
 #include "rows.h"
+#include "token_logprobs_check.h"
 
 namespace opd {
 namespace {
-
-constexpr char kOp[] = "token_logprobs";
 
 template <class T>
 OPD_ELEMENTWISE void entropy_terms(const T* __restrict__ logits, Shift<T> shift, int padded,
@@ -41,15 +39,12 @@ T single_logprob(const LogitsRow<T>& logits, int64_t token_id, Shift<T> shift) {
   return (logit - shift.high) - shift.low;
 }
 
-void check_spec(const opd_token_logprobs_spec_t& spec) {
-  check_sizes(kOp, spec.num_tokens, spec.vocab_size);
-  check_side(kOp, "logits", spec.logits, spec.num_tokens);
-  OPD_CHECK(spec.num_tokens == 0 || spec.token_ids != nullptr, kOp,
-            ": token_ids must not be NULL");
+void check_ids(const opd_token_logprobs_spec_t& spec) {
   for (int64_t row = 0; row < spec.num_tokens; ++row) {
-    OPD_CHECK(spec.token_ids[row] >= 0 && spec.token_ids[row] < spec.vocab_size, kOp,
-              ": token_ids must be in [0, ", spec.vocab_size, "), got ", spec.token_ids[row],
-              " at position ", row, ". Drop ignored positions (-100) before the call.");
+    OPD_CHECK(spec.token_ids[row] >= 0 && spec.token_ids[row] < spec.vocab_size,
+              token_logprobs::kOp, ": token_ids must be in [0, ", spec.vocab_size, "), got ",
+              spec.token_ids[row], " at position ", row,
+              ". Drop ignored positions (-100) before the call.");
   }
 }
 
@@ -117,12 +112,9 @@ OPD_IVDEP
 
 opd_status_t opd_token_logprobs_fwd_cpu(const opd_token_logprobs_fwd_args_t* args) {
   return opd::guarded([&] {
-    opd::check_pointer(opd::kOp, "args", args);
-    opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
-    opd::check_spec(args->spec);
+    opd::token_logprobs::check_args(args);
+    opd::check_ids(args->spec);
     if (args->spec.num_tokens == 0) return;
-    opd::check_pointers(opd::kOp, "every output",
-                        {args->logprobs, args->lse, args->entropy});
     const bool is_double = args->spec.logits.matrix.dtype == OPD_FLOAT64;
     is_double ? opd::forward<double>(*args) : opd::forward<float>(*args);
   });
@@ -130,15 +122,9 @@ opd_status_t opd_token_logprobs_fwd_cpu(const opd_token_logprobs_fwd_args_t* arg
 
 opd_status_t opd_token_logprobs_bwd_cpu(const opd_token_logprobs_bwd_args_t* args) {
   return opd::guarded([&] {
-    opd::check_pointer(opd::kOp, "args", args);
-    opd::check_struct_size(opd::kOp, args->struct_size, sizeof(*args));
-    opd::check_spec(args->spec);
-    opd::check_dtype(opd::kOp, "grad_logits", args->grad_logits.dtype);
-    opd::check_gradient(opd::kOp, args->grad_logits, args->spec.num_tokens, args->grad_width,
-                        args->spec.vocab_size);
+    opd::token_logprobs::check_args(args);
+    opd::check_ids(args->spec);
     if (args->spec.num_tokens == 0) return;
-    opd::check_pointers(opd::kOp, "every pointer",
-                        {args->grad_logprobs, args->grad_lse, args->grad_entropy, args->lse, args->entropy, args->grad_logits.data});
     const bool is_double = args->spec.logits.matrix.dtype == OPD_FLOAT64;
     is_double ? opd::backward<double>(*args) : opd::backward<float>(*args);
   });

@@ -16,7 +16,7 @@ from ._components import coefficients_of, row_sums_of, rows_of, thresholds_of, t
 from ._ids import cross_entropy_of, label_coefficient
 from ._laws import Laws, add_lse, shifts_of, slope_of
 from ._packing import NUM_STATISTICS, Packed, has_row_sums, takes_laws
-from ._rows import launch
+from ._rows import gradient_in_place, launch
 from ._state import (
     CROSS_ENTROPY_SUM,
     GRAD_SUM,
@@ -170,8 +170,8 @@ def _finish_kernel(
 @triton.jit
 def _divergence_bwd_kernel(
     laws, loss, grad_loss_ptr, state_ptr, grad_ptr, stride_grad, grad_width, first_column,
-    COMPONENTS: tl.constexpr, TARGET: tl.constexpr, LIVE: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_LABELS: tl.constexpr,
+    COMPONENTS: tl.constexpr, TARGET: tl.constexpr, LIVE: tl.constexpr, NARROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_LABELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     state_row_ptr = state_row(state_ptr, row, COMPONENTS)
@@ -196,18 +196,26 @@ def _divergence_bwd_kernel(
     store_gradient(
         here, loss, coefficients, label_weight, rows, _shifts_of_row(state_row_ptr), row,
         first_column, grad_sums, teacher_grad_sum, slope_of(laws.student, row, weight * grad_loss),
-        grad_ptr + row * stride_grad, grad_width, COMPONENTS, TARGET, LIVE, BLOCK_V,
+        grad_ptr + row * stride_grad, grad_width, COMPONENTS, TARGET, LIVE, NARROWS, BLOCK_V,
     )  # fmt: skip
 
 
 def launch_bwd(
-    packed: Packed, grad_loss: Tensor, state: Tensor, grad: Tensor, first_column: int
+    packed: Packed,
+    grad_loss: Tensor,
+    state: Tensor,
+    grad: Tensor,
+    first_column: int,
+    narrows: bool = False,
 ) -> None:
-    """Writes the gradient of the call's columns, and zeros beyond them."""
+    """Writes the gradient of the call's columns, and zeros beyond them.
+
+    narrows: grad lies in the rows of float32 logits and has half their width.
+    """
     names = ("COMPONENTS", "TARGET", "LIVE", "BLOCK_V", "BLOCK_LABELS")
     launch(
         _divergence_bwd_kernel, grad.shape[0], packed.num_warps, packed.laws, packed.loss,
-        grad_loss, state, grad, grad.stride(0), grad.shape[1], first_column,
+        grad_loss, state, grad, grad.stride(0), grad.shape[1], first_column, NARROWS=narrows,
         maxnreg=packed.max_registers, **{name: packed.constants[name] for name in names},
     )  # fmt: skip
 
@@ -284,6 +292,9 @@ def _launch_phase(
 
 
 @takes_laws
-def divergence_bwd_(grad_loss: Tensor, state: Tensor, packed: Packed, first_column: int) -> None:
+def divergence_bwd_(
+    grad_loss: Tensor, state: Tensor, packed: Packed, first_column: int, grad_dtype: int
+) -> None:
     """`opd::divergence_bwd_`: the gradient overwrites the float32 student logits."""
-    launch_bwd(packed, grad_loss, state, packed.laws.student.logits, first_column)
+    grad = gradient_in_place(packed.laws.student.logits, grad_dtype)
+    launch_bwd(packed, grad_loss, state, grad, first_column, narrows=grad_dtype != -1)

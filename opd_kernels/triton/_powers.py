@@ -99,7 +99,9 @@ def alpha_beta_sum(e, c, offset):
     # powers that overflow against each other: the term itself grows without bound
     directly = tl.where((directly == directly) | (x != x), directly, float("inf"))
     near = (x < c[12]) & (x > -c[12])
-    return tl.where(absent(e), 0.0, tl.where(near, by_series, directly))
+    # NaN stays NaN where an exponent of 0 would leave it out
+    value = tl.where(x != x, x, tl.where(near, by_series, directly))
+    return tl.where(absent(e), 0.0, value)
 
 
 @triton.jit
@@ -116,4 +118,5 @@ def alpha_beta_form(e, a, b, s, a_low, b_low, s_low, inverse_a, offset):
     directly = (qs - cross) * inverse_a
     # a = 0 is always near: y is 0 then, x however large
     near = (y < 1.0) & (y > -1.0)
-    return tl.where(absent(e), 0.0, tl.where(near, by_series, directly))
+    value = tl.where(x != x, x, tl.where(near, by_series, directly))
+    return tl.where(absent(e), 0.0, value)

@@ -62,6 +62,29 @@ def split(lse):
     return high, tl.where(tl.abs(high) == float("inf"), 0.0, low)
 
 
+# opd_dtype_t of the gradients that may be narrower than their float32 logits
+_NARROW = {2: torch.bfloat16, 3: torch.float16}
+
+
+def gradient_in_place(logits: torch.Tensor, grad_dtype: int) -> torch.Tensor:
+    """[T, V] that the gradient of these logits goes to: themselves, or the first half of each row.
+
+    A kernel that narrows reads a tile, waits for its other threads, and writes the tile's 16-bit
+    values, in ascending order: what they cover of the row was read with them or with a tile before.
+
+    Raises:
+        RuntimeError: the dtype is neither that of the logits (-1) nor 16 bits of float32 ones.
+    """
+    if grad_dtype == -1:
+        return logits
+    if grad_dtype not in _NARROW or logits.dtype != torch.float32:
+        raise RuntimeError(
+            "opd: grad_dtype must be -1, or 2 (bfloat16) or 3 (float16) with float32 logits, got "
+            f"{grad_dtype} with {logits.dtype}"
+        )
+    return logits.view(_NARROW[grad_dtype])[:, : logits.shape[1]]
+
+
 def launch(kernel, num_programs: int, num_warps: int, *args, **constants) -> None:
     """Runs the programs on the device of the first tensor in the arguments; none, no launch."""
     if num_programs == 0:

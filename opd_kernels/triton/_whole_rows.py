@@ -106,9 +106,12 @@ def minus_share(dterm, q, grad_sums):
 def store_gradient(
     laws, loss, coefficients, label_weight, rows, shifts, row, first_column, grad_sums,
     teacher_grad_sum, scale, grad_row_ptr, grad_width, COMPONENTS: tl.constexpr,
-    TARGET: tl.constexpr, LIVE: tl.constexpr, BLOCK_V: tl.constexpr,
+    TARGET: tl.constexpr, LIVE: tl.constexpr, NARROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """scale * d loss / d logits, 0 beyond the columns of the laws; may overwrite the logits."""
+    """scale * d loss / d logits, 0 beyond the columns of the laws; may overwrite the logits.
+
+    NARROWS: with values of half their width.
+    """
     for begin in range(0, grad_width, BLOCK_V):
         columns = begin + tl.arange(0, BLOCK_V)
         inside = columns < laws.vocab_size
@@ -126,6 +129,9 @@ def store_gradient(
             gradient *= softcap_slope(logits, laws.student.softcap)
         gradient = tl.where(inside, scale * gradient, 0.0)
         gradient = gradient.to(grad_row_ptr.dtype.element_ty)
+        if NARROWS:
+            # what this tile overwrites, other threads have read by now
+            tl.debug_barrier()
         tl.store(grad_row_ptr + columns, gradient, mask=columns < grad_width)
 
 

@@ -26,7 +26,7 @@ from ._divergence_phases import divergence_bwd_, divergence_phase_, launch_bwd
 from ._ids import cross_entropy_of, label_coefficient
 from ._laws import Laws, add_lse, shifts_of, slope_of
 from ._packing import NUM_STATISTICS, Packed, takes_laws
-from ._rows import launch
+from ._rows import gradient_in_place, launch
 from ._state import (
     STUDENT_ARGMAX,
     STUDENT_LARGEST,
@@ -146,19 +146,21 @@ def _divergence_fwd_kernel(
 
 @triton.jit
 def _divergence_fwd_grad_kernel(
-    laws, loss, ids, loss_ptr, statistics_ptr, COMPONENTS: tl.constexpr, TARGET: tl.constexpr,
-    LIVE: tl.constexpr, WITH_STATISTICS: tl.constexpr, OVERWRITES_TWICE: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
+    laws, loss, ids, loss_ptr, statistics_ptr, grad_ptr, stride_grad, COMPONENTS: tl.constexpr,
+    TARGET: tl.constexpr, LIVE: tl.constexpr, WITH_STATISTICS: tl.constexpr,
+    OVERWRITES_TWICE: tl.constexpr, NARROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     weight = token_weight_of(loss, row)
     student_row_ptr = laws.student.logits + row * laws.student.stride
+    grad_row_ptr = grad_ptr + row * stride_grad
     if weight == 0.0:
         store_nothing(loss_ptr, statistics_ptr, row, loss.num_tokens, WITH_STATISTICS)
         for begin in range(0, laws.vocab_size, BLOCK_V):
             columns = begin + tl.arange(0, BLOCK_V)
-            zero = tl.zeros((BLOCK_V,), tl.float32)
-            tl.store(student_row_ptr + columns, zero, mask=columns < laws.vocab_size)
+            zero = tl.zeros((BLOCK_V,), grad_ptr.dtype.element_ty)
+            tl.store(grad_row_ptr + columns, zero, mask=columns < laws.vocab_size)
     else:
         here = Laws(
             laws.student, laws.teacher, laws.reference, laws.from_student, laws.from_teacher,
@@ -199,9 +201,11 @@ def _divergence_fwd_grad_kernel(
                 inside = columns < laws.vocab_size
                 dterm = tl.load(student_row_ptr + columns, mask=inside, other=0.0)
                 q = tl.load(q_row_ptr + columns, mask=columns < readable, other=0.0)
-                tl.store(
-                    student_row_ptr + columns, scale * minus_share(dterm, q, grad_sums), mask=inside
-                )
+                gradient = scale * minus_share(dterm, q, grad_sums)
+                gradient = gradient.to(grad_ptr.dtype.element_ty)
+                if NARROWS:
+                    tl.debug_barrier()
+                tl.store(grad_row_ptr + columns, gradient, mask=inside)
         else:
             silent = Laws(
                 laws.student, laws.teacher, laws.reference, laws.from_student, laws.from_teacher,
@@ -209,8 +213,8 @@ def _divergence_fwd_grad_kernel(
             )  # fmt: skip
             store_gradient(
                 silent, loss, coefficients, label_weight, rows, shifts,
-                row, 0, grad_sums, teacher_grad_sum.to(tl.float32), scale, student_row_ptr,
-                laws.vocab_size, COMPONENTS, TARGET, LIVE, BLOCK_V,
+                row, 0, grad_sums, teacher_grad_sum.to(tl.float32), scale, grad_row_ptr,
+                laws.vocab_size, COMPONENTS, TARGET, LIVE, NARROWS, BLOCK_V,
             )  # fmt: skip
 
 
@@ -250,15 +254,17 @@ def divergence_bwd(
 def divergence_fwd_grad_(
     packed: Packed,
     with_statistics: bool,
+    grad_dtype: int,
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics) of `opd::divergence_fwd_grad_`; student_logits becomes the gradient."""
     student_logits = packed.laws.student.logits
     num_tokens = student_logits.shape[0]
     loss = student_logits.new_empty(num_tokens, dtype=torch.float32)
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)
+    grad = gradient_in_place(student_logits, grad_dtype)
     launch(
         _divergence_fwd_grad_kernel, num_tokens, packed.num_warps, *packed[:3], loss,
-        statistics, WITH_STATISTICS=with_statistics, OVERWRITES_TWICE=packed.overwrites_twice,
-        maxnreg=packed.max_registers, **packed.constants,
+        statistics, grad, grad.stride(0), NARROWS=grad_dtype != -1, WITH_STATISTICS=with_statistics,
+        OVERWRITES_TWICE=packed.overwrites_twice, maxnreg=packed.max_registers, **packed.constants,
     )  # fmt: skip
     return loss, statistics

@@ -16,7 +16,7 @@ from torch import Tensor
 from ._laws import load_side, load_uncapped, slope_of
 from ._math import exp, softcap_slope
 from ._packing import _side
-from ._rows import add_to_lanes, close_lanes, launch, open_lanes, split, tile
+from ._rows import add_to_lanes, close_lanes, gradient_in_place, launch, open_lanes, split, tile
 
 
 @triton.jit
@@ -56,7 +56,8 @@ def _token_logprobs_fwd_kernel(
 @triton.jit
 def _token_logprobs_bwd_kernel(
     law, grad_logprobs_ptr, grad_lse_ptr, grad_entropy_ptr, token_ids_ptr, lse_ptr, entropy_ptr,
-    grad_logits_ptr, vocab_size, grad_width, stride_grad, BLOCK_V: tl.constexpr,
+    grad_logits_ptr, vocab_size, grad_width, stride_grad, NARROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     grad_row_ptr = grad_logits_ptr + row * stride_grad
@@ -82,6 +83,9 @@ def _token_logprobs_bwd_kernel(
             gradient *= softcap_slope(load_uncapped(law, row, columns, inside), law.softcap)
         gradient = tl.where(inside, gradient, 0.0)
         gradient = gradient.to(grad_logits_ptr.dtype.element_ty)
+        if NARROWS:
+            # what this tile overwrites, other threads have read by now
+            tl.debug_barrier()
         tl.store(grad_row_ptr + columns, gradient, mask=columns < grad_width)
 
 
@@ -141,21 +145,24 @@ def token_logprobs_bwd_(
     temperatures: Tensor | None,
     numbers: list[float],
     vocab_size: int,
+    grad_dtype: int,
 ) -> None:
     """`opd::token_logprobs_bwd_`: the gradient overwrites the float32 logits."""
     _launch_bwd(
         _side(logits, bias, numbers, temperatures), grad_logprobs, grad_lse, grad_entropy,
-        token_ids, lse, entropy, logits, vocab_size,
+        token_ids, lse, entropy, gradient_in_place(logits, grad_dtype), vocab_size,
+        narrows=grad_dtype != -1,
     )  # fmt: skip
 
 
 def _launch_bwd(
-    law, grad_logprobs, grad_lse, grad_entropy, token_ids, lse, entropy, grad_logits, vocab_size
-) -> None:
+    law, grad_logprobs, grad_lse, grad_entropy, token_ids, lse, entropy, grad_logits, vocab_size,
+    narrows=False,
+) -> None:  # fmt: skip
     num_tokens, grad_width = grad_logits.shape
     block_v, num_warps = tile(vocab_size)
     launch(
         _token_logprobs_bwd_kernel, num_tokens, num_warps,
         law, grad_logprobs, grad_lse, grad_entropy, token_ids, lse, entropy, grad_logits,
-        vocab_size, grad_width, grad_logits.stride(0), BLOCK_V=block_v,
+        vocab_size, grad_width, grad_logits.stride(0), NARROWS=narrows, BLOCK_V=block_v,
     )  # fmt: skip

@@ -22,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
+    behind: list[str] | None = None
+    if words[:1] in (["bench"], ["profile"]) and "--" in words:
+        # what follows belongs to another program; argparse has its own ideas of `--`
+        words, behind = words[: words.index("--")], words[words.index("--") + 1 :]
     options, left = parser.parse_known_args(words)
     if left and "overrides" not in options:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
@@ -29,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # nothing is tokenized in threads here, and a fork would otherwise warn about it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        options.behind = behind
         if left:
             options.overrides = _overrides(words, options.overrides, left)
         return options.run(options)
@@ -95,6 +100,26 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("kernels", help="list the kernels that can run here, and why not")
     command.set_defaults(run=_kernels)
+
+    command = commands.add_parser(
+        "bench",
+        help="run the benchmarks of a source checkout, or draw their page",
+        usage="opd bench [cpu|gpu] [--report] [-- options of the suite]",
+        description=_bench.__doc__,
+    )
+    command.add_argument("suite", nargs="?", choices=["cpu", "gpu"])
+    command.add_argument("--report", action="store_true", help="write docs/benchmarks.md")
+    command.set_defaults(run=_bench)
+
+    command = commands.add_parser(
+        "profile",
+        help="run a command and show the time of each opd:: range",
+        usage="opd profile [--output FILE] [--with nsys|torch] -- COMMAND ...",
+        description=_profile.__doc__,
+    )
+    command.add_argument("--output", help="the report; default: profile.nsys-rep or profile.json")
+    command.add_argument("--with", dest="profiler", choices=["nsys", "torch"])
+    command.set_defaults(run=_profile)
     return parser
 
 
@@ -228,6 +253,31 @@ def _kernels(options: argparse.Namespace) -> int:
     ]
     _print_table(["op", "backend", "available", "reason"], rows)
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Run a suite of benchmarks of a source checkout; --report draws the page of the results."""
+    from opd.bench import bench
+
+    return bench(options.suite, options.behind or [], report=options.report)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    """Run a command under nsys where it is on PATH, else under torch's profiler."""
+    from opd.profile import HEADER, choose, profile
+
+    command = options.behind or []
+    profiler = choose(options.profiler, command)
+    outcome = profile(command, profiler, _writable(options.output))
+    if outcome.rows:
+        _print_table(HEADER, [row.cells() for row in outcome.rows])
+    else:
+        print("no opd:: range ran", file=sys.stderr)
+    for line in outcome.notes:
+        print(line, file=sys.stderr)
+    if outcome.report is not None:
+        print(outcome.report)
+    return outcome.code
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:

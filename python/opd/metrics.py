@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,24 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         """Time the body."""
         start = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        is_cuda = self._device.type == "cuda"
+        with _named_range(f"opd::train::{phase}", is_cuda):
+            yield
+            if is_cuda:
+                torch.cuda.synchronize(self._device)
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def flush(self) -> dict[str, float]:
         """The seconds, and start over."""
         seconds, self._seconds = self._seconds, {}
         return seconds
+
+
+def _named_range(name: str, is_cuda: bool) -> AbstractContextManager:
+    """What `opd profile` shows a phase under; next to nothing when no profiler runs."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(name)
+    return torch.cuda.nvtx.range(name) if is_cuda else nullcontext()
 
 
 class Meter:

@@ -510,7 +510,8 @@ def test_divergence_bwd_opcheck(dtype, everything):
     torch.library.opcheck(torch.ops.opd.divergence_bwd, arguments)
     student, *others = logits
     torch.library.opcheck(
-        torch.ops.opd.divergence_bwd_, (torch.ones_like(loss), state, student, *others, *laws, 0)
+        torch.ops.opd.divergence_bwd_,
+        (torch.ones_like(loss), state, student, *others, *laws, 0, -1),
     )
 
 
@@ -518,7 +519,7 @@ def test_divergence_bwd_opcheck(dtype, everything):
 @pytest.mark.parametrize("dtype", [F64, F32], ids=dtype_id)
 def test_divergence_fwd_grad_opcheck(dtype, everything):
     logits, laws = _arguments(dtype, everything)
-    torch.library.opcheck(torch.ops.opd.divergence_fwd_grad_, (*logits, *laws, everything))
+    torch.library.opcheck(torch.ops.opd.divergence_fwd_grad_, (*logits, *laws, everything, -1))
 
 
 @pytest.mark.parametrize("everything", [True, False])
@@ -546,7 +547,7 @@ def test_divergence_fwd_grad_is_forward_and_backward_in_place(dtype, divergence)
         token_weights=weights,
     )
     student, teacher = logits.student.clone(), logits.teacher.clone()
-    loss, statistics = torch.ops.opd.divergence_fwd_grad_(student, teacher, None, *laws, True)
+    loss, statistics = torch.ops.opd.divergence_fwd_grad_(student, teacher, None, *laws, True, -1)
     expected, state, expected_statistics = torch.ops.opd.divergence_fwd(
         logits.student, logits.teacher, None, *laws, True
     )
@@ -603,6 +604,7 @@ def test_divergence_in_slices_is_divergence_of_whole_rows(dtype, divergence):
             None,
             *laws.columns(columns),
             columns.start,
+            -1,
         )
         largest = gradient.abs().max().item()
         torch.testing.assert_close(

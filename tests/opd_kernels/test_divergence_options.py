@@ -195,6 +195,23 @@ def test_divergence_nan_stays_in_its_row(divergence):
         assert torch.equal(logits.grad[clean], whole.grad[clean])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("exponents", [(0.0, 0.0), (0.0, 1.0), (0.0, 0.5), (1.0, 0.0), (0.5, -0.5)])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_an_exponent_of_zero_does_not_leave_out_nan(backend, exponents, request):
+    if backend == "triton":
+        request.getfixturevalue("interpreted_triton")
+    for spoiled in (0, 1):
+        logits = torch.randn(2, 2, 50)
+        logits[spoiled, 1, 3] = NAN
+        student = leaf(logits[0])
+        divergence = D.alpha_beta(*exponents)
+        loss = opk.divergence(student, logits[1], divergence=divergence, backend=backend)
+        loss.sum().backward()
+        assert loss.isnan().tolist() == [False, True], spoiled
+        assert student.grad.isnan().all(dim=1).tolist() == [False, True], spoiled
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
 def test_divergence_softcap_of_huge_logits_has_no_slope(dtype):
     student = torch.tensor([[1e4, -1e4, 0.0]], dtype=dtype, requires_grad=True)

@@ -455,18 +455,18 @@ def test_fused_linear_divergence_opcheck(dtype, case):
     tensors = [*inputs.tensors(), None, None, *pair]
     trained = [leaf(x) if i in (0, 1, 6, 7) else x for i, x in enumerate(tensors)]
     live = laws._replace(student_bias=leaf(laws.student_bias))
-    workspace, rest = 1 << 20, ("", 0.0, "cpu")
+    workspace, rest = 1 << 20, ("", 0.0, None, "cpu")
     torch.library.opcheck(
         torch.ops.opd.fused_linear_divergence_sum,
         (*trained, *live, workspace, [True] * 5, True, *rest),
     )
     torch.library.opcheck(
         torch.ops.opd.fused_linear_divergence_fwd,
-        (*trained, *live, workspace, True, "", "cpu"),
+        (*trained, *live, workspace, True, "", None, "cpu"),
     )
     torch.library.opcheck(
         torch.ops.opd.fused_linear_divergence_bwd,
-        (torch.ones(case.num_tokens), *tensors, *laws, workspace, [True] * 5, "", "cpu"),
+        (torch.ones(case.num_tokens), *tensors, *laws, workspace, [True] * 5, "", None, "cpu"),
     )
 
 

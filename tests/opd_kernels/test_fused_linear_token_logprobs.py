@@ -286,14 +286,17 @@ def test_fused_linear_token_logprobs_opcheck(dtype):
     ops = torch.ops.opd
     trained = [leaf(tensor) for tensor in inputs[:4]]
     torch.library.opcheck(
-        ops.fused_linear_token_logprobs_fwd, (*trained, ids, leaf(bias), *law, *end, "cpu")
+        ops.fused_linear_token_logprobs_fwd,
+        (*trained, ids, leaf(bias), *law, None, *end, None, "cpu"),
     )
-    logprobs, lse, entropy = ops.fused_linear_token_logprobs_fwd(*inputs, bias, *law, *end, "cpu")
+    logprobs, lse, entropy = ops.fused_linear_token_logprobs_fwd(
+        *inputs, bias, *law, None, *end, None, "cpu"
+    )
     grads = torch.ones_like(logprobs), torch.ones_like(lse), torch.ones_like(entropy)
     for with_grads in ([True] * 5, [True, False, True, False, True]):
         torch.library.opcheck(
             ops.fused_linear_token_logprobs_bwd,
-            (*grads, *inputs, lse, entropy, bias, *law, *end, with_grads, "cpu"),
+            (*grads, *inputs, lse, entropy, bias, *law, *end, with_grads, None, "cpu"),
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd_kernels import _linear, env, gemm
+from opd_kernels import _buffers, _gemms, _plan, env, gemm
 from tests.tolerance import assert_within_eager
 
 WAYS = ("own", "library")
@@ -50,7 +50,7 @@ def test_gemm_is_right_to_float32(way, shape, transposed, accumulate):
 def test_own_gemm_widens_16_bits_exactly(way, dtypes):
     a, b = operands(24, 300, 700, torch.float32, False)
     a, b = a.to(dtypes[0]), b.to(dtypes[1])
-    assert not _linear.widens(b)
+    assert not _gemms.widens(b)
     out, widened = torch.empty(24, 300), torch.empty(24, 300)
     gemm.gemm(out, a, b)
     gemm.gemm(widened, a.float(), b.float())
@@ -168,38 +168,48 @@ def test_cpu_buffers_are_kept_for_the_next_call_and_released(monkeypatch):
     torch.use_deterministic_algorithms(False)
     like = torch.empty(1)
     opk.release_workspace()
-    with _linear.borrowed_buffer(like, 4, 5) as first, _linear.borrowed_buffer(like, 4, 5) as other:
+    with (
+        _buffers.borrowed_buffers(like, [(4, 5)]) as (first,),
+        _buffers.borrowed_buffers(like, [(4, 5)]) as (other,),
+    ):
         assert first.shape == (4, 5) and first.data_ptr() != other.data_ptr()
         address = first.data_ptr()
-    with _linear.borrowed_buffer(like, 2, 3) as smaller:
+    shapes = [(4, 5)]
+    with (
+        _buffers.borrowed_buffers(like, shapes) as (first,),
+        _buffers.borrowed_buffers(like, shapes) as (other,),
+    ):
+        assert first.shape == (4, 5) and first.data_ptr() != other.data_ptr()
+        address = first.data_ptr()
+    with _buffers.borrowed_buffers(like, [(2, 3)]) as (smaller,):
         assert smaller.data_ptr() == address and smaller.is_contiguous()
-    with _linear.borrowed_buffer(like, 100, 100) as larger:
+    with _buffers.borrowed_buffers(like, [(100, 100)]) as (larger,):
         assert larger.shape == (100, 100)
-    monkeypatch.setattr(_linear, "KEPT_BYTES", 100)
-    with _linear.borrowed_buffer(like, 10, 10) as beyond:
+    monkeypatch.setattr(_buffers, "KEPT_BYTES", 100)
+    with _buffers.borrowed_buffers(like, [(10, 10)]) as (beyond,):
         assert beyond.data_ptr() != larger.data_ptr()
     opk.release_workspace()
-    assert _linear._kept.buffer is None
+    assert _buffers._kept.buffer is None
 
 
 def test_cpu_plan_asks_for_no_more_than_is_kept():
-    plan = _linear.plan("op", 100_000, 32_000, [torch.empty(32_000, 1)] * 2, 1 << 30)
-    assert 0.9 * _linear.KEPT_BYTES < plan.workspace_bytes <= _linear.KEPT_BYTES
+    plan = _plan.plan("op", 100_000, 32_000, [torch.empty(32_000, 1)] * 2, 1 << 30)
+    assert 0.9 * _buffers.KEPT_BYTES < plan.workspace_bytes <= _buffers.KEPT_BYTES
 
 
 def test_cpu_plan_holds_one_token_wherever_the_budget_does(monkeypatch):
     monkeypatch.setattr(gemm, "OWN", True)
-    whole_rows = _linear.NO_PATH_B
+    whole_rows = _plan.NO_PATH_B
     # 3 MiB a token; the packed operand would take 2 more
     head = torch.empty(1).expand(750_000, 2048)
-    plan = _linear.plan("op", 5, 750_000, [head], 4 << 20, whole_rows=whole_rows)
+    plan = _plan.plan("op", 5, 750_000, [head], 4 << 20, whole_rows=whole_rows)
     assert plan.chunk_tokens == 1 and plan.workspace_bytes <= 4 << 20
     with pytest.raises(ValueError, match=f"got {2 << 20}"):
-        _linear.plan("op", 5, 750_000, [head], 2 << 20, whole_rows=whole_rows)
+        _plan.plan("op", 5, 750_000, [head], 2 << 20, whole_rows=whole_rows)
     # a token beyond what is kept is not refused to a budget that has room for it
     head = torch.empty(1).expand(80_000_000, 1)
-    plan = _linear.plan("op", 5, 80_000_000, [head], 1 << 30, whole_rows=whole_rows)
-    assert plan.chunk_tokens == 1 and plan.workspace_bytes > _linear.KEPT_BYTES
+    plan = _plan.plan("op", 5, 80_000_000, [head], 1 << 30, whole_rows=whole_rows)
+    assert plan.chunk_tokens == 1 and plan.workspace_bytes > _buffers.KEPT_BYTES
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)

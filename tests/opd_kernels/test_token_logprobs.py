@@ -266,7 +266,7 @@ def test_token_logprobs_opcheck(dtype):
     arguments = (*upstream, logits, ids, lse, entropy, *law)
     torch.library.opcheck(torch.ops.opd.token_logprobs_bwd, arguments)
     if dtype in (F32, F64):
-        torch.library.opcheck(torch.ops.opd.token_logprobs_bwd_, arguments)
+        torch.library.opcheck(torch.ops.opd.token_logprobs_bwd_, (*arguments, -1))
 
 
 @pytest.mark.parametrize("numbers", [[1.0, 0.0, 0.7], [-0.5, 2.0, 0.7]], ids=["plain", "capped"])
@@ -279,7 +279,7 @@ def test_token_logprobs_bwd_in_place_is_bwd(dtype, numbers):
     arguments = (real, real.double().flip(0), real * 2, logits, ids, lse, entropy, *law)
     gradient = torch.ops.opd.token_logprobs_bwd(*arguments)
     assert bool((gradient[:, 690:] == 0).all())
-    assert torch.ops.opd.token_logprobs_bwd_(*arguments) is None
+    assert torch.ops.opd.token_logprobs_bwd_(*arguments, -1) is None
     assert torch.equal(logits, gradient)
 
 

@@ -265,10 +265,10 @@ def test_triton_fused_linear_divergence_opcheck():
     ops = torch.ops.opd
     torch.library.opcheck(
         ops.fused_linear_divergence_sum,
-        (*trained, *live, 1 << 20, [True] * 5, True, "", 0.0, "triton"),
+        (*trained, *live, 1 << 20, [True] * 5, True, "", 0.0, None, "triton"),
     )
     torch.library.opcheck(
-        ops.fused_linear_divergence_fwd, (*trained, *live, 1 << 20, True, "", "triton")
+        ops.fused_linear_divergence_fwd, (*trained, *live, 1 << 20, True, "", None, "triton")
     )
 
 

@@ -7,10 +7,23 @@ import pytest
 import torch
 
 from opd_kernels import divergences as D
-from opd_kernels import targets
-from opd_kernels.divergence import CLOSE_LSE, FINISH, LSE, OPEN, ROW_SUMS, TERMS
+from opd_kernels.divergence import FINISH, LSE, OPEN, TERMS
 from tests.cases import F16, F64, LIMIT_SPECS, SPECS
 from tests.checks import laws_of, leaf
+from tests.raw_divergence import (
+    CALLS,
+    LABELS,
+    LIVE,
+    NUM_TOKENS,
+    SLICED,
+    VOCAB,
+    WEIGHTS,
+    assert_same,
+    backward_in_slices,
+    call_of,
+    check_in_place,
+    in_slices,
+)
 
 pytestmark = [
     pytest.mark.triton,
@@ -19,97 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning"),
 ]
 
-NUM_TOKENS, VOCAB, WIDTH = 3, 170, 172
 CPU, TRITON = torch.ops.opd, torch.ops.opd_triton
-SLICES = (slice(0, 61), slice(61, 62), slice(62, 170))
-WEIGHTS = torch.tensor([1.0, 0.0, 0.5])
-IDS = {
-    "token_ids": torch.tensor([61, 3, 0]),
-    "topk_ids": torch.tensor([[0, 61, -1, 169], [3, 4, 5, 6], [-1, 62, 60, 100]]),
-}
-LABELS = {
-    "labels": torch.tensor([[3, -1, 61], [4, 5, 6], [169, 3, 3]]),
-    "label_weights": torch.tensor([[0.5, 9.0, 1.5], [1.0, 1.0, 1.0], [-0.3, 0.0, 2.0]]),
-}
-SUM = [
-    (WEIGHTS + 0.5, D.renyi(0.3)),
-    (0.5, "cross_entropy"),
-    (torch.tensor([0.0, 1.0, -0.4]), D.concrete_score(("uniform", "student"))),
-    (0.7, D.skew_forward_kl(0.2)),
-]
-EVERYTHING = {
-    "divergence": SUM,
-    "temperature": (WEIGHTS + 1.0, 2.0),
-    "has_reference": True,
-    "softcaps": (5.0, None, 3.0),
-    "logit_scales": (0.5, 1.0, 2.0),
-    "biases": (torch.randn(VOCAB), None, torch.randn(VOCAB)),
-    **LABELS,
-    **IDS,
-}
-CALLS = {
-    "plain": {"divergence": D.jsd(0.3)},
-    "bias_and_scale": {
-        "biases": (torch.randn(VOCAB), torch.randn(VOCAB), None),
-        "logit_scales": (1.5, -0.5, 1.0),
-    },
-    "sum": {"divergence": SUM, **LABELS},
-    "labels": {"divergence": "cross_entropy", **LABELS},
-    "geometric": {"target": targets.geometric(0.4, 0.5), **IDS},
-    "geometric_live": {"target": targets.geometric(0.4, 0.5, detach=False)},
-    "veto_without_teacher": {"target": targets.geometric(0.4, 0.0, detach=False)},
-    "mixture": {"target": targets.mixture(torch.tensor([0.0, 0.3, 1.0])), **IDS},
-    "mixture_live": {"target": targets.mixture(torch.tensor([0.6, 0.3, 0.0]), detach=False)},
-    "everything": {**EVERYTHING, "target": targets.geometric(0.3, 0.5, 0.2, detach=False)},
-    "everything_mixed": {
-        **{**EVERYTHING, "has_reference": False},
-        "target": targets.mixture(torch.tensor([0.6, 0.3, 0.2]), detach=False),
-    },
-}
 every_call = pytest.mark.parametrize("name", CALLS)
-WHOLE_ONLY = {"adaptive_kl"}
-
-
-def call_of(name, **changes):
-    """([student, teacher, reference], laws); the row of weight 0 holds NaN."""
-    keywords = {"token_weights": WEIGHTS, **CALLS[name], **changes}
-    logits = list(torch.randn(3, NUM_TOKENS, WIDTH) * 2)
-    for side in logits:
-        side[1] = float("nan")
-    if not keywords.get("has_reference"):
-        logits[2] = None
-    return logits, laws_of(logits[0], VOCAB, **keywords)
-
-
-def assert_same(actual, expected, rtol=1e-5, atol=2e-6):
-    for one, two in zip(actual, expected, strict=True):
-        assert one.dtype == two.dtype and one.shape == two.shape
-        torch.testing.assert_close(one, two, rtol=rtol, atol=atol, equal_nan=True)
-
-
-def columns(logits, part):
-    return [None if side is None else side[:, part].contiguous() for side in logits]
-
-
-def in_slices(ops, logits, laws, with_statistics):
-    """(loss, state, statistics) by phases over SLICES."""
-    state = torch.empty(NUM_TOKENS, laws.state_size, dtype=F64)
-    for phase in (OPEN, LSE, CLOSE_LSE, ROW_SUMS, TERMS, FINISH):
-        for part in SLICES if phase in (LSE, ROW_SUMS, TERMS) else SLICES[:1]:
-            loss, statistics = ops.divergence_phase_(
-                state, *columns(logits, part), *laws.columns(part), phase, part.start,
-                with_statistics,
-            )  # fmt: skip
-    return loss, state, statistics
-
-
-def backward_in_slices(ops, grad_loss, state, logits, laws):
-    grads = []
-    for part in SLICES:
-        student, *others = columns(logits, part)
-        ops.divergence_bwd_(grad_loss, state, student, *others, *laws.columns(part), part.start)
-        grads.append(student)
-    return torch.cat(grads, dim=1)
 
 
 @every_call
@@ -141,9 +65,6 @@ def test_triton_slices_are_the_whole_row(name):
     assert_same([sliced], [gradient[:, :VOCAB]])
 
 
-SLICED = [divergence for divergence in SPECS if divergence.name not in WHOLE_ONLY]
-
-
 @pytest.mark.parametrize("divergence", SLICED, ids=str)
 def test_triton_slices_of_every_divergence(divergence):
     logits, laws = call_of("plain", divergence=divergence.public())
@@ -154,12 +75,6 @@ def test_triton_slices_of_every_divergence(divergence):
     sliced = backward_in_slices(TRITON, grad_loss, actual[1], logits, laws)
     gradient = CPU.divergence_bwd(grad_loss, expected[1], *logits, *laws)
     assert_same([sliced], [gradient[:, :VOCAB]])
-
-
-LIVE = {
-    "geometric": targets.geometric(0.4, 0.5, detach=False),
-    "mixture": targets.mixture(0.4, detach=False),
-}
 
 
 @pytest.mark.parametrize("target", LIVE)
@@ -181,7 +96,7 @@ def test_triton_live_target_of_every_divergence(divergence, target):
 @pytest.mark.parametrize("with_statistics", [True, False])
 def test_triton_fwd_grad_is_forward_and_backward_in_place(name, with_statistics):
     logits, laws = call_of(name)
-    check_in_place(logits, laws, with_statistics)
+    check_in_place(TRITON, logits, laws, with_statistics)
 
 
 @pytest.mark.parametrize("divergence", SPECS, ids=str)
@@ -189,23 +104,7 @@ def test_triton_fwd_grad_of_every_divergence(divergence):
     # two blocks, the second of them partly filled
     logits = [*torch.randn(2, 2, 2500), None]
     laws = laws_of(logits[0], 2500, divergence=divergence.public(), temperature=(0.7, 1.3))
-    check_in_place(logits, laws, False)
-
-
-def check_in_place(logits, laws, with_statistics):
-    expected = TRITON.divergence_fwd(*logits, *laws, with_statistics)
-    ones = torch.ones(len(logits[0]))
-    gradient = TRITON.divergence_bwd(ones, expected[1], *logits, *laws)
-    student, teacher = logits[0].clone(), logits[1].clone()
-    loss, statistics = TRITON.divergence_fwd_grad_(
-        student, teacher, logits[2], *laws, with_statistics
-    )
-    torch.testing.assert_close(loss, expected[0], rtol=0, atol=0)
-    torch.testing.assert_close(statistics, expected[2], rtol=0, atol=0, equal_nan=True)
-    size = laws.vocab_size
-    torch.testing.assert_close(student[:, :size], gradient[:, :size], rtol=2e-6, atol=1e-8)
-    # what is not the call's stays
-    assert torch.equal(student[:, size:].isnan(), logits[0][:, size:].isnan())
+    check_in_place(TRITON, logits, laws, False)
 
 
 def test_triton_backward_skips_rows_without_upstream_gradient():
@@ -247,7 +146,7 @@ def test_row_of_coefficients_zero_has_no_gradient_whatever_it_holds(ops):
     gradient = ops.divergence_bwd(torch.ones(NUM_TOKENS), state, *logits, *laws)
     assert loss[1] == 0 and bool((gradient[1] == 0).all())
     student, teacher = logits[0].clone(), logits[1].clone()
-    loss, _ = ops.divergence_fwd_grad_(student, teacher, None, *laws, False)
+    loss, _ = ops.divergence_fwd_grad_(student, teacher, None, *laws, False, -1)
     assert loss[1] == 0 and bool((student[1, :VOCAB] == 0).all())
     assert bool(student[0, :VOCAB].isfinite().all())
 
@@ -288,7 +187,7 @@ def test_triton_divergence_opcheck():
     loss, state, _ = TRITON.divergence_fwd(*logits, *laws, False)
     ones = torch.ones_like(loss)
     torch.library.opcheck(TRITON.divergence_bwd, (ones, state, *logits, *laws))
-    torch.library.opcheck(TRITON.divergence_bwd_, (ones, state, student, *others, *laws, 0))
-    torch.library.opcheck(TRITON.divergence_fwd_grad_, (*logits, *laws, True))
+    torch.library.opcheck(TRITON.divergence_bwd_, (ones, state, student, *others, *laws, 0, -1))
+    torch.library.opcheck(TRITON.divergence_fwd_grad_, (*logits, *laws, True, -1))
     for phase in (TERMS, FINISH):
         torch.library.opcheck(TRITON.divergence_phase_, (state, *logits, *laws, phase, 0, True))

@@ -106,7 +106,7 @@ def test_triton_token_logprobs_bwd_in_place_is_bwd(numbers):
     gradient = ops.token_logprobs_bwd(*arguments)
     assert bool((gradient[:, 690:] == 0).all())
     assert bool((gradient[1] == 0).all())
-    ops.token_logprobs_bwd_(*arguments)
+    ops.token_logprobs_bwd_(*arguments, -1)
     assert torch.equal(logits, gradient)
 
 
@@ -128,7 +128,7 @@ def test_triton_token_logprobs_opcheck():
     grads = torch.ones_like(logprobs), torch.ones_like(lse), torch.ones_like(entropy)
     arguments = (*grads, logits, ids, lse, entropy, *law)
     torch.library.opcheck(ops.token_logprobs_bwd, arguments)
-    torch.library.opcheck(ops.token_logprobs_bwd_, arguments)
+    torch.library.opcheck(ops.token_logprobs_bwd_, (*arguments, -1))
 
 
 def test_triton_token_logprobs_compiles_without_a_graph_break():

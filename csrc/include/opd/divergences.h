@@ -42,6 +42,13 @@ struct Entry {
   OPD_HD ExpPair<T> ratio() const { return exp_pair_nonpositive(teacher_larger() ? gap : -gap); }
   // q - p, with the relative accuracy of gap
   OPD_HD T student_minus_teacher() const {
+#if OPD_DEVICE_FORMS
+    if constexpr (sizeof(T) == sizeof(float)) {
+      // a divergence's bregman(p, q, gap) is made of the same parts
+      const T near = p * gap + p * ((gap * gap) * phi_over_square(gap));
+      return detail::within_one(gap) ? near : q - p;
+    }
+#endif
     const T excess = larger() * ratio().expm1;
     return select(larger() == T(0), T(0), teacher_larger() ? excess : -excess);
   }
@@ -99,7 +106,7 @@ struct ReverseKl : Separable {
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
-    return select(e.q == T(0), T(0), e.q * e.gap);
+    return zero_wins(e.q, e.gap);
   }
   template <class T>
   OPD_HD T dterm_teacher(const Entry<T>& e) const {
@@ -508,7 +515,8 @@ struct AlphaBeta : Separable {
     // powers that overflow against each other: the term itself grows without bound
     const T directly = (sum == sum) | (x != x) ? sum : std::numeric_limits<T>::infinity();
     const bool near = (x < T(reach)) & (x > T(-reach));
-    return select(e.absent(), T(0), near ? by_series : directly);
+    // NaN stays NaN where an exponent of 0 would leave it out
+    return select(e.absent(), T(0), x != x ? x : near ? by_series : directly);
   }
   template <class T>
   OPD_HD T dterm(const Entry<T>& e) const {
@@ -524,7 +532,7 @@ struct AlphaBeta : Separable {
     const T directly = (qs - cross) * T(inverse_a);
     // a = 0 is always near: y is 0 then, x however large
     const bool near = (y < T(1)) & (y > T(-1));
-    return select(e.absent(), T(0), near ? by_series : directly);
+    return select(e.absent(), T(0), x != x ? x : near ? by_series : directly);
   }
   template <class T>
   OPD_HD T dterm_teacher(const Entry<T>& e) const {
@@ -634,8 +642,15 @@ struct ConcreteScore : Separable {
 // -sum_k weight_k log q(label_k): no term of p, so the kernels add it beside the sum over V.
 constexpr int kCrossEntropy = 16;
 
-// Calls fn with the functor of this id; false if there is none.
+// Calls fn with the functor of this id; false if there is none. fn decides whether this may be called
+// on the device.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
 template <class Fn>
+__host__ __device__ __forceinline__
+#else
+template <class Fn>
+#endif
 bool visit_divergence(int id, double param0, double param1, Fn&& fn) {
   (void)param0, (void)param1;
   switch (id) {

@@ -14,6 +14,14 @@
 #error "opd must not be compiled with -ffast-math or -Ofast: they drop inf, NaN and the rounding tricks"
 #endif
 
+// The float32 forms that a GPU takes: its own exp2 and log2, and no polynomial twice. Kernels that
+// tests run on a CPU in the place of a GPU take them too.
+#if defined(__CUDA_ARCH__) || defined(OPD_EMULATED)
+#define OPD_DEVICE_FORMS 1
+#else
+#define OPD_DEVICE_FORMS 0
+#endif
+
 #if defined(__CUDACC__)
 #define OPD_HD __host__ __device__ __forceinline__
 #else
@@ -82,6 +90,58 @@ OPD_HD float log1p_reduced(float f) {
   return f - 0.5f * square + (square * f) * poly;
 }
 
+// 2 ulp; results below 2^-126 are 0. Of a NaN, NaN.
+OPD_HD float exp2_device(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  const float result = std::exp2(x);
+  return result < std::numeric_limits<float>::min() ? 0.0f : result;
+#endif
+}
+
+// 2^-22, absolute between 1/2 and 2, relative beyond.
+OPD_HD float log2_device(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::log2(x);
+#endif
+}
+
+OPD_HD float fma_device(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+// The one that is not NaN.
+OPD_HD float max_device(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return ::fmaxf(a, b);
+#else
+  return std::fmax(a, b);
+#endif
+}
+
+// x where a 0 beside it is to win: finite or +inf, and no NaN.
+OPD_HD float above_infinity(float x) { return max_device(x, -1e38f); }
+
+// One comparison on a GPU.
+OPD_HD bool within_one(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::fabsf(x) < 1.0f;
+#else
+  return (x < 1.0f) & (x > -1.0f);
+#endif
+}
+
 }  // namespace detail
 
 // e^x. Exactly 0 for x < -87.33 (so exp(-inf) == 0), inf for x > 88, NaN for NaN.
@@ -101,6 +161,18 @@ OPD_HD float exp(float x) {
 #endif
 }
 
+// (e^x - 1 - x) / x^2 for |x| < 1, by its series; 1/2 at 0.
+OPD_HD float phi_over_square(float x) {
+  float poly = 2.7722801405616337e-6f;
+  poly = poly * x + 2.535482963139657e-5f;
+  poly = poly * x + 1.9844024791382253e-4f;
+  poly = poly * x + 1.388545148074627e-3f;
+  poly = poly * x + 8.33331048488617e-3f;
+  poly = poly * x + 4.166673496365547e-2f;
+  poly = poly * x + 0.1666666716337204f;
+  return poly * x + 0.5f;
+}
+
 // e^x and e^x - 1 for x <= 0, both right to the last bits.
 template <class T>
 struct ExpPair {
@@ -109,8 +181,16 @@ struct ExpPair {
 
 // Exactly 0 and -1 below -87.33 and at -inf; NaN for NaN.
 OPD_HD ExpPair<float> exp_pair_nonpositive(float x) {
-#if defined(__CUDA_ARCH__)
-  return {::expf(x), ::expm1f(x)};
+#if OPD_DEVICE_FORMS
+  constexpr float kLog2E = 1.44269502f, kLog2ELow = 1.92596303e-8f, kLn2 = 0.693147182f;
+  const float exponent = x * kLog2E;
+  const float rounded = detail::exp2_device(exponent);
+  // what the rounded exponent has lost; -1 where that is NaN, since x is infinite
+  const float lost = detail::max_device(
+      detail::fma_device(x, kLog2ELow, detail::fma_device(x, kLog2E, -exponent)), -1.0f);
+  const float near = x + (x * x) * phi_over_square(x);
+  const float far = rounded - 1.0f;
+  return {detail::fma_device(rounded, lost * kLn2, rounded), x > -1.0f ? near : far};
 #else
   const float low = -87.33f;
   const float clamped = x < low ? low : x;
@@ -126,8 +206,12 @@ OPD_HD ExpPair<float> exp_pair_nonpositive(float x) {
 OPD_HD float log_mix(ExpPair<float> pair, float keep, float weight) {
   const float value = keep + weight * pair.exp;
   const float f = weight * pair.expm1;
-#if defined(__CUDA_ARCH__)
-  return value > 0.7071f ? ::log1pf(f) : ::logf(value);
+#if OPD_DEVICE_FORMS
+  // both, without a branch, so that term and dterm share them
+  constexpr float kLn2 = 0.693147182f;
+  const float near = detail::log1p_reduced(f);
+  const float far = detail::log2_device(value) * kLn2;
+  return value > 0.7071f ? near : far;
 #else
   const int32_t bits = detail::float_to_bits(value);
   // exponent relative to sqrt(1/2), so that the mantissa lands in [sqrt(1/2), sqrt(2))
@@ -160,8 +244,8 @@ OPD_HD T difference(T a, T b, T* lost) {
   return d;
 }
 
-// e^(a x + b y - shift + low), low small, the rounding of the exponent put back: at an exponent of 60
-// it alone would cost 4e-6 of the result. A factor of 0 leaves its side out, infinite or not.
+// e^(a x + b y - shift + low), low small, the rounding of the exponent put back: at an exponent of
+// 60 it alone would cost 4e-6 of the result. A factor of 0 leaves its side out, infinite or not.
 template <class T>
 OPD_HD T exp_of_sum(T a, T x, T b, T y, T shift, T low) {
   const T first = select(a == T(0), T(0), a * x), second = select(b == T(0), T(0), b * y);
@@ -180,18 +264,6 @@ OPD_HD T exp_of_sum(T a, T x, T b, T y, T shift, T low) {
   const T more = value * lost;
   // nothing is lost where something is infinite
   return select(more - more == T(0), value + more, value);
-}
-
-// (e^x - 1 - x) / x^2 for |x| < 1, by its series; 1/2 at 0.
-OPD_HD float phi_over_square(float x) {
-  float poly = 2.7722801405616337e-6f;
-  poly = poly * x + 2.535482963139657e-5f;
-  poly = poly * x + 1.9844024791382253e-4f;
-  poly = poly * x + 1.388545148074627e-3f;
-  poly = poly * x + 8.33331048488617e-3f;
-  poly = poly * x + 4.166673496365547e-2f;
-  poly = poly * x + 0.1666666716337204f;
-  return poly * x + 0.5f;
 }
 
 OPD_HD double phi_over_square(double x) {
@@ -235,10 +307,26 @@ OPD_HD T phi_over_square_difference(T x, T y) {
 // a == 0 gives b, its limit.
 OPD_HD float bregman(float a, float b, float x) {
   const float near = a * ((x * x) * phi_over_square(x));
+#if OPD_DEVICE_FORMS
+  // a = 0 needs no case of its own
+  const float far = (b - a) + a * detail::above_infinity(-x);
+  return detail::within_one(x) ? near : far;
+#else
   const float far = (b - a) - a * x;
   const float value = (x < 1.0f && x > -1.0f) ? near : far;
   return a == 0.0f ? b : value;
+#endif
 }
+
+// a * x, where a = 0 leaves nothing of an x of +inf, of -inf, or of none.
+template <class T>
+OPD_HD T zero_wins(T a, T x) {
+  return select(a == T(0), T(0), a * x);
+}
+#if OPD_DEVICE_FORMS
+// x is -inf only where a is 0; shares its instructions with bregman(a, b, -x)
+OPD_HD float zero_wins(float a, float x) { return a * detail::above_infinity(x); }
+#endif
 
 OPD_HD double bregman(double a, double b, double x) {
   if (a == 0.0) return b;

@@ -24,7 +24,8 @@ typedef enum opd_status_t {
   OPD_OK = 0,
   OPD_INVALID_ARGUMENT = 1,
   OPD_UNSUPPORTED = 2,
-  OPD_INTERNAL = 3
+  OPD_INTERNAL = 3,
+  OPD_CUDA_ERROR = 4 /* of the CUDA runtime; opd_last_error() has its words */
 } opd_status_t;
 
 typedef enum opd_dtype_t {
@@ -204,7 +205,8 @@ OPD_API opd_status_t opd_token_logprobs_fwd_cpu(const opd_token_logprobs_fwd_arg
 
 /* grad_logits[t, v] = (g_logprob (1[v = id] - q_v) + g_lse q_v - g_entropy q_v (log q_v + H)) *
  * d (the logits of Q_t)_v / d logits[t, v]; what a bias gets is its sum over t. grad_logits may be the
- * logits themselves (float32 or float64). */
+ * logits themselves (float32 or float64), or 16-bit in the memory of float32 logits: the same data,
+ * twice the row_stride. */
 typedef struct opd_token_logprobs_bwd_args_t {
   uint32_t struct_size;
   opd_token_logprobs_spec_t spec;
@@ -371,6 +373,45 @@ typedef struct opd_group_statistics_args_t {
 } opd_group_statistics_args_t;
 
 OPD_API opd_status_t opd_group_statistics_cpu(const opd_group_statistics_args_t* args);
+
+/* ---- The same on a CUDA GPU. ---- */
+
+/* As the entry point of the same name on the CPU, on the current device. Every pointer is device
+ * memory, but for `args` itself and its array of components, whose coefficients are device memory.
+ * What they point to is read and written in the order of `stream` (a cudaStream_t; NULL is the
+ * default stream); the call returns before. Nothing is allocated and nothing waits, so that a call
+ * can be captured into a CUDA graph. Logits are float32, bfloat16 or float16, arithmetic is float32;
+ * segments may be float64. parallel_for is not used. Values are not checked: an id beyond the
+ * vocabulary, a temperature that is not positive or a mixture weight outside [0, 1] gives an
+ * undefined value in its own row, and nothing beyond a buffer is read or written. A library built
+ * without CUDA returns OPD_UNSUPPORTED. */
+OPD_API opd_status_t opd_divergence_fwd_cuda(const opd_divergence_args_t* args, void* stream);
+OPD_API opd_status_t opd_divergence_bwd_cuda(const opd_divergence_args_t* args, void* stream);
+/* grad may be of 16 bits, also in the memory of the student's float32 logits: then grad.row_stride is
+ * twice student.matrix.row_stride, and each row's gradient lies in the first half of its own logits.
+ * scratch is not used. An id beyond the vocabulary makes what it is asked for NaN. */
+OPD_API opd_status_t opd_divergence_fwd_grad_cuda(const opd_divergence_args_t* args, void* stream);
+OPD_API opd_status_t opd_divergence_init_cuda(const opd_divergence_args_t* args, void* stream);
+OPD_API opd_status_t opd_divergence_phase_cuda(const opd_divergence_args_t* args,
+                                               int32_t phase, void* stream);
+OPD_API opd_status_t opd_divergence_close_lse_cuda(const opd_divergence_args_t* args, void* stream);
+OPD_API opd_status_t opd_divergence_finish_cuda(const opd_divergence_args_t* args, void* stream);
+OPD_API opd_status_t opd_token_logprobs_fwd_cuda(const opd_token_logprobs_fwd_args_t* args,
+                                                 void* stream);
+OPD_API opd_status_t opd_token_logprobs_bwd_cuda(const opd_token_logprobs_bwd_args_t* args,
+                                                 void* stream);
+OPD_API opd_status_t opd_sparse_gradient_mark_cuda(const opd_sparse_gradient_args_t* args,
+                                                   void* stream);
+OPD_API opd_status_t opd_sparse_gradient_pack_cuda(const opd_sparse_gradient_args_t* args,
+                                                   void* stream);
+OPD_API opd_status_t opd_sparse_gradient_add_cuda(const opd_sparse_gradient_add_args_t* args,
+                                                  void* stream);
+OPD_API opd_status_t opd_segment_scan_cuda(const opd_segment_scan_args_t* args, void* stream);
+OPD_API opd_status_t opd_segment_reduce_cuda(const opd_segment_reduce_args_t* args, void* stream);
+OPD_API opd_status_t opd_segment_broadcast_cuda(const opd_segment_broadcast_args_t* args,
+                                                void* stream);
+OPD_API opd_status_t opd_group_statistics_cuda(const opd_group_statistics_args_t* args,
+                                               void* stream);
 
 /* Text of the last failure on this thread; "" if there was none. Owned by the library. */
 OPD_API const char* opd_last_error(void);

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every part is given: device, sizes, backends, a deadline, and where its rows go."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.gpu import results
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.cases import Sizes
+    from benchmarks.gpu.device import Device
+
+ROOT = Path(__file__).resolve().parents[2]
+LEADS = ("cuda", "triton")
+# what stands in for the two on a CPU
+DRY_LEADS = ("cpu", "reference")
+
+
+def public(text: str) -> str:
+    """The text without the directories of this machine: results are published."""
+    return re.sub(r"(?<![\w.~])(?:/[\w.+@-]+)+/(?=[\w.])", "", text.replace(f"{ROOT}/", ""))
+
+
+@dataclasses.dataclass
+class Context:
+    """Of one run of one part."""
+
+    dry_run: bool
+    emit: Callable[[dict], None]
+    deadline: float
+    only_peers: Sequence[str] = ()
+    which: Callable[[str], str | None] = shutil.which
+
+    @property
+    def sizes(self) -> Sizes:
+        # torch is imported where it is needed: a build is quicker without
+        from benchmarks.gpu import cases
+
+        return cases.DRY if self.dry_run else cases.REAL
+
+    def device(self) -> Device:
+        from benchmarks.gpu import device
+
+        return device.of(self.dry_run)
+
+    def row(self, row: object) -> None:
+        """Keeps a row at once: what comes after may fail or run out of time."""
+        self.emit(results.row_of(row))
+
+    def left_out(self, name: str, why: str) -> None:
+        """Says what was not measured, and why."""
+        self.row(results.Check(name, "left out", public(why)[:300]))
+
+    def failed(self, name: str, error: BaseException) -> None:
+        """A case that raised; the rest goes on."""
+        traceback.print_exception(error)
+        words = f"{type(error).__name__}: {error}".strip()
+        self.row(results.Check(name, "error", public(words)[:300]))
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def has_time(self, name: str, seconds: float = 0.0) -> bool:
+        """Whether a case that takes so long still fits; it is left out if not."""
+        if self.seconds_left() > seconds:
+            return True
+        self.left_out(name, "no time was left in the budget of this part")
+        return False
+
+    def backends(self, op: str = "fused_linear_divergence") -> list[str]:
+        """Those that can run the op here, the one that goals are about first."""
+        import torch
+
+        from opd_kernels import _dispatch
+
+        meta = _dispatch.meta_of(torch.empty(0, device="cpu" if self.dry_run else "cuda"))
+        reasons = {name: why for name, can, why in _dispatch.table(op, meta) if not can}
+        found = []
+        for name in DRY_LEADS if self.dry_run else LEADS:
+            if name in reasons:
+                self.left_out(f"{op}, backend {name}", reasons[name])
+            else:
+                found.append(name)
+        return found
+
+    @functools.cached_property
+    def lead(self) -> str:
+        """The backend that goals are about.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        found = self.backends()
+        if not found:
+            raise RuntimeError("no backend can run fused_linear_divergence here; was it built?")
+        return found[0]
+
+    def tool(self, name: str) -> str | None:
+        """A program of the CUDA toolkit; a dry run has none unless its test brings one."""
+        if self.dry_run and self.which is shutil.which:
+            return None
+        return self.which(name)
+
+    def command(
+        self, command: Sequence[str], share: float = 1.0, **options
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a program from the root for at most a share of the time left; shows and keeps words.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer.
+        """
+        with subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=max(1.0, share * self.seconds_left()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output, _ = process.communicate()
+                print(output, flush=True)
+                raise
+        print(output, flush=True)
+        return subprocess.CompletedProcess(command, process.returncode, output)
+
+    def python(self, module: str, *arguments: str) -> list[str]:
+        """The command line of a module of ours, a dry run again if this is one."""
+        words = [sys.executable, "-m", module, *arguments]
+        return [*words, "--dry-run"] if self.dry_run else words

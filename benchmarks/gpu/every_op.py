@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls every op of a backend once on small, awkward shapes: what a sanitizer watches."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import opd_kernels as opk
+from benchmarks.gpu import cases, device
+from benchmarks.shapes import Shape
+from opd_kernels import divergences as D
+from opd_kernels import targets
+
+# a vocabulary that is no multiple of a vector, and one long enough for a cluster of blocks
+SHAPES = (Shape(5, 1003, 24, 40), Shape(3, 40_000, 16, 24))
+DRY_SHAPES = (Shape(3, 67, 8, 16),)
+STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
+OPS = ("divergence", "fused", "token_logprobs", "segment_scan")
+
+
+def divergence(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """Every divergence forward and backward; sums, targets and labels."""
+    generator = dev.generator(0)
+
+    def logits() -> torch.Tensor:
+        size = (shape.num_tokens, shape.vocab_size)
+        return torch.randn(*size, generator=generator, device=dev.kind).to(dtype)
+
+    labels = torch.arange(shape.num_tokens, device=dev.kind)
+    for name in opk.divergences.DIVERGENCES:
+        given = {"labels": labels} if name == "cross_entropy" else {}
+        student = logits().requires_grad_()
+        loss = opk.divergence(student, logits(), divergence=name, backend=backend, **given)
+        loss.sum().backward()
+    for target in (targets.geometric(0.3, 0.7), targets.mixture(0.5, detach=False)):
+        student = logits().requires_grad_()
+        loss = opk.divergence(student, logits(), target=target, backend=backend)
+        loss.sum().backward()
+
+
+def fused(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """Path A and path B, weights, statistics, both reductions, and a tolerance."""
+    inputs = cases.inputs_of(dev, shape, dtype).with_head("trained")
+    weights = torch.linspace(0.0, 1.0, shape.num_tokens, device=dev.kind)
+    row_bytes = 8 * shape.vocab_size
+    options = (
+        {"divergence": D.jsd(beta=0.3), "statistics": STATISTICS},
+        {"divergence": "reverse_kl", "token_weights": weights, "reduction": "none"},
+        {"divergence": "forward_kl", "workspace_bytes": row_bytes + (1 << 13)},
+        {"divergence": "jsd", "workspace_bytes": row_bytes // 2 + (1 << 13)},
+        {"divergence": "reverse_kl", "gradient_tolerance": 1e-3},
+        {"divergence": [(0.5, D.forward_kl()), (0.5, D.total_variation())]},
+    )
+    for option in options:
+        out = opk.fused_linear_divergence(*inputs, backend=backend, **option)
+        out.loss.sum().backward()
+
+
+def token_logprobs(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """From logits and from hidden states, all three outputs differentiated."""
+    inputs = cases.inputs_of(dev, shape, dtype).with_head("trained")
+    ids = torch.arange(shape.num_tokens, device=dev.kind)
+    logits = (inputs.student_hidden @ inputs.student_lm_head_weight.t()).detach().requires_grad_()
+    for out in (
+        opk.token_logprobs(logits, ids, backend=backend),
+        opk.fused_linear_token_logprobs(*inputs[:2], ids, backend=backend),
+    ):
+        (out.logprobs + out.lse + out.entropy).sum().backward()
+
+
+def segment_scan(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """The family over packed segments, an empty one among them."""
+    if dtype != torch.float32:
+        return
+    offsets = torch.tensor([0, 3, 3, 700, 1003], device=dev.kind)
+    values = torch.randn(1003, generator=dev.generator(0), device=dev.kind).requires_grad_()
+    opk.segment_scan(values, offsets, discount=0.9, backend=backend).sum().backward()
+    opk.segment_reduce(values, offsets, backend=backend).sum().backward()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", required=True)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("ops", nargs="*", default=OPS)
+    options = parser.parse_args()
+    dev = device.of(options.dry_run)
+    for op in options.ops:
+        for shape in DRY_SHAPES if options.dry_run else SHAPES:
+            for dtype in (torch.float32, torch.bfloat16):
+                globals()[op](shape, dev, options.backend, dtype)
+                dev.synchronize()
+        print(f"ran {op}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says of itself: GPU, driver and clocks as read, versions, commit. Nothing is set."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+
+from benchmarks.gpu.context import ROOT
+
+_QUERY = {
+    "driver": "driver_version",
+    "sm_clock_mhz": "clocks.sm",
+    "memory_clock_mhz": "clocks.mem",
+    "max_sm_clock_mhz": "clocks.max.sm",
+    "power_limit_w": "power.limit",
+    "temperature_c": "temperature.gpu",
+}
+PACKAGES = ("torch", "triton", "liger-kernel", "trl", "orda-kernel", "fla-core", "transformers")
+
+
+def output_of(command: Sequence[str]) -> str:
+    """What a program prints; nothing if it cannot run."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def state() -> dict[str, object]:
+    """Driver and clocks at this moment."""
+    fields = output_of(
+        ["nvidia-smi", f"--query-gpu={','.join(_QUERY.values())}", "--format=csv,noheader,nounits"]
+    )
+    values = fields.splitlines()[0].split(", ") if fields else []
+    return dict(zip(_QUERY, values, strict=False))
+
+
+def describe(dry_run: bool) -> dict[str, object]:
+    """The machine."""
+    found: dict[str, object] = {"gpu": "none (dry run)"}
+    if not dry_run:
+        import torch
+
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "at_start": state(),
+        }
+    return found | {"cores": os.cpu_count(), "platform": platform.machine()}
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a figure depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    release = re.search(r"release ([\d.]+)", output_of(["nvcc", "--version"]))
+    if release:
+        found["nvcc"] = release[1]
+    text = (ROOT / "opd_kernels" / "__init__.py").read_text(encoding="utf-8")
+    found["opd_kernels"] = re.search(r'__version__ = "([^"]+)"', text)[1]
+    return found
+
+
+def commit(given: str | None) -> tuple[str, bool | None]:
+    """(commit, whether the tree differs from it); `--commit HASH[+dirty]` says it without git."""
+    if given:
+        name, _, flag = given.partition("+")
+        return name, flag == "dirty"
+    head = output_of(["git", "rev-parse", "--short=12", "HEAD"])
+    if not head:
+        return "unknown", None
+    changed = output_of(["git", "status", "--porcelain", "--untracked-files=no"])
+    return head, bool(changed)
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def file_name(gpu: str) -> str:
+    """`h200.json` for 'NVIDIA H200'."""
+    words = re.sub(r"[^a-z0-9]+", "_", gpu.lower().replace("nvidia", "")).strip("_")
+    return f"{words or 'gpu'}.json"
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a CUDA device, asked without making a context in this process."""
+    import torch
+
+    return torch.cuda.is_available()

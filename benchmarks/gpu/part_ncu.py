@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hardware counters of the row kernel, the card's clocks left as they are."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.results import Counter
+
+METRICS = (
+    "gpu__time_duration.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+    "launch__cluster_size",
+)
+KERNELS = "regex:opd|divergence"
+LAUNCHES = 6
+
+
+def counters_of(output: str) -> list[Counter]:
+    """From `ncu --csv`: rows of a launch and a metric, after whatever the program printed."""
+    lines = output.splitlines()
+    header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if header is None:
+        return []
+    found = []
+    for row in csv.DictReader(io.StringIO("\n".join(lines[header:]))):
+        try:
+            value = float((row["Metric Value"] or "").replace(",", ""))
+            launch = int(row["ID"])
+        except (KeyError, TypeError, ValueError):
+            # a metric that this card lacks, or a line of the program
+            continue
+        unit = row["Metric Unit"] or ""
+        found.append(Counter(row["Kernel Name"], launch, row["Metric Name"], unit, value))
+    return found
+
+
+def run(context: Context) -> None:
+    backend = context.lead
+    program = context.python("benchmarks.gpu.launches", "--backend", backend)
+    ncu = context.tool("ncu")
+    if ncu is None:
+        done = context.command(program)
+        if done.returncode != 0:
+            raise RuntimeError(f"the launches failed with exit code {done.returncode}")
+        context.left_out("ncu", "ncu is not on PATH; the kernels ran without it")
+        return
+    command = [ncu, "--clock-control", "none", "--csv", "--kernel-name", KERNELS]
+    command += ["--kernel-name-base", "demangled"]
+    command += ["--launch-count", str(LAUNCHES), "--metrics", ",".join(METRICS)]
+    done = context.command([*command, *program])
+    counters = counters_of(done.stdout)
+    for counter in counters:
+        context.row(counter)
+    if not counters:
+        raise RuntimeError(f"ncu printed no counter; exit code {done.returncode}")

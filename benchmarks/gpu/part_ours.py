@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our ops, forward and backward, beside the bare GEMMs of the same turns; row kernels; memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import opd_kernels as opk
+from benchmarks import laws
+from benchmarks.gpu import cases, part_ceilings
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.device import Device, Run, Time
+from benchmarks.gpu.goals import TOLERANT
+from benchmarks.gpu.results import RowKernel, Timing
+from opd_kernels import _dispatch, _laws
+
+TOKEN_LOGPROBS = "token_logprobs"
+# calls of a row kernel between two events: one alone would be timed with its launch
+CALLS = 10
+# opd_dtype_t of opd.h
+_BFLOAT16, _AS_LOGITS = 2, -1
+
+
+def writes_16_bit(student: Tensor) -> bool:
+    """Whether the row kernel packs dZ of 16-bit heads into 16 bits: what it then writes is half."""
+    arguments = torch.ops.opd.divergence_fwd_grad_.default._schema.arguments
+    return student.is_cuda and any(argument.name == "grad_dtype" for argument in arguments)
+
+
+def row_kernel(name: str, backend: str, student: Tensor, teacher: Tensor) -> tuple:
+    """Path A's row kernel and its arguments: loss of each row, dZ in place of student logits."""
+    rows = _laws.rows_of("divergence", student)
+    packed = _laws.pack(
+        rows,
+        student.shape[1],
+        divergence=name,
+        temperature=1.0,
+        token_weights=None,
+        target=None,
+        has_reference=False,
+        softcaps=(None, None, None),
+        logit_scales=(1.0, 1.0, 1.0),
+        labels=None,
+        label_weights=None,
+    )
+    kernel = _dispatch.row_ops(backend).divergence_fwd_grad_
+    rest = [False]
+    if any(item.name == "grad_dtype" for item in kernel.default._schema.arguments):
+        rest.append(_BFLOAT16 if writes_16_bit(student) else _AS_LOGITS)
+    return kernel, (student, teacher, None, *packed, *rest)
+
+
+def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
+    """A call of it, to be timed."""
+    kernel, arguments = row_kernel(name, backend, student, teacher)
+    return lambda: kernel(*arguments)
+
+
+def logits_pairs(device: Device, sizes: cases.Sizes, count: int = 2) -> list[tuple[Tensor, Tensor]]:
+    """Random float32 logits of a chunk, more of them than a cache holds."""
+    shape = sizes.shapes[0]
+    generator = device.generator(0)
+
+    def logits() -> Tensor:
+        values = torch.empty(sizes.row_tokens, shape.vocab_size, device=device.kind)
+        return values.normal_(generator=generator).mul_(2.0)
+
+    return [(logits(), logits()) for _ in range(count)]
+
+
+def in_rotation(runs: list[Run]) -> Run:
+    """CALLS calls of one after the other in turn."""
+
+    def run() -> None:
+        for turn in range(CALLS):
+            runs[turn % len(runs)]()
+
+    return run
+
+
+def row_kernels(device: Device, context: Context, backends: list[str]) -> None:
+    """Bandwidth of the kernels that read and write logits, against a copy in the same part."""
+    sizes = context.sizes
+    copy = part_ceilings.copy(device, sizes)
+    context.row(copy)
+    pairs = logits_pairs(device, sizes)
+    size = pairs[0][0].numel() * 4
+    ids = torch.zeros(sizes.row_tokens, dtype=torch.long, device=device.kind)
+    for backend in backends:
+        if backend == "reference":
+            continue
+        variants: dict[str, tuple[Run, int]] = {}
+        for name in cases.DIVERGENCES:
+            runs = [row_call(name, backend, *pair) for pair in pairs]
+            # both rows are read and dZ is written
+            written = size // 2 if writes_16_bit(pairs[0][0]) else size
+            variants[f"divergence {name}"] = in_rotation(runs), 2 * size + written
+        runs = [
+            lambda logits=pair[0], backend=backend: opk.token_logprobs(logits, ids, backend=backend)
+            for pair in pairs
+        ]
+        variants[TOKEN_LOGPROBS] = in_rotation(runs), size
+        times = device.turns({name: run for name, (run, _) in variants.items()}, sizes.rounds)
+        for name, time in times.items():
+            ms = time.median / CALLS
+            rate = variants[name][1] / (1e-3 * ms) / 1e9
+            context.row(RowKernel(name, backend, ms, variants[name][1], rate, rate / copy.rate))
+
+
+def timing(
+    case: str, contestant: str, name: str, head: str, time: Time, floor: Time, **rest
+) -> Timing:
+    """A row of a contestant that is one of ours."""
+    defaults = {"ours_ms": None, "ratio_ours": None, "peak_bytes": None, "allowed_bytes": None}
+    return Timing(
+        case,
+        contestant,
+        name,
+        head,
+        time.median,
+        time.best,
+        time.rounds,
+        floor.median,
+        time.median / floor.median,
+        **(defaults | rest),
+    )
+
+
+def peak_of(device: Device, inputs: cases.Inputs, run: Run) -> int:
+    """Peak of a step that starts without gradients."""
+    for tensor in inputs:
+        tensor.grad = None
+    peak = device.peak_bytes(run)
+    for tensor in inputs:
+        tensor.grad = None
+    return peak
+
+
+def fused(device: Device, context: Context, shape: cases.Shape, backend: str) -> None:
+    """The KLs and JSD, head trained and frozen."""
+    sizes = context.sizes
+    plain = cases.inputs_of(device, shape, sizes.dtype)
+    cut = cases.cut_of(plain, sizes.workspace_bytes, context.lead)
+    gemms = cases.Gemms(device, plain, cut)
+    split = gemms.best_split()
+    options = {"backend": backend, "workspace_bytes": sizes.workspace_bytes}
+    variants: dict[tuple[str, ...], Run] = {}
+    steps: dict[tuple[str, ...], tuple[cases.Inputs, Run]] = {}
+    for head in cases.HEADS:
+        inputs = plain.with_head(head)
+        variants["floor", head] = gemms.all_of(head, split)
+        for name in cases.DIVERGENCES:
+            run = cases.step(cases.loss_of(name, **options), inputs)
+            variants[name, head] = run
+            steps[name, head] = inputs, run
+    times = device.turns(variants, sizes.rounds, context.seconds_left())
+    for (name, head), (inputs, run) in steps.items():
+        context.row(
+            timing(
+                str(shape),
+                f"opd_kernels {backend}",
+                name,
+                head,
+                times[name, head],
+                times["floor", head],
+                peak_bytes=peak_of(device, inputs, run),
+                allowed_bytes=sizes.workspace_bytes + cases.gradient_bytes(shape, head),
+                note=f"{cut}, dX in {split}",
+            )
+        )
+
+
+def tolerant(device: Device, context: Context, shape: cases.Shape) -> None:
+    """`gradient_tolerance` on peaked laws, against the dense GEMMs."""
+    sizes = context.sizes
+    plain = cases.Inputs(*laws.peaked(shape, sizes.dtype, device=device.kind))
+    cut = cases.cut_of(plain, sizes.workspace_bytes, context.lead)
+    gemms = cases.Gemms(device, plain, cut)
+    inputs = plain.with_head("trained")
+    options = {"backend": context.lead, "workspace_bytes": sizes.workspace_bytes}
+    variants: dict[object, Run] = {"floor": gemms.all_of("trained", gemms.best_split())}
+    for tolerance in (None, *cases.TOLERANCES):
+        loss = cases.loss_of("reverse_kl", gradient_tolerance=tolerance, **options)
+        variants[tolerance] = cases.step(loss, inputs)
+    times = device.turns(variants, sizes.rounds, context.seconds_left())
+    for tolerance in (None, *cases.TOLERANCES):
+        label = "exact on peaked laws" if tolerance is None else f"{TOLERANT} {tolerance:g}"
+        time, floor = times[tolerance], times["floor"]
+        context.row(timing(str(shape), label, "reverse_kl", "trained", time, floor))
+
+
+def token_logprobs(device: Device, context: Context, shape: cases.Shape) -> None:
+    """`fused_linear_token_logprobs` over its four GEMMs: it forms the logits twice."""
+    sizes = context.sizes
+    plain = cases.inputs_of(device, shape, sizes.dtype)
+    inputs = plain.with_head("trained")
+    # without a teacher a chunk has twice the tokens; the GEMMs are as quick at ours
+    cut = cases.cut_of(plain, sizes.workspace_bytes, context.lead)
+    gemms = cases.Gemms(device, plain, cut)
+    split = gemms.best_split()
+    ids = torch.arange(shape.num_tokens, device=device.kind) * 61 % shape.vocab_size
+
+    def floor() -> None:
+        for rows in gemms.chunks():
+            gemms.student(rows)
+            gemms.student(rows)
+            gemms.grad_of_hidden(rows, split)
+            gemms.grad_of_weight(rows)
+
+    def loss(hidden: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
+        out = opk.fused_linear_token_logprobs(
+            hidden, weight, ids, workspace_bytes=sizes.workspace_bytes, backend=context.lead
+        )
+        return out.logprobs.sum()
+
+    run = cases.step(loss, inputs)
+    times = device.turns({"floor": floor, "ours": run}, sizes.rounds)
+    row = timing(
+        str(shape), f"fused_linear_{TOKEN_LOGPROBS}", "", "trained", times["ours"], times["floor"]
+    )
+    context.row(row)
+
+
+def each(context: Context, what: str, shapes: tuple, case: Callable[[cases.Shape], None]) -> None:
+    """A case after the other while there is time; one that fails does not stop the rest."""
+    device = context.device()
+    for shape in shapes:
+        device.free()
+        name = f"{what}, {shape}"
+        if not context.has_time(name, 1.0):
+            continue
+        try:
+            case(shape)
+        except (RuntimeError, ValueError, TypeError) as error:
+            if "CUDA error" in str(error):
+                raise
+            context.failed(name, error)
+
+
+def run(context: Context) -> None:
+    device = context.device()
+    sizes, lead = context.sizes, context.lead
+    others = [backend for backend in context.backends() if backend != lead]
+    row_kernels(device, context, [lead, *others])
+    each(context, "fused", sizes.shapes, lambda shape: fused(device, context, shape, lead))
+    # the narrowest pair and the widest, at one vocabulary
+    some = tuple(dict.fromkeys((sizes.shapes[0], sizes.shapes[min(2, len(sizes.shapes) - 1)])))
+    each(context, "tolerance", some, lambda shape: tolerant(device, context, shape))
+    each(context, "logprobs", some[:1], lambda shape: token_logprobs(device, context, shape))
+    for backend in others:
+        each(
+            context,
+            f"fused, {backend}",
+            sizes.shapes[:3],
+            lambda shape, backend=backend: fused(device, context, shape, backend),
+        )

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches with an explicit stream, a cluster size and dynamic shared memory; failures in words.
+// Kernels take all their shared memory through shared_memory(), so that tests/csrc/emulation can run
+// them on a CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "check.h"
+#include "opd/opd.h"
+
+namespace opd {
+namespace cuda {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw Error(OPD_CUDA_ERROR, concat(what, ": ", cudaGetErrorString(error)));
+  }
+}
+
+#if defined(OPD_EMULATED)
+inline unsigned char* shared_memory() {
+  return reinterpret_cast<unsigned char*>(emulation::self().block->shared);
+}
+#elif defined(__CUDACC__)
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(1024) unsigned char opd_shared[];
+  return opd_shared;
+}
+#endif
+
+// What the choice of a kernel depends on, of the current device.
+struct Device {
+  int multiprocessors, capability, shared_bytes_per_block;
+};
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline Device current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return {device_attribute(cudaDevAttrMultiProcessorCount, device),
+          10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+              device_attribute(cudaDevAttrComputeCapabilityMinor, device),
+          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+}
+
+struct Shape {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes = 0;
+  int cluster = 1;  // blocks; a divisor of `blocks`
+};
+
+// The launch configuration of a shape; `attribute` is storage that must outlive it.
+inline cudaLaunchConfig_t config_of(const Shape& shape, void* stream,
+                                    cudaLaunchAttribute* attribute) {
+  cudaLaunchConfig_t config{};
+#if defined(OPD_EMULATED)
+  config.gridDim_ = {static_cast<unsigned>(shape.blocks), 1, 1};
+  config.blockDim_ = {static_cast<unsigned>(shape.threads), 1, 1};
+#else
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks), 1, 1);
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads), 1, 1);
+#endif
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attribute;
+  config.numAttrs = 0;
+  if (shape.cluster > 1) {
+    attribute->id = cudaLaunchAttributeClusterDimension;
+    attribute->val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    attribute->val.clusterDim.y = 1;
+    attribute->val.clusterDim.z = 1;
+    config.numAttrs = 1;
+  }
+  return config;
+}
+
+// Lets a kernel have this shape's shared memory and cluster.
+template <class Kernel>
+void allow(Kernel kernel, const Shape& shape) {
+  // above these a kernel has to be asked for
+  constexpr int64_t kSharedByDefault = 48 * 1024;
+  constexpr int kPortableCluster = 8;
+  if (shape.shared_bytes > kSharedByDefault) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shape.shared_bytes)),
+               "shared memory");
+  }
+  if (shape.cluster > kPortableCluster) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+               "cluster size");
+  }
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const Shape& shape, void* stream, void (*kernel)(Parameters...),
+            Arguments&&... arguments) {
+  if (shape.blocks == 0) return;
+  OPD_CHECK(shape.blocks <= 0x7fffffff, "a launch has at most 2^31 - 1 blocks, got ", shape.blocks);
+  allow(kernel, shape);
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = config_of(shape, stream, &attribute);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");
+}
+
+}  // namespace cuda
+}  // namespace opd

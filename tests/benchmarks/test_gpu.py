@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU run on a CPU: every part at tiny sizes, killed in the middle, out of time, reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import laws
+from benchmarks.gpu import __main__ as driver
+from benchmarks.gpu import cases, goals, part_build, part_ncu, part_peers, part_sanitizer, report
+from benchmarks.gpu import results as schema
+from benchmarks.gpu.context import ROOT, Context, public
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.results import Check, Counter, Precision, RowKernel, Timing, rows_of
+
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+ENVIRONMENT = {**os.environ, "PYTHON": sys.executable}
+CPU = Device("cpu")
+NCU = """==PROF== Profiling "rows" - 0: 0%....100% - 1 pass
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","void opd::rows<float>(args)","gpu__time_duration.sum","ns","412,345"
+"0","7","void opd::rows<float>(args)","launch__cluster_size","","n/a"
+"1","7","rows","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","91.5"
+"""
+
+
+def start(*words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [str(SCRIPT), "--dry-run", *words],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[dict, str, int]:
+    """(results, output, exit code) of a dry run of all parts."""
+    out = tmp_path_factory.mktemp("gpu")
+    process = start("--out", str(out), "--commit", "abc+dirty")
+    output, _ = process.communicate(timeout=500)
+    return schema.load(out / "dry_run.json"), output, process.returncode
+
+
+# -- the whole -----------------------------------------------------------------------------------
+
+
+def test_every_part_runs_its_code_and_passes(whole):
+    results, output, code = whole
+    assert {name: part["status"] for name, part in results["parts"].items()} == dict.fromkeys(
+        schema.PARTS, "passed"
+    ), output
+    assert code == 0
+    assert (results["dry_run"], results["commit"], results["dirty"]) == (True, "abc", True)
+    assert results["versions"]["torch"] == torch.__version__
+
+
+def test_every_part_measures_what_it_is_for(whole):
+    results, _, _ = whole
+    kernels = rows_of(results, "build", schema.Kernel)
+    assert [kernel.registers for kernel in kernels] == [40, 255]
+    tests = {row.outcome for row in rows_of(results, "tests", Check)}
+    assert tests == {"passed", "skipped"}
+    ceilings = {row.name for row in rows_of(results, "ceilings", schema.Ceiling)}
+    assert {"copy", "student logits", "teacher logits", "dW", "dX", "dX, K in 4"} <= ceilings
+    ours = rows_of(results, "ours", Timing)
+    measured = {(row.case, row.contestant, row.divergence, row.head) for row in ours}
+    for shape in cases.DRY_SHAPES:
+        for head in cases.HEADS:
+            for name in cases.DIVERGENCES:
+                for contestant in ("opd_kernels cpu", "opd_kernels reference"):
+                    assert (str(shape), contestant, name, head) in measured
+        for tolerance in cases.TOLERANCES:
+            label = f"{goals.TOLERANT} {tolerance:g}"
+            assert (str(shape), label, "reverse_kl", "trained") in measured
+    assert all(row.floor_ms > 0 and row.ratio_to_floor == row.ms / row.floor_ms for row in ours)
+    lead = [row for row in ours if row.contestant == "opd_kernels cpu"]
+    assert all(0 < row.peak_bytes <= 1.05 * row.allowed_bytes for row in lead)
+    assert {row.name for row in rows_of(results, "ours", RowKernel)} >= {"divergence jsd"}
+    peers = rows_of(results, "peers", Timing)
+    eager = [row for row in peers if row.contestant == "eager"]
+    assert len(eager) == len(cases.DRY_SHAPES) * len(cases.HEADS) * len(cases.DIVERGENCES)
+    assert all(row.ratio_ours == row.ms / row.ours_ms for row in eager)
+    left_out = [row.name for row in rows_of(results, "peers", Check)]
+    assert "torch.compile" in left_out
+    precise = rows_of(results, "peers", Precision)
+    own = [row for row in precise if row.contestant == "opd_kernels cpu"]
+    assert len(own) == 2 * len(cases.DIVERGENCES)
+    assert all(0 < row.of_eager < 2 for row in own)
+
+
+def test_goals_name_what_was_measured(whole):
+    results, output, _ = whole
+    found = {goal["goal"]: goal for goal in results["goals"]}
+    assert len(found) == len(goals.PROMISES)
+    assert found["peak extra memory over workspace + gradients"]["met"] is True
+    assert (
+        found["GPU tests that fail"] | {"met": True, "measured": 0.0}
+        == found["GPU tests that fail"]
+    )
+    assert found["sanitizer runs with findings"]["met"] is None
+    assert "GPU tests that fail: 0.000" in output
+
+
+def test_a_dry_run_is_no_result_of_a_gpu(whole, tmp_path):
+    results, _, _ = whole
+    schema.save(results, tmp_path / "dry_run.json")
+    (tmp_path / "cpu.json").write_text(json.dumps({"machine": {}}))
+    (tmp_path / "broken.json").write_text("{")
+    assert report.files(tmp_path) == []
+    schema.save({**results, "dry_run": False}, tmp_path / "h200.json")
+    assert report.files(tmp_path) == [tmp_path / "h200.json"]
+
+
+def test_the_page_names_its_file_and_its_pictures_repeat_themselves(whole, tmp_path):
+    results, _, _ = whole
+    machine = {**results["machine"], "gpu": "NVIDIA X1", "at_end": {"driver": "1"}}
+    results = {**results, "dry_run": False, "machine": machine}
+    path, first, second = tmp_path / "x1.json", tmp_path / "1", tmp_path / "2"
+    schema.save(results, path)
+    text = report.section(schema.load(path), path, first)
+    assert text == report.section(results, path, second)
+    headings = [part.split("\n")[0] for part in text.split("\n### ")[1:]]
+    assert "Goals" in headings and "How long do others take?" in headings
+    for part in text.split("\n### ")[1:-1]:
+        assert "`benchmarks/results/x1.json`" in part or part.startswith("How to reproduce")
+    assert "**missed**" in text and "MiB" in text
+    pictures = sorted(file.name for file in first.iterdir())
+    assert pictures == [f"benchmarks_x1_{name}.png" for name in ("floor", "memory", "peers")]
+    for name in pictures:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+        assert f"]({name})" in text
+
+
+# -- parts, budgets, kills -----------------------------------------------------------------------
+
+
+def wait_for_rows(process: subprocess.Popen, path: Path, part: str) -> None:
+    """Until the part has two rows on disk."""
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit:
+        assert process.poll() is None, process.communicate()[0]
+        if path.exists():
+            parts = schema.load(path)["parts"]
+            if len(parts.get(part, {}).get("rows", ())) >= 2:
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"{part} had no rows after two minutes")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, "running"), (signal.SIGTERM, "stopped")]
+)
+def test_a_run_that_is_killed_keeps_what_it_has(tmp_path, number, status):
+    process = start("--out", str(tmp_path), "ours", "ceilings")
+    path = tmp_path / "dry_run.json"
+    try:
+        wait_for_rows(process, path, "ceilings")
+    finally:
+        process.send_signal(number)
+    process.communicate(timeout=60)
+    results = schema.load(path)
+    part = results["parts"]["ceilings"]
+    # the parts go in their own order, whatever the order of the words
+    assert list(results["parts"]) == ["ceilings"]
+    assert part["status"] == status and len(part["rows"]) >= 2
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_parts_of_the_same_commit_are_kept_and_others_are_not(tmp_path):
+    first = ["--dry-run", "--out", str(tmp_path), "--commit"]
+    path = tmp_path / "dry_run.json"
+    assert driver.main([*first, "abc", "build"]) == 0
+    # out of time, and kept all the same
+    assert driver.main([*first, "abc", "--budget", "1", "ncu"]) == 1
+    assert set(schema.load(path)["parts"]) == {"build", "ncu"}
+    assert driver.main([*first, "abd", "build"]) == 0
+    assert set(schema.load(path)["parts"]) == {"build"}
+
+
+def test_a_part_out_of_time_is_ended_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(driver, "SHARES", {**driver.SHARES, "tests": 6, "build": 1, "ncu": 60})
+    words = ["--dry-run", "--out", str(tmp_path), "--budget", "36", "build", "tests", "ncu"]
+    monkeypatch.setattr(driver, "LEAST_S", 2.0)
+    assert driver.main(words) == 1
+    parts = schema.load(tmp_path / "dry_run.json")["parts"]
+    assert parts["build"]["status"] == "skipped"
+    assert parts["build"]["reason"] == "no time was left in the budget"
+    assert parts["tests"]["status"] == "timed out"
+    assert parts["tests"]["seconds"] < 12
+    assert parts["ncu"]["status"] == "passed"
+
+
+def test_a_part_that_fails_says_why_without_this_machines_directories(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")
+    run = driver.Run(driver.parse(["--dry-run", "--out", str(tmp_path), "ncu"]))
+    monkeypatch.setattr(driver.sys, "executable", "/bin/false")
+    run.part("ncu", 30.0)
+    part = schema.load(run.path)["parts"]["ncu"]
+    assert part["status"] == "failed" and part["reason"].startswith("exit code 1")
+    assert public(f"{ROOT}/a/b.py: /usr/lib/x/y.so broke at 1/2") == "a/b.py: y.so broke at 1/2"
+
+
+def test_what_one_part_leaves_goes_to_the_next():
+    total = sum(driver.SHARES.values())
+    waiting = list(schema.PARTS[1:])
+    assert driver.budget_of("build", waiting, total) == driver.SHARES["build"]
+    assert driver.budget_of("build", [], 300.0) == 300.0
+    assert total <= 540
+    left, spent = 540.0, 0.0
+    for index, name in enumerate(schema.PARTS):
+        given = driver.budget_of(name, schema.PARTS[index + 1 :], left)
+        spent += given
+        left -= given
+    assert spent == pytest.approx(540.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["everything"], "no part is called 'everything'; there are build, tests"),
+        (["--budget", "0"], "--budget must be positive, got 0"),
+    ],
+)
+def test_bad_words_are_one_sentence(words, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        driver.parse(words)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(driver.machine, "has_gpu", lambda: False)
+    assert driver.main(["ncu"]) == 2
+    assert "expected a CUDA device, torch sees none. --dry-run" in capsys.readouterr().err
+
+
+# -- tools ---------------------------------------------------------------------------------------
+
+
+def context_with(tmp_path: Path, name: str, script: str) -> tuple[Context, list[dict]]:
+    """A dry run that finds a program of this name; and the rows it keeps."""
+    program = tmp_path / name
+    program.write_text(f"#!/bin/bash\n{script}")
+    program.chmod(0o755)
+    rows: list[dict] = []
+    which = {name: str(program)}.get
+    return Context(True, rows.append, time.monotonic() + 120, which=which), rows
+
+
+def test_the_sanitizer_runs_every_op_under_each_tool(tmp_path, monkeypatch):
+    monkeypatch.setattr(part_sanitizer, "TOOLS", ("memcheck", "racecheck"))
+    context, rows = context_with(
+        tmp_path,
+        "compute-sanitizer",
+        'if [ "$1" = --help ]; then echo "--kernel-name arg"; exit; fi\n'
+        f'echo "$@" >>{tmp_path}/lines; tool=$2\n'
+        'if [ $tool = memcheck ]; then echo "========= ERROR SUMMARY: 0 errors"; exit; fi\n'
+        'echo "========= Error: race"; echo "========= RACECHECK SUMMARY: 2 hazards displayed"\n'
+        "exit 86\n",
+    )
+    part_sanitizer.run(context)
+    assert [(row["name"], row["outcome"]) for row in rows if row["outcome"] != "left out"] == [
+        ("memcheck", "passed"),
+        ("racecheck", "failed"),
+    ]
+    assert "2 findings" in rows[-1]["detail"]
+    line, _ = (tmp_path / "lines").read_text().splitlines()
+    assert "--kernel-name kernel_substring=opd --error-exitcode 86" in line
+    assert line.endswith("-m benchmarks.gpu.every_op --backend cpu --dry-run")
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "outcome"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, "passed"),
+        ("========= ERROR SUMMARY: 3 errors", 86, "failed"),
+        ("========= ERROR SUMMARY: 0 errors", 1, "error"),
+        ("Device not supported", 1, "error"),
+    ],
+)
+def test_verdicts_of_the_sanitizer(output, code, outcome):
+    assert part_sanitizer.verdict(output, code)[0] == outcome
+
+
+def test_counters_are_read_from_ncu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'python'}")
+    context, rows = context_with(tmp_path, "ncu", f"cat <<'E'\n{NCU}E\n")
+    part_ncu.run(context)
+    (time_row, dram) = (schema.Counter(**{k: row[k] for k in row if k != "kind"}) for row in rows)
+    assert time_row == Counter(
+        "void opd::rows<float>(args)", 0, "gpu__time_duration.sum", "ns", 412345.0
+    )
+    assert (dram.launch, dram.value) == (1, 91.5)
+    context, _ = context_with(tmp_path, "ncu", "exit 9\n")
+    with pytest.raises(RuntimeError, match="no counter; exit code 9"):
+        part_ncu.run(context)
+
+
+def test_the_compilers_report():
+    first, second = part_build.kernels_of(part_build.RECORDED)
+    assert (first.arch, first.registers, first.shared_bytes, first.spill_bytes) == (
+        "sm_90a",
+        40,
+        4096,
+        0,
+    )
+    assert (second.registers, second.spill_bytes, second.stack_bytes) == (255, 20, 16)
+
+
+# -- pieces --------------------------------------------------------------------------------------
+
+
+def test_bare_gemms_are_the_gemms():
+    inputs = cases.inputs_of(CPU, cases.Shape(7, 64, 8, 12), torch.float32)
+    gemms = cases.Gemms(CPU, inputs, cases.Cut(3, 2))
+    gemms.student(slice(3, 6))
+    torch.testing.assert_close(gemms.logits, inputs[0][3:6] @ inputs[1].t())
+    gemms.teacher(slice(6, 7))
+    torch.testing.assert_close(gemms.logits[:1], inputs[2][6:] @ inputs[3].t())
+    expected = gemms.grad_logits @ inputs[1]
+    for split in gemms.splits():
+        gemms.grad_hidden.zero_()
+        gemms.grad_of_hidden(slice(0, 3), split)
+        torch.testing.assert_close(gemms.grad_hidden, expected)
+    for rows in gemms.chunks():
+        gemms.grad_of_weight(rows)
+    padded = torch.cat([gemms.grad_logits, gemms.grad_logits, gemms.grad_logits[:1]])
+    torch.testing.assert_close(gemms.grad_weight, padded.t() @ inputs[0])
+    assert gemms.splits() == [1, 2, 4, 8] and gemms.best_split() in gemms.splits()
+
+
+def test_the_cut_is_what_explain_says(monkeypatch):
+    inputs = cases.inputs_of(CPU, cases.Shape(40, 64, 8, 12), torch.float32)
+    cut = cases.cut_of(inputs, 1 << 14, "cpu")
+    assert 1 < cut.chunk < 40 and cut.teacher == cut.chunk and str(cut) == f"M = {cut.chunk}"
+    said = "path A: 8 chunk(s) of up to 1024 of 8192 tokens, the teacher's logits 512 tokens at a"
+    monkeypatch.setattr("opd_kernels.explain", lambda *args, **options: f"{said} time, 1 MiB")
+    assert str(cases.cut_of(inputs, 1 << 30, "cuda")) == "M = 1024, teacher 512"
+    monkeypatch.setattr("opd_kernels.explain", lambda *args, **options: "path B")
+    with pytest.raises(RuntimeError, match="expected 'path A"):
+        cases.cut_of(inputs, 1 << 30, "cuda")
+
+
+def test_a_close_teacher_differs_by_the_gap():
+    shape = cases.Shape(64, 500, 32, 96)
+    inputs = cases.close_inputs_of(CPU, shape, torch.float32, gap=0.1)
+    gap = inputs.teacher_hidden @ inputs.teacher_lm_head_weight.t()
+    gap -= inputs.student_hidden @ inputs.student_lm_head_weight.t()
+    assert gap.std() == pytest.approx(0.1, rel=0.1)
+
+
+def test_laws_on_a_device_are_those_of_the_cpu_by_default():
+    shape = cases.Shape(8, 211, 16, 24)
+    for here, there in zip(laws.peaked(shape), laws.peaked(shape, device="cpu"), strict=True):
+        assert torch.equal(here, there)
+
+
+def test_slow_contestants_sit_rounds_out():
+    calls = {"quick": 0, "slow": 0}
+
+    def run(name: str, seconds: float):
+        def call():
+            calls[name] += 1
+            time.sleep(seconds)
+
+        return call
+
+    variants = {"quick": run("quick", 0.0), "slow": run("slow", 0.05)}
+    times = CPU.turns(variants, rounds=6, slow=3.0)
+    assert (times["quick"].rounds, times["slow"].rounds) == (6, 2)
+    assert calls == {"quick": 7, "slow": 3}
+    assert CPU.turns(variants, rounds=6, budget_s=0.0)["quick"].rounds == 2
+
+
+def test_a_peer_that_raises_is_left_out_with_its_reason():
+    rows: list[dict] = []
+    context = Context(True, rows.append, time.monotonic() + 60)
+
+    def broken() -> None:
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    assert not part_peers.starts(CPU, context, "trl: case", broken)
+    assert rows == [
+        {
+            "kind": "Check",
+            "name": "trl: case",
+            "outcome": "left out",
+            "detail": "out of memory: tried to allocate much",
+        }
+    ]
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        part_peers.starts(CPU, context, "trl", lambda: exec('raise RuntimeError("CUDA error: x")'))
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"schema_version": 0}, "schema_version: expected 1, got 0"),
+        ({"dirty": "yes"}, "results.dirty: expected bool"),
+        ({"extra": 1}, "results.extra: unknown"),
+        ({"parts": {"lunch": None}}, "results.parts.lunch: expected dict"),
+        ({"goals": [{"goal": "x"}]}, "results.goals\\[0\\]"),
+    ],
+)
+def test_the_schema_is_held(whole, change, where):
+    results, _, _ = whole
+    schema.check(results)
+    with pytest.raises(schema.SchemaError, match=where):
+        schema.check({**results, **change})
+
+
+def test_rows_of_another_shape_are_refused():
+    row = schema.row_of(Check("a", "passed"))
+    schema.check_row(row)
+    for bad in ({**row, "kind": "Chuck"}, {**row, "outcome": 1}, {"kind": "Check", "name": "a"}):
+        with pytest.raises(schema.SchemaError):
+            schema.check_row(bad)

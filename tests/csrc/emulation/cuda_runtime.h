@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// In the place of CUDA's header of this name: the part of the runtime that csrc/cuda uses, on top of
+// emulation.h. A .cu file compiled as C++ with this directory on its include path runs on the CPU.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "emulation.h"
+
+#define OPD_EMULATED 1
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+
+using dim3 = emulation::Dim;
+#define threadIdx (::emulation::self().index)
+#define blockIdx (::emulation::self().block->index)
+#define blockDim (::emulation::machine().threads)
+#define gridDim (::emulation::machine().grid)
+
+inline void __syncthreads() { emulation::sync_block(); }
+inline void __syncwarp(unsigned = 0xffffffffu) { emulation::sync_warp(); }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulation::exchange(value, emulation::self().lane ^ static_cast<unsigned>(mask));
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulation::exchange(value, static_cast<unsigned>(lane));
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = emulation::self().lane;
+  return emulation::exchange(value, lane < delta ? lane : lane - delta);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = emulation::self().lane;
+  return emulation::exchange(value, lane + delta > 31 ? lane : lane + delta);
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  return static_cast<unsigned>(emulation::ballot(value));
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  for (unsigned mask = 16; mask > 0; mask /= 2) {
+    value = std::max(value, __shfl_xor_sync(0xffffffffu, value, static_cast<int>(mask)));
+  }
+  return value;
+}
+inline int __reduce_min_sync(unsigned mask, int value) { return ~__reduce_max_sync(mask, ~value); }
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at = before + value;
+  return before;
+}
+template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
+};
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrL2CacheSize
+};
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
+struct cudaLaunchAttributeValue {
+  dim3 clusterDim;
+  int programmaticStreamSerializationAllowed;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim_, blockDim_;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+// an H200's figures, but for the number of multiprocessors, which a test may set: persistent kernels
+// walk more than one row only if there are fewer than rows
+inline int& emulated_multiprocessors() {
+  static int count = 4;
+  return count;
+}
+inline int emulated_capability() {
+  const char* const text = std::getenv("OPD_EMULATION_CAPABILITY");
+  return text ? std::atoi(text) : 90;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulated_multiprocessors();
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = emulated_capability() / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = emulated_capability() % 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulated_capability() == 80 ? 163 * 1024 : 227 * 1024;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = 60 << 20;
+      break;
+  }
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t* config) {
+  unsigned size = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      size = config->attrs[i].val.clusterDim.x;
+    }
+  }
+  *count = emulated_multiprocessors() / static_cast<int>(size);
+  if (*count < 1) *count = 1;
+  return cudaSuccess;
+}
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      cluster = config->attrs[i].val.clusterDim.x;
+    }
+  }
+  emulation::launch(config->gridDim_, config->blockDim_, cluster, config->dynamicSmemBytes,
+                    [&] { kernel(static_cast<Parameters>(arguments)...); });
+  return cudaSuccess;
+}

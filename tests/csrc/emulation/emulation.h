@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs CUDA kernels on the CPU, thread by thread, so that their arithmetic and their barriers are
+// tested where there is no GPU. A thread is a fiber that runs until it waits; the blocks of a cluster
+// run together, clusters one after another. What a GPU leaves open is chosen against the kernel: the
+// order of threads is shuffled by OPD_EMULATION_SEED, asynchronous copies land as late as they may,
+// and shared memory starts as NaN. A barrier that not every thread reaches is an error.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace emulation {
+
+struct Dim {
+  unsigned x, y, z;
+};
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulated CUDA kernel: %s\n", what);
+  std::abort();
+}
+
+// -- fibers ----------------------------------------------------------------------------------------
+
+using Stack = std::unique_ptr<char[]>;
+constexpr size_t kStackBytes = 256 * 1024;
+
+#if defined(__x86_64__)
+// Saves what the ABI lets a function keep, swaps stacks, restores. A signal mask, which swapcontext
+// saves with two system calls, is of no interest here.
+extern "C" void opd_emulation_switch(void** save, void* load);
+__asm__(
+    ".weak opd_emulation_switch\n"
+    ".type opd_emulation_switch, @function\n"
+    "opd_emulation_switch:\n"
+    "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
+    "  movq %rsp, (%rdi)\n"
+    "  movq %rsi, %rsp\n"
+    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
+    "  ret\n"
+    ".size opd_emulation_switch, . - opd_emulation_switch\n");
+#endif
+
+class Fiber {
+ public:
+  // `entry` must not return.
+  void start(char* stack, void (*entry)()) {
+#if defined(__x86_64__)
+    uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + kStackBytes) & ~uintptr_t(63);
+    void** slots = reinterpret_cast<void**>(top);
+    --slots;  // as after a call: the stack is aligned before the return address
+    *slots = nullptr;
+    *--slots = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--slots = nullptr;
+    point_ = slots;
+#else
+    getcontext(&context_);
+    context_.uc_stack.ss_sp = stack;
+    context_.uc_stack.ss_size = kStackBytes;
+    context_.uc_link = nullptr;
+    makecontext(&context_, entry, 0);
+#endif
+  }
+  void switch_to(Fiber& other) {
+#if defined(__x86_64__)
+    opd_emulation_switch(&point_, other.point_);
+#else
+    swapcontext(&context_, &other.context_);
+#endif
+  }
+
+ private:
+  void* point_ = nullptr;
+#if !defined(__x86_64__)
+  ucontext_t context_;
+#endif
+};
+
+// -- a cluster of blocks -----------------------------------------------------------------------------
+
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+};
+
+// An asynchronous copy, or store of a value, that has been issued and has not landed.
+struct Copy {
+  void* to;
+  const void* from;  // nullptr: `value`
+  size_t bytes;
+  double value = 0;
+};
+
+struct Block {
+  Dim index;
+  unsigned rank = 0;  // in its cluster
+  unsigned live = 0;  // threads that have not returned
+  std::vector<unsigned> live_in_warp;
+  std::unique_ptr<char[]> storage;
+  char* shared = nullptr;
+  size_t shared_bytes = 0;
+  Barrier barrier;
+  std::vector<Barrier> warps;
+  std::vector<uint64_t> lanes;  // what a warp's lanes exchange
+};
+
+struct Thread {
+  Fiber fiber;
+  Dim index;
+  Block* block = nullptr;
+  unsigned warp = 0, lane = 0;
+  bool done = false;
+};
+
+struct Machine {
+  Dim grid, threads;
+  unsigned cluster_size = 1;
+  std::vector<Block> blocks;
+  std::vector<Thread> fibers;
+  std::vector<Stack> stacks;
+  Barrier cluster_barrier;
+  unsigned live = 0;
+  uint64_t progress = 0;
+  Fiber scheduler;
+  Thread* current = nullptr;
+  const std::function<void()>* kernel = nullptr;
+  std::vector<std::pair<void*, Copy>> copies;  // by mbarrier
+  const char* waiting_for = "";
+};
+
+inline Machine& machine() {
+  static thread_local Machine instance;
+  return instance;
+}
+
+inline Thread& self() { return *machine().current; }
+
+inline void yield() {
+  Machine& m = machine();
+  Thread& mine = *m.current;
+  mine.fiber.switch_to(m.scheduler);
+}
+
+// Waits until `expected()` threads, counted again as threads return, have arrived.
+template <class Expected>
+void wait_at(Barrier& barrier, Expected&& expected, const char* what) {
+  Machine& m = machine();
+  const unsigned generation = barrier.generation;
+  ++barrier.arrived;
+  ++m.progress;
+  while (barrier.generation == generation) {
+    if (barrier.arrived >= expected()) {
+      barrier.arrived = 0;
+      ++barrier.generation;
+      ++m.progress;
+      break;
+    }
+    m.waiting_for = what;
+    yield();
+  }
+}
+
+inline void sync_block() {
+  Block& block = *self().block;
+  wait_at(block.barrier, [&] { return block.live; }, "__syncthreads");
+}
+
+inline void sync_cluster() {
+  Machine& m = machine();
+  wait_at(m.cluster_barrier, [&] { return m.live; }, "a cluster barrier");
+}
+
+inline void sync_warp() {
+  Thread& thread = self();
+  Block& block = *thread.block;
+  wait_at(block.warps[thread.warp], [&] { return block.live_in_warp[thread.warp]; }, "__syncwarp");
+}
+
+// Every lane of the warp gives a value and takes that of lane `from`.
+template <class T>
+T exchange(T value, unsigned from) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
+  Thread& thread = self();
+  uint64_t* const lanes = thread.block->lanes.data() + thread.warp * 32;
+  std::memcpy(&lanes[thread.lane], &value, sizeof(T));
+  sync_warp();
+  T taken;
+  std::memcpy(&taken, &lanes[from & 31], sizeof(T));
+  sync_warp();
+  return taken;
+}
+
+// A bit for each lane of the warp that gives true.
+inline uint32_t ballot(bool value) {
+  Thread& thread = self();
+  uint64_t* const lanes = thread.block->lanes.data() + thread.warp * 32;
+  lanes[thread.lane] = value;
+  sync_warp();
+  uint32_t bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(lanes[lane] != 0) << lane;
+  sync_warp();
+  return bits;
+}
+
+// The same address in the shared memory of another block of the cluster.
+inline void* peer(void* pointer, unsigned rank) {
+  Machine& m = machine();
+  Block& mine = *self().block;
+  const ptrdiff_t offset = static_cast<char*>(pointer) - mine.shared;
+  if (offset < 0 || size_t(offset) >= mine.shared_bytes) fail("not an address in shared memory");
+  if (rank >= m.cluster_size) fail("no such block in the cluster");
+  return m.blocks[rank].shared + offset;
+}
+
+inline void check_shared(const void* pointer, size_t bytes) {
+  const Block& block = *self().block;
+  const char* at = static_cast<const char*>(pointer);
+  if (at < block.shared || at + bytes > block.shared + block.shared_bytes) {
+    fail("a copy beyond shared memory");
+  }
+}
+
+inline void copy_later(void* to, const void* from, size_t bytes, void* mbarrier) {
+  check_shared(to, bytes);
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) & 15) {
+    fail("a bulk copy needs 16-byte addresses and sizes");
+  }
+  machine().copies.push_back({mbarrier, {to, from, bytes}});
+  ++machine().progress;
+}
+
+inline void store_later(double* to, double value, void* mbarrier) {
+  machine().copies.push_back({mbarrier, {to, nullptr, sizeof(double), value}});
+  ++machine().progress;
+}
+
+// Lets the copies of this mbarrier land; their bytes.
+inline size_t land(void* mbarrier) {
+  auto& copies = machine().copies;
+  size_t bytes = 0;
+  for (auto& [owner, copy] : copies) {
+    if (owner != mbarrier) continue;
+    std::memcpy(copy.to, copy.from ? copy.from : &copy.value, copy.bytes);
+    bytes += copy.bytes;
+  }
+  copies.erase(std::remove_if(copies.begin(), copies.end(),
+                              [&](const auto& item) { return item.first == mbarrier; }),
+               copies.end());
+  return bytes;
+}
+
+inline void thread_main() {
+  Machine& m = machine();
+  (*m.kernel)();
+  Thread& mine = *m.current;
+  mine.done = true;
+  --m.live;
+  --mine.block->live;
+  --mine.block->live_in_warp[mine.warp];
+  ++m.progress;
+  yield();
+  fail("a fiber ran on after its end");
+}
+
+inline unsigned seed() {
+  const char* text = std::getenv("OPD_EMULATION_SEED");
+  return text ? static_cast<unsigned>(std::atoi(text)) : 0;
+}
+
+inline void run_cluster(Machine& m, unsigned first_block, size_t shared_bytes, std::mt19937& random) {
+  const unsigned per_block = m.threads.x;
+  const unsigned warps = (per_block + 31) / 32;
+  m.blocks = std::vector<Block>(m.cluster_size);
+  m.fibers = std::vector<Thread>(size_t(m.cluster_size) * per_block);
+  m.cluster_barrier = {};
+  m.copies.clear();
+  m.live = m.cluster_size * per_block;
+  while (m.stacks.size() < m.fibers.size()) m.stacks.push_back(Stack(new char[kStackBytes]));
+  for (unsigned b = 0; b < m.cluster_size; ++b) {
+    Block& block = m.blocks[b];
+    block.index = {first_block + b, 0, 0};
+    block.rank = b;
+    block.live = per_block;
+    block.shared_bytes = shared_bytes;
+    block.storage.reset(new char[shared_bytes + 1024]);
+    block.shared = block.storage.get() +
+                   (1024 - reinterpret_cast<uintptr_t>(block.storage.get()) % 1024);
+    std::memset(block.storage.get(), 0xff, shared_bytes + 1024);  // NaN, as floats and as doubles
+    block.warps.assign(warps, {});
+    block.lanes.assign(warps * 32, 0);
+    block.live_in_warp.assign(warps, 0);
+    for (unsigned t = 0; t < per_block; ++t) {
+      Thread& thread = m.fibers[b * per_block + t];
+      thread.index = {t, 0, 0};
+      thread.block = &block;
+      thread.warp = t / 32;
+      thread.lane = t % 32;
+      ++block.live_in_warp[thread.warp];
+      thread.fiber.start(m.stacks[b * per_block + t].get(), &thread_main);
+    }
+  }
+  std::vector<unsigned> order(m.fibers.size());
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  while (m.live > 0) {
+    const uint64_t before = m.progress;
+    if (seed() != 0) std::shuffle(order.begin(), order.end(), random);
+    for (unsigned i : order) {
+      if (m.fibers[i].done) continue;
+      m.current = &m.fibers[i];
+      m.scheduler.switch_to(m.current->fiber);
+    }
+    if (m.progress == before) {
+      std::fprintf(stderr, "waiting for %s: ", m.waiting_for);
+      fail("no thread can go on");
+    }
+  }
+  if (!m.copies.empty()) fail("a kernel ended before its copies had landed");
+}
+
+inline void launch(Dim grid, Dim threads, unsigned cluster_size, size_t shared_bytes,
+                   const std::function<void()>& kernel) {
+  Machine& m = machine();
+  if (grid.y != 1 || grid.z != 1 || threads.y != 1 || threads.z != 1) fail("only 1-D launches");
+  if (grid.x % cluster_size) fail("the grid must be a multiple of the cluster");
+  if (threads.x > 1024 || cluster_size > 16) fail("too many threads or blocks");
+  m.grid = grid;
+  m.threads = threads;
+  m.cluster_size = cluster_size;
+  m.kernel = &kernel;
+  std::mt19937 random(seed());
+  for (unsigned first = 0; first < grid.x; first += cluster_size) {
+    run_cluster(m, first, shared_bytes, random);
+  }
+}
+
+}  // namespace emulation

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+# Runs PROGRAM under each emulation seed of SEEDS: it must succeed, and print the same every time.
+string(REPLACE "," ";" seeds "${SEEDS}")
+foreach(seed ${seeds})
+  set(ENV{OPD_EMULATION_SEED} ${seed})
+  execute_process(COMMAND ${PROGRAM} RESULT_VARIABLE status OUTPUT_VARIABLE output)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "seed ${seed}: ${output}")
+  endif()
+  if(DEFINED expected AND NOT output STREQUAL expected)
+    message(FATAL_ERROR "seed ${seed} gives\n${output}and another seed\n${expected}")
+  endif()
+  set(expected "${output}")
+endforeach()
+message(STATUS "${expected}")

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// The emulation of CUDA that the kernels are tested under: barriers, shuffles, clusters, bulk copies.
+#include <cuda_runtime.h>
+
+#include <vector>
+
+#include "cluster.cuh"
+#include "expect.h"
+#include "reduce.cuh"
+#include "vectorized.cuh"
+
+namespace {
+
+using namespace opd::cuda;
+
+__global__ void block_sums(const float* values, int per_block, float* sums) {
+  float* const scratch = reinterpret_cast<float*>(shared_memory());
+  float mine = 0;
+  for (int i = threadIdx.x; i < per_block; i += blockDim.x) {
+    mine += values[blockIdx.x * per_block + i];
+  }
+  const float sum = reduce_block(mine, scratch, 0.0f, Sum());
+  const float largest = reduce_block(mine, scratch, -1e30f, Max());
+  if (threadIdx.x == 0) sums[2 * blockIdx.x] = sum, sums[2 * blockIdx.x + 1] = largest;
+}
+
+void check_block() {
+  constexpr int kBlocks = 3, kPerBlock = 1000;
+  std::vector<float> values(kBlocks * kPerBlock, 1.0f), sums(2 * kBlocks);
+  launch({kBlocks, 96, 32 * sizeof(float)}, nullptr, &block_sums, values.data(), kPerBlock,
+         sums.data());
+  for (int b = 0; b < kBlocks; ++b) {
+    expect::near(sums[2 * b], kPerBlock, 0, "sum over a block");
+    expect::near(sums[2 * b + 1], 11, 0, "largest over a block");
+  }
+}
+
+// Each block of a cluster takes a slice of the row through two bulk copies and adds up everybody's.
+__global__ void cluster_sums(const float* row, int slice, float* sums) {
+  unsigned char* const shared = shared_memory();
+  float* const part = reinterpret_cast<float*>(shared);
+  MemoryBarrier* const barrier = reinterpret_cast<MemoryBarrier*>(shared + 16);
+  float* const values = reinterpret_cast<float*>(shared + 128);
+  if (threadIdx.x == 0) {
+    init(barrier);
+    fence_barrier_init();
+    const uint32_t half = slice / 2 * sizeof(float);
+    expect_bytes(barrier, 2 * half);
+    const float* const from = row + blockIdx.x * slice;
+    copy_bulk(values, from, half, barrier);
+    copy_bulk(values + slice / 2, from + slice / 2, half, barrier);
+  }
+  __syncthreads();
+  wait(barrier, 0);
+  float mine = 0;
+  for (int i = threadIdx.x; i < slice; i += blockDim.x) mine += values[i];
+  mine = reduce_warp(mine, Sum());
+  if (threadIdx.x == 0) *part = mine;
+  sync_cluster();
+  if (threadIdx.x == 0) {
+    float sum = 0;
+    for (unsigned rank = 0; rank < cluster_size(); ++rank) sum += *in_block(part, rank);
+    sums[blockIdx.x] = sum;
+  }
+  sync_cluster();
+}
+
+void check_cluster() {
+  constexpr int kCluster = 4, kClusters = 2, kSlice = 64;
+  alignas(16) static float row[kCluster * kClusters * kSlice];
+  float sums[kCluster * kClusters] = {};
+  for (int i = 0; i < kCluster * kClusters * kSlice; ++i) row[i] = static_cast<float>(i % 7);
+  launch({kCluster * kClusters, 32, 128 + kSlice * 4, kCluster}, nullptr, &cluster_sums, row, kSlice,
+         sums);
+  for (int b = 0; b < kCluster * kClusters; ++b) {
+    double expected = 0;
+    for (int i = 0; i < kCluster * kSlice; ++i) expected += row[b / kCluster * kCluster * kSlice + i];
+    expect::near(sums[b], expected, 0, "sum over a cluster");
+  }
+}
+
+__global__ void widen(const opd::BFloat16* from, float* to, opd::BFloat16* back) {
+  float values[8];
+  load_16(from + 8 * threadIdx.x, values);
+  for (int i = 0; i < 8; ++i) to[8 * threadIdx.x + i] = values[i];
+  store_16(values, back + 8 * threadIdx.x);
+}
+
+void check_vectors() {
+  alignas(16) opd::BFloat16 from[64], back[64];
+  float to[64];
+  for (int i = 0; i < 64; ++i) opd::from_real(static_cast<float>(i) - 20.5f, &from[i]);
+  launch({1, 8}, nullptr, &widen, from, to, back);
+  for (int i = 0; i < 64; ++i) {
+    expect::near(to[i], i - 20.5, 0, "a bfloat16 through a 16-byte load");
+    expect::that(back[i].bits == from[i].bits, "a bfloat16 through a 16-byte store");
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_block();
+  check_cluster();
+  check_vectors();
+  return expect::report("test_emulation");
+}
