@@ -79,10 +79,11 @@ QUESTIONS = {
     ),
     "peers bfloat16": (
         "How long do others take, bfloat16 inputs?",
-        "Time over the bare GEMMs in float32, which is what ours runs: its logits are float32 "
-        "whatever the inputs are. So are those of `eager`, `torch.compile` and `trl`; the others "
-        "multiply bfloat16 numbers and round each logit to bfloat16, which is faster on a CPU that "
-        "has instructions for it and less accurate everywhere. One case has all the peers.",
+        "Time over the bare GEMMs in float32. Our logits are float32 sums of exact products "
+        "whatever the inputs are, formed from pairs of bfloat16 where the CPU multiplies such; dX "
+        "and dW come from float32 dZ. The logits of `eager`, `torch.compile` and `trl` are float32 "
+        "too; the others round each logit to bfloat16, which is less accurate. One case has all "
+        "the peers.",
     ),
     "peers peak memory": (
         "How much memory does each take?",
