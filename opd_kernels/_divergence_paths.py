@@ -9,6 +9,7 @@ a chunk, whole, and combines the state between phases.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -108,9 +109,10 @@ def plan_of(
 ) -> _plan.Plan:
     """How a call with so many tokens that count is cut."""
     whole_rows = _laws.needs_whole_rows(laws.divergences)
-    if options.process_group:
-        whole_rows = _parallel.WHOLE_ROWS
-    return _plan.plan(
+    group = _parallel.resolve(options.process_group)
+    if group is not None:
+        whole_rows, vocab_size = _parallel.WHOLE_ROWS, group.most_columns
+    plan = _plan.plan(
         OP,
         num_tokens,
         vocab_size,
@@ -122,6 +124,10 @@ def plan_of(
         in_parts=not options.process_group and not options.gradient_tolerance,
         low_rank=0 if inputs.student_lora_a is None else inputs.student_lora_a.shape[0],
     )
+    if group is None:
+        return plan
+    columns = group.num_columns
+    return dataclasses.replace(plan, vocab_size=columns, slice_columns=columns)
 
 
 def _check_ids(laws: _laws.Laws, options: Options) -> None:
@@ -185,7 +191,11 @@ class _Run:
         self.grad_dtype = _gemms.AS_LOGITS
         if not options.gradient_tolerance:
             self.grad_dtype = _gemms.grad_dtype(head)
-        self.unit = _linear.gradient_unit(head, laws.token_weights) if self.with_grad else None
+        self.unit = (
+            _linear.gradient_unit(head, laws.token_weights, times=laws.coefficients)
+            if self.with_grad
+            else None
+        )
         weights = _linear.in_units(laws.token_weights, self.unit, num_tokens)
         # tokens of weight 0 take part, and their hidden states may hold anything
         self.has_masked = self.token_idx is None and laws.token_weights is not None

@@ -49,11 +49,23 @@ def gradient_of(logits: Tensor, head: Tensor, number: int) -> Tensor:
 
 
 def multiply_into(
-    out: Tensor, left: Tensor, right: Tensor, *, adds: bool = False, factor: float = 1.0
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    adds: bool = False,
+    factor: float = 1.0,
+    thin: bool = False,
 ) -> None:
-    """out = factor * left @ right, or += it; accumulated in the dtype of `out`."""
+    """out = factor * left @ right, or += it; accumulated in the dtype of `out`.
+
+    thin: one side is as short as a low-rank pair's r, which our own GEMM has no tile for.
+    """
     beta = 1 if adds else 0
-    if is_own(out) and factor == 1.0:
+    if is_own(out) and not thin:
+        if factor != 1.0:
+            # the smaller operand: hidden states, beside a dZ or a head
+            right = right.to(out.dtype) * factor
         gemm(out, left, right, accumulate=adds)
         return
     if left.dtype != out.dtype and not left.is_cuda:
@@ -194,12 +206,12 @@ class LowRank(NamedTuple):
     def project(self, hidden: Tensor) -> Tensor:
         """hidden @ down.T, [C, r]."""
         out = self.down.new_empty(hidden.shape[0], self.down.shape[0])
-        multiply_into(out, hidden.to(out.dtype), self.down.t())
+        multiply_into(out, hidden.to(out.dtype), self.down.t(), thin=True)
         return out
 
     def add_logits(self, logits: Tensor, projected: Tensor) -> None:
         """logits += hidden @ (up @ down)[:V].T, from `project`."""
-        multiply_into(logits, projected, self.up[: logits.shape[1]].t(), adds=True)
+        multiply_into(logits, projected, self.up[: logits.shape[1]].t(), adds=True, thin=True)
 
     def backproject(
         self,
@@ -214,19 +226,19 @@ class LowRank(NamedTuple):
         is_narrow = grad_logits.dtype != self.up.dtype
         if is_narrow:
             both = projected.new_empty(projected.shape[0], 2 * rank)
-            multiply_into(both, grad_logits, self.up_halves[:vocab_size])
+            multiply_into(both, grad_logits, self.up_halves[:vocab_size], thin=True)
             through = both[:, :rank] + both[:, rank:]
         else:
             through = torch.empty_like(projected)
-            multiply_into(through, grad_logits, self.up[:vocab_size])
+            multiply_into(through, grad_logits, self.up[:vocab_size], thin=True)
         if grad_hidden is not None:
-            multiply_into(grad_hidden, through, self.down, adds=True)
+            multiply_into(grad_hidden, through, self.down, adds=True, thin=True)
         if grad_down is not None:
-            multiply_into(grad_down, through.t(), hidden.to(through.dtype), adds=True)
+            multiply_into(grad_down, through.t(), hidden.to(through.dtype), adds=True, thin=True)
         if grad_up is not None:
             parts = halves(projected, grad_logits.dtype) if is_narrow else (projected,)
             for part in parts:
-                multiply_into(grad_up[:vocab_size], grad_logits.t(), part, adds=True)
+                multiply_into(grad_up[:vocab_size], grad_logits.t(), part, adds=True, thin=True)
 
 
 def new_buffer(like: Tensor, *shape: int) -> Tensor:

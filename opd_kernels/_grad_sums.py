@@ -113,7 +113,7 @@ def _attach_backward(_):
             (1, 3, 4, 5), ctx.with_grads, ctx.saved_tensors, ctx.dtypes, strict=True
         ):
             if formed and ctx.needs_input_grad[position]:
-                nothing[position] = _linear.scaled(saved, grad_loss).to(dtype)
+                nothing[position] = _linear.scaled(saved, grad_loss, dtype)
         return tuple(nothing)
 
     return backward

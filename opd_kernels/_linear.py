@@ -86,23 +86,28 @@ def no_double_backward(*_: object) -> None:
     )
 
 
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor, in place when the graph is not kept for another backward.
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in this dtype, rounded once.
 
-    In place, because a second copy of dW is the largest thing that the op would ever hold.
+    In place where that is the gradient's own, unless the graph is kept for another backward: a
+    second copy of dW is the largest thing that the op would ever hold.
 
     Raises:
         RuntimeError: the backward is itself to be differentiated.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         no_double_backward()
-    kept = torch.compiler.is_compiling() or type(gradient) is not Tensor
-    if kept or torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * factor.to(gradient.dtype)
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor:
+        return (gradient * factor.to(gradient.dtype)).to(dtype)
     if factor.device.type == "cpu" and bool(factor == 1):
         # the usual case; the scalar is at hand on CPU, and dW is not worth a pass for nothing
-        return gradient
-    return gradient.mul_(factor.to(gradient.dtype))
+        return gradient.to(dtype)
+    factor = factor.to(gradient.dtype)
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    if dtype == gradient.dtype and not kept:
+        return gradient.mul_(factor)
+    # one pass, which also rounds
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
 def phase(tensor: Tensor, op: str, name: str) -> contextlib.AbstractContextManager:
@@ -113,24 +118,32 @@ def phase(tensor: Tensor, op: str, name: str) -> contextlib.AbstractContextManag
     return torch.cuda.nvtx.range(label) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def gradient_unit(head: Tensor, *weights: Tensor | None) -> Tensor | None:
+def gradient_unit(
+    head: Tensor, *weights: Tensor | None, times: Tensor | None = None
+) -> Tensor | None:
     """A power of two that the weights in dZ are divided by, and its gradients multiplied by.
 
     None where dZ has the range of float32. Weights like 1e-6 would make most of a float16 dZ zero;
-    divided by the unit, their largest is between 16 and 32. A tensor, so that nothing waits.
+    divided by the unit, the largest of them, times the largest of `times`, is between 16 and 32. A
+    tensor, so that nothing waits.
     """
     if _gemms.grad_dtype(head) == _gemms.AS_LOGITS or head.dtype != torch.float16:
         return None
-    unit = head.new_full((), 1.0 / _LARGEST_FLOAT16_WEIGHT, dtype=torch.float32)
-    given = [values.abs().amax() for values in weights if values is not None and values.numel()]
-    if not given:
-        return unit
-    largest = torch.stack([value.to(torch.float32) for value in given]).amax()
-    usable = largest.isfinite() & (largest > 0)
-    _, exponent = torch.frexp(torch.where(usable, largest, torch.ones_like(largest)))
-    # of 2 ** exponent / 2 <= largest < 2 ** exponent, the lower
-    exponent = (exponent - 1).clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
-    return torch.ldexp(unit, exponent)
+    one = head.new_ones((), dtype=torch.float32)
+
+    def largest(values: list[Tensor]) -> Tensor:
+        sizes = [value.abs().amax().to(torch.float32) for value in values if value.numel()]
+        return torch.stack(sizes).amax() if sizes else one
+
+    size = largest([values for values in weights if values is not None])
+    if times is not None:
+        size = size * largest([times])
+    size = torch.where(size.isfinite() & (size > 0), size, one)
+    mantissa, _ = torch.frexp(size)
+    # the power of two below it, exactly
+    power = size / (2 * mantissa)
+    limit = 2.0**_LARGEST_EXPONENT
+    return power.clamp(1 / limit, limit) / _LARGEST_FLOAT16_WEIGHT
 
 
 def in_units(weights: Tensor | None, unit: Tensor | None, num_tokens: int) -> Tensor | None:
@@ -152,5 +165,7 @@ def summed_in_units(total: Tensor | None, unit: Tensor | None) -> Iterator[None]
         yield
         return
     total.div_(unit)
-    yield
-    total.mul_(unit)
+    try:
+        yield
+    finally:
+        total.mul_(unit)

@@ -34,6 +34,8 @@ class Shard:
     first_column: int
     num_columns: int
     total_columns: int
+    # of the rank that has most: all cut their tokens as it does, since each chunk is exchanged
+    most_columns: int
 
     def combine(self, state: Tensor, phase: int, with_statistics: bool) -> None:
         """Makes the state of a phase that of the whole vocabulary, on every rank alike."""
@@ -82,14 +84,19 @@ def resolve(name: str) -> Shard | None:
     """The shard of a call from its `process_group` argument, made by `describe`."""
     if not name:
         return None
-    group_name, *numbers = name.rsplit("/", 3)
+    group_name, *numbers = name.rsplit("/", 4)
     group = dist.distributed_c10d._resolve_process_group(group_name)
     return Shard(group, *(int(number) for number in numbers))
 
 
 def describe(shard: Shard) -> str:
     """A string that stands for the shard in an op's arguments."""
-    numbers = (shard.first_column, shard.num_columns, shard.total_columns)
+    numbers = (
+        shard.first_column,
+        shard.num_columns,
+        shard.total_columns,
+        shard.most_columns,
+    )
     return "/".join([shard.group.group_name, *(str(number) for number in numbers)])
 
 
@@ -150,7 +157,7 @@ def vocabulary(
     totals = {name: sum(rank[i] for rank in counts) for i, name in enumerate(names)}
     vocab_size = _checks.vocab_prefix(op, vocab_size, **totals)
     first = 0
-    shards = []
+    parts: list[tuple[int, int]] = []
     for rank, rows in enumerate(counts):
         # the end of this rank's rows, unless the columns that count end here
         ends = {min(vocab_size, first + count) for count in rows}
@@ -166,9 +173,12 @@ def vocabulary(
                 f"{op}: every rank must hold at least one of the {vocab_size} columns that count, "
                 f"got none on rank {rank} of {len(counts)}."
             )
-        shards.append(Shard(process_group, first, end - first, vocab_size))
+        parts.append((first, end - first))
         first = end
-    return vocab_size, describe(shards[process_group.rank()])
+    most = max(columns for _, columns in parts)
+    return vocab_size, describe(
+        Shard(process_group, *parts[process_group.rank()], vocab_size, most)
+    )
 
 
 def _all_row_counts(group: dist.ProcessGroup, own: list[int]) -> list[list[int]]:

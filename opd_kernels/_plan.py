@@ -215,7 +215,9 @@ def _slice_columns(
 
     Every chunk reads the heads again and every slice the hidden states: a square wastes least.
     """
-    tokens = max(1, min(num_tokens, int((budget / column_bytes) ** 0.5)))
+    # what a token takes beside its logits may be most of it: no more than half of the budget
+    square, most = int((budget / column_bytes) ** 0.5), budget // (2 * max(1, fixed_bytes))
+    tokens = max(1, min(num_tokens, square, most))
     columns = (budget // tokens - fixed_bytes) // column_bytes
     columns = max(least, min(vocab_size, columns))
     # equal slices

@@ -108,8 +108,8 @@ def fused_linear_divergence(
         grad_scale: what the upstream gradient of that loss will be (1 / accumulation steps, a loss
             scale). Another one raises on CPU; on a GPU it is the caller's contract.
         compact_tokens: gather the tokens of non-zero weight before the first GEMM, which waits for
-            the device once. False: GEMMs run on all tokens, nothing waits. None: unless a CUDA
-            graph is captured.
+            the device once. False: GEMMs run on all tokens and nothing waits, but for a
+            process_group. None: unless a CUDA graph is captured.
         backend: "cpu" | "cuda" | "triton" | "reference"; None picks one (`explain` says which).
 
     Returns:
@@ -382,7 +382,7 @@ def _sum_backward(_):
             _DIFFERENTIABLE, ctx.formed, ctx.saved_tensors, ctx.dtypes, strict=True
         ):
             if formed and ctx.needs_input_grad[position]:
-                gradients[position] = _linear.scaled(saved, grad_loss).to(dtype)
+                gradients[position] = _linear.scaled(saved, grad_loss, dtype)
         return tuple(gradients)
 
     return backward

@@ -85,6 +85,8 @@ __device__ __forceinline__ unsigned cluster_size() {
 }
 // Also orders what each thread has written to any block's shared memory before it.
 __device__ __forceinline__ void sync_cluster() {
+  // the aligned form wants a warp in one piece
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
                ::: "memory");
 }

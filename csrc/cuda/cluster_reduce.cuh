@@ -186,15 +186,25 @@ class Reducer {
     const auto is_here = [&](int64_t id) { return id >= 0 && id < args_.vocab_size; };
 #pragma unroll
     for (int k = 0; k < 4; ++k) of_ids_[k] = 0.0;
-    if (args_.token_ids && is_here(args_.token_ids[row_])) {
+    // an id beyond the vocabulary, the caller's error, is NaN: a kernel cannot raise
+    const double undefined = std::numeric_limits<double>::quiet_NaN();
+    if (args_.token_ids) {
       const int64_t id = args_.token_ids[row_];
-      of_ids_[0] = log_probability(args_.student, student_, student_lse_, id);
-      of_ids_[1] = log_probability(args_.teacher, teacher_, teacher_lse_, id);
+      const bool here = is_here(id);
+      of_ids_[0] = here ? log_probability(args_.student, student_, student_lse_, id) : undefined;
+      of_ids_[1] = here ? log_probability(args_.teacher, teacher_, teacher_lse_, id) : undefined;
+      // the logits have been read when a shuffle has their values; then they may be overwritten
+      of_ids_[0] = __shfl_sync(kAllLanes, of_ids_[0], 0);
+      of_ids_[1] = __shfl_sync(kAllLanes, of_ids_[1], 0);
     }
     if (args_.topk_ids) {
       for (int64_t k = lane_; k < args_.num_topk; k += kWarp) {
         const int64_t id = args_.topk_ids[row_ * args_.num_topk + k];
-        if (!is_here(id)) continue;
+        if (id < 0) continue;
+        if (!is_here(id)) {
+          of_ids_[2] = of_ids_[3] = undefined;
+          continue;
+        }
         of_ids_[2] += ::exp(log_probability(args_.student, student_, student_lse_, id));
         of_ids_[3] += ::exp(log_probability(args_.teacher, teacher_, teacher_lse_, id));
       }

@@ -27,13 +27,6 @@ OPD_HD Factor factor_of(double scale, double temperature) {
   return {factor, static_cast<float>(factor * kLog2E)};
 }
 
-OPD_HD float product(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);  // never part of a fused multiply-add
-#else
-  return a * b;
-#endif
-}
 // What turns the two logits of a column into an entry.
 struct RowLaws {
   struct Side {

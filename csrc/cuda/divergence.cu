@@ -36,6 +36,8 @@ void check_grad(const opd_divergence_args_t& args) {
   check_gradient(kOp, grad, args.num_tokens, args.grad_width, args.vocab_size);
   OPD_CHECK(args.grad_width <= kMaxVocab, kOp, ": on CUDA grad_width must be at most ", kMaxVocab,
             ", got ", args.grad_width);
+  OPD_CHECK(grad.data != args.teacher.matrix.data || grad.dtype == args.teacher.matrix.dtype, kOp,
+            ": grad must not lie in the teacher's logits in another dtype");
   const bool narrower = student.dtype == OPD_FLOAT32 && grad.dtype != OPD_FLOAT32;
   if (grad.data != student.data) return;
   OPD_CHECK(narrower || (student.dtype == OPD_FLOAT32) == (grad.dtype == OPD_FLOAT32), kOp,

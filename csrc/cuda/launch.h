@@ -88,8 +88,10 @@ void allow(Kernel kernel, const Shape& shape) {
   constexpr int64_t kSharedByDefault = 48 * 1024;
   constexpr int kPortableCluster = 8;
   if (shape.shared_bytes > kSharedByDefault) {
+    // all that a block may have: the attribute is the kernel's, and another thread's launch or a
+    // graph that has been captured may need more than this one
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
+                                    current_device().shared_bytes_per_block),
                "shared memory");
   }
   if (shape.cluster > kPortableCluster) {

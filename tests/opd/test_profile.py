@@ -59,8 +59,11 @@ def fake_nsys(directory: Path, *, report: bool = True) -> None:
     path = directory / "bin" / "nsys"
     path.parent.mkdir()
     (directory / "stats.csv").write_text(CSV)
-    path.write_text(
-        f"""#!{sys.executable}
+    program = directory / "nsys.py"
+    # a first line with the interpreter's path would not survive a space in it
+    path.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{program}' \"$@\"\n")
+    program.write_text(
+        f"""
 import pathlib, subprocess, sys
 words = sys.argv[1:]
 if words[0] == "stats":

@@ -162,7 +162,7 @@ OPD_API opd_status_t opd_divergence_fwd_cpu(const opd_divergence_args_t* args);
 OPD_API opd_status_t opd_divergence_bwd_cpu(const opd_divergence_args_t* args);
 
 /* Out: loss, statistics, and in grad the gradient for grad_loss = 1. grad may be the student's logits
- * themselves. scratch, where given, is the teacher's logits, which are then overwritten: faster.
+ * themselves. scratch, where given, is the teacher's logits, which are then overwritten: faster. (CPU only.)
  * Real (float32, float64) logits. */
 OPD_API opd_status_t opd_divergence_fwd_grad_cpu(const opd_divergence_args_t* args);
 
