@@ -98,6 +98,7 @@ def worker(rank: int, ranks: int, port: int) -> None:
     try:
         _compare(rank, ranks)
         _padded(rank, ranks)
+        _uneven(rank, ranks)
         _as_dtensor(ranks)
         _refusals(ranks)
     finally:
@@ -150,6 +151,25 @@ def _padded(rank: int, ranks: int) -> None:
     )
     torch.testing.assert_close(ours.loss, expected.loss)
     torch.testing.assert_close(ours.statistics, expected.statistics)
+
+
+def _uneven(rank: int, ranks: int) -> None:
+    """Ranks with more rows than others, and a budget of a few tokens: all cut the tokens alike."""
+    whole, total = tensors(), 83
+    whole = {name: value[:total] if name in SHARDED else value for name, value in whole.items()}
+    first = [0, 60, total] if ranks == 2 else [0, 40, 60, 70, total]
+    rows = slice(first[rank], first[rank + 1])
+    names = ("student_hidden", "student_lm_head_weight", "teacher_hidden", "teacher_lm_head_weight")
+    expected = opk.fused_linear_divergence(*(whole[name] for name in names), divergence="jsd")
+    heads = [whole[name][rows] if name in SHARDED else whole[name] for name in names]
+    token_bytes = 8 * (2 * (first[1] - first[0]) + 2 * STUDENT + TEACHER)
+    ours = opk.fused_linear_divergence(
+        *heads,
+        divergence="jsd",
+        process_group=dist.group.WORLD,
+        workspace_bytes=2 * token_bytes,
+    )
+    torch.testing.assert_close(ours.loss, expected.loss)
 
 
 def _as_dtensor(ranks: int) -> None:

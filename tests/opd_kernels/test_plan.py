@@ -201,3 +201,12 @@ def test_grad_hidden_splits_never_make_more_waves_per_slice():
         assert 1 <= splits <= 8 and (splits == 1 or vocab_size // splits >= 2048)
         tiles = -(-tokens // 128) * -(-hidden_size // 256)
         assert -(-tiles * splits // units) <= splits * -(-tiles // units)
+
+
+@pytest.mark.parametrize("mib", [64, 100, 160])
+@pytest.mark.parametrize("hidden_sizes", [(2048, 4096), (4096, 8192)])
+def test_path_b_does_not_shred_the_vocabulary(hidden_sizes, mib):
+    found = cut(8192, QWEN, hidden_sizes, mib << 20)
+    assert not found.whole_rows
+    # each pair of a chunk and a slice is a handful of launches, thrice over
+    assert found.num_chunks * len(found.slices()) < 600, found
