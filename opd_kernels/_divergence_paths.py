@@ -111,11 +111,11 @@ def plan_of(
     whole_rows = _laws.needs_whole_rows(laws.divergences)
     group = _parallel.resolve(options.process_group)
     if group is not None:
-        whole_rows, vocab_size = _parallel.WHOLE_ROWS, group.most_columns
+        whole_rows = _parallel.WHOLE_ROWS
     plan = _plan.plan(
         OP,
         num_tokens,
-        vocab_size,
+        _parallel.planned_size(options.process_group, vocab_size),
         inputs.heads(),
         options.workspace_bytes,
         whole_rows=whole_rows,

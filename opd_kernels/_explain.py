@@ -66,14 +66,16 @@ def _plan_of(
     vocab_size, group_name = _parallel.vocabulary(op, options.get("vocab_size"), widths, group)
     whole_rows, in_parts = _plan.NO_PATH_B, True
     if op == "fused_linear_divergence":
-        ids = [divergence.id for _, divergence in parse_sum(options.get("divergence", "jsd"))]
+        ids = [
+            divergence.id for _, divergence in parse_sum(options.get("divergence", "reverse_kl"))
+        ]
         whole_rows = _parallel.WHOLE_ROWS if group_name else _laws.needs_whole_rows(ids)
         in_parts = not group_name and not options.get("gradient_tolerance")
     lora = options.get("student_lora", options.get("lora"))
     return _plan.plan(
         op,
         tensors[0].shape[0],
-        _parallel.local_size(group_name, vocab_size),
+        _parallel.planned_size(group_name, vocab_size),
         list(weights.values()),
         options.get("workspace_bytes", _checks.DEFAULT_WORKSPACE_BYTES),
         whole_rows=whole_rows,

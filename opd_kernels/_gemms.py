@@ -48,42 +48,6 @@ def gradient_of(logits: Tensor, head: Tensor, number: int) -> Tensor:
     return logits.view(head.dtype)[:, : logits.shape[1]]
 
 
-def multiply_into(
-    out: Tensor,
-    left: Tensor,
-    right: Tensor,
-    *,
-    adds: bool = False,
-    factor: float = 1.0,
-    thin: bool = False,
-) -> None:
-    """out = factor * left @ right, or += it; accumulated in the dtype of `out`.
-
-    thin: one side is as short as a low-rank pair's r, which our own GEMM has no tile for.
-    """
-    beta = 1 if adds else 0
-    if is_own(out) and not thin:
-        if factor != 1.0:
-            # the smaller operand: hidden states, beside a dZ or a head
-            right = right.to(out.dtype) * factor
-        gemm(out, left, right, accumulate=adds)
-        return
-    if left.dtype != out.dtype and not left.is_cuda:
-        # no such GEMM off CUDA: this is for tests of its paths
-        left, right = left.to(out.dtype), right.to(out.dtype)
-    if left.dtype != out.dtype:
-        if adds or factor != 1.0:
-            torch.ops.aten.addmm.dtype_out(
-                out, left, right, out.dtype, beta=beta, alpha=factor, out=out
-            )
-        else:
-            torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
-    elif adds or factor != 1.0:
-        torch.addmm(out, left, right, beta=beta, alpha=factor, out=out)
-    else:
-        torch.mm(left, right, out=out)
-
-
 def beside(gradient: Tensor, operand: Tensor) -> Tensor:
     """dZ as a product with `operand` takes it: in its dtype, or as it is where they may differ."""
     return gradient if is_own(gradient) else gradient.to(operand.dtype)
@@ -109,7 +73,7 @@ def _head_slices(weight: Tensor, vocab_size: int, rows: int) -> Iterator[tuple[s
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, slice_rows: int) -> None:
     """out = hidden @ weight[:V].T with float32 (float64) accumulation and result, out [C, V]."""
     for columns, piece in _head_slices(weight, out.shape[1], slice_rows):
-        multiply_into(out[:, columns], hidden, piece.t())
+        gemm(out[:, columns], hidden, piece.t())
         # or two slices would be alive while the next one is widened
         del piece
 
@@ -139,7 +103,7 @@ def grad_hidden(
         _add_up_slices(result, grad_logits, weight, splits, width, spare)
         return result
     for columns, piece in _head_slices(weight, vocab_size, slice_rows):
-        multiply_into(result, grad_logits[:, columns], piece, adds=columns.start > 0)
+        gemm(result, grad_logits[:, columns], piece, accumulate=columns.start > 0)
         del piece
     return result
 
@@ -162,7 +126,7 @@ def _add_up_slices(
     _multiply_batches_into(partial, left, weight[:cut].unflatten(0, (splits, width)))
     torch.sum(partial, 0, out=result)
     if cut < vocab_size:
-        multiply_into(result, grad_logits[:, cut:], weight[cut:vocab_size], adds=True)
+        gemm(result, grad_logits[:, cut:], weight[cut:vocab_size], accumulate=True)
 
 
 def accumulate_grad_weight(
@@ -170,7 +134,7 @@ def accumulate_grad_weight(
 ) -> None:
     """target[:V] (+)= factor * grad_logits.T @ hidden, in target's float32 (float64)."""
     target = target[: grad_logits.shape[1]]
-    multiply_into(target, grad_logits.t(), hidden, adds=not first, factor=factor)
+    gemm(target, grad_logits.t(), hidden, accumulate=not first, factor=factor)
 
 
 def halves(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -206,12 +170,12 @@ class LowRank(NamedTuple):
     def project(self, hidden: Tensor) -> Tensor:
         """hidden @ down.T, [C, r]."""
         out = self.down.new_empty(hidden.shape[0], self.down.shape[0])
-        multiply_into(out, hidden.to(out.dtype), self.down.t(), thin=True)
+        gemm(out, hidden.to(out.dtype), self.down.t(), thin=True)
         return out
 
     def add_logits(self, logits: Tensor, projected: Tensor) -> None:
         """logits += hidden @ (up @ down)[:V].T, from `project`."""
-        multiply_into(logits, projected, self.up[: logits.shape[1]].t(), adds=True, thin=True)
+        gemm(logits, projected, self.up[: logits.shape[1]].t(), accumulate=True, thin=True)
 
     def backproject(
         self,
@@ -226,19 +190,19 @@ class LowRank(NamedTuple):
         is_narrow = grad_logits.dtype != self.up.dtype
         if is_narrow:
             both = projected.new_empty(projected.shape[0], 2 * rank)
-            multiply_into(both, grad_logits, self.up_halves[:vocab_size], thin=True)
+            gemm(both, grad_logits, self.up_halves[:vocab_size], thin=True)
             through = both[:, :rank] + both[:, rank:]
         else:
             through = torch.empty_like(projected)
-            multiply_into(through, grad_logits, self.up[:vocab_size], thin=True)
+            gemm(through, grad_logits, self.up[:vocab_size], thin=True)
         if grad_hidden is not None:
-            multiply_into(grad_hidden, through, self.down, adds=True, thin=True)
+            gemm(grad_hidden, through, self.down, accumulate=True, thin=True)
         if grad_down is not None:
-            multiply_into(grad_down, through.t(), hidden.to(through.dtype), adds=True, thin=True)
+            gemm(grad_down, through.t(), hidden.to(through.dtype), accumulate=True, thin=True)
         if grad_up is not None:
             parts = halves(projected, grad_logits.dtype) if is_narrow else (projected,)
             for part in parts:
-                multiply_into(grad_up[:vocab_size], grad_logits.t(), part, adds=True, thin=True)
+                gemm(grad_up[:vocab_size], grad_logits.t(), part, accumulate=True, thin=True)
 
 
 def new_buffer(like: Tensor, *shape: int) -> Tensor:

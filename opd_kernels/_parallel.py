@@ -100,10 +100,10 @@ def describe(shard: Shard) -> str:
     return "/".join([shard.group.group_name, *(str(number) for number in numbers)])
 
 
-def local_size(name: str, vocab_size: int) -> int:
-    """Columns of this rank, from what `vocabulary` returned."""
+def planned_size(name: str, vocab_size: int) -> int:
+    """Columns that a plan counts with, on every rank alike, from what `vocabulary` returned."""
     group = resolve(name)
-    return vocab_size if group is None else group.num_columns
+    return vocab_size if group is None else group.most_columns
 
 
 def local_heads(

@@ -234,9 +234,9 @@ def fused_linear_divergence(
         )
     _checks.no_forward_mode(_OP, *heads["student"][:2], *heads["teacher"][:2])
     plan_heads = [weight for _, weight, _ in heads.values()]
-    local_size = _parallel.local_size(group_name, vocab_size)
+    size = _parallel.planned_size(group_name, vocab_size)
     why = _parallel.WHOLE_ROWS if group_name else whole_rows
-    _plan.check(_OP, local_size, plan_heads, workspace_bytes, whole_rows=why)
+    _plan.check(_OP, size, plan_heads, workspace_bytes, whole_rows=why)
     inputs = Inputs(
         *heads["student"][:2],
         *(tensor.detach() for tensor in heads["teacher"][:2]),

@@ -34,26 +34,43 @@ def workspace_bytes(lines: int) -> int:
     return 4 * _DEPTH * (min(_SHARED, lines + _TILE))
 
 
-def gemm(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, accumulated and kept in float32 (float64).
+def gemm(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    accumulate: bool = False,
+    factor: float = 1.0,
+    thin: bool = False,
+) -> Tensor:
+    """out = factor * a @ b, or out += it, accumulated and kept in float32 (float64).
 
     Args:
         out: [m, n] float32 (float64), contiguous along its rows.
-        a: [m, k], b: [k, n]; of the dtype of `out` or of 16 bits, and of one dtype unless the
-            kernel is our own. Transposed views are as good as contiguous ones.
+        a: [m, k], b: [k, n]; of the dtype of `out` or of 16 bits, and on a GPU of one dtype.
+            Transposed views are as good as contiguous ones.
+        thin: one side is as short as a low-rank pair's r, which our own kernel has no tile for.
 
     Returns:
         out. The caller's autocast does not touch the operands.
     """
-    if is_own(out):
+    if is_own(out) and not thin:
+        if factor != 1.0:
+            # the smaller operand: hidden states, beside a dZ or a head
+            b = b.to(out.dtype) * factor
         torch.ops.opd.gemm_(out, _unit_stride(a), _unit_stride(b), accumulate)
-    elif a.dtype == out.dtype:
-        out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
-    elif accumulate:
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
-    else:
-        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-    return out
+        return out
+    if not out.is_cuda:
+        # the library has products of mixed widths for CUDA only
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    beta, is_plain = int(accumulate), not accumulate and factor == 1.0
+    if a.dtype == out.dtype:
+        if is_plain:
+            return torch.mm(a, b, out=out)
+        return torch.addmm(out, a, b, beta=beta, alpha=factor, out=out)
+    if is_plain:
+        return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    return torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=factor, out=out)
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _gemms
 from ._registration import register
+from .gemm import gemm
 
 # beyond this share of the columns, packing them costs what the shorter GEMMs save
 LARGEST_SHARE = 0.75
@@ -134,7 +135,7 @@ def grad_hidden(packed: Packed, head: Tensor) -> Tensor:
             weight = out.copy_(head[columns])
         else:
             weight = head[columns]
-        _gemms.multiply_into(result, _gemms.beside(gradient, weight), weight, adds=True)
+        gemm(result, _gemms.beside(gradient, weight), weight, accumulate=True)
         del weight
     return result
 
@@ -145,5 +146,5 @@ def add_grad_weight(
     """target [V, D] += factor * dW, on the rows whose columns count."""
     for piece, columns, out in _pieces(packed, target.shape[1]):
         gradient = _gemms.beside(packed.grad_logits[:, piece].t(), hidden)
-        _gemms.multiply_into(out, gradient, hidden, factor=factor)
+        gemm(out, gradient, hidden, factor=factor)
         rows.sparse_gradient_add_(target, columns, out)

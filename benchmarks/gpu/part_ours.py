@@ -15,19 +15,16 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.device import Device, Run, Time
 from benchmarks.gpu.goals import TOLERANT
 from benchmarks.gpu.results import RowKernel, Timing
-from opd_kernels import _dispatch, _laws
+from opd_kernels import _dispatch, _gemms, _laws
 
 TOKEN_LOGPROBS = "token_logprobs"
 # calls of a row kernel between two events: one alone would be timed with its launch
 CALLS = 10
-# opd_dtype_t of opd.h
-_BFLOAT16, _AS_LOGITS = 2, -1
 
 
-def writes_16_bit(student: Tensor) -> bool:
-    """Whether the row kernel packs dZ of 16-bit heads into 16 bits: what it then writes is half."""
-    arguments = torch.ops.opd.divergence_fwd_grad_.default._schema.arguments
-    return student.is_cuda and any(argument.name == "grad_dtype" for argument in arguments)
+def grad_dtype_of(student: Tensor) -> int:
+    """In what the row kernel leaves dZ of a bfloat16 head, whose logits these are."""
+    return _gemms.grad_dtype(student.new_empty(0, dtype=torch.bfloat16))
 
 
 def row_kernel(name: str, backend: str, student: Tensor, teacher: Tensor) -> tuple:
@@ -47,10 +44,7 @@ def row_kernel(name: str, backend: str, student: Tensor, teacher: Tensor) -> tup
         label_weights=None,
     )
     kernel = _dispatch.row_ops(backend).divergence_fwd_grad_
-    rest = [False]
-    if any(item.name == "grad_dtype" for item in kernel.default._schema.arguments):
-        rest.append(_BFLOAT16 if writes_16_bit(student) else _AS_LOGITS)
-    return kernel, (student, teacher, None, *packed, *rest)
+    return kernel, (student, teacher, None, *packed, False, grad_dtype_of(student))
 
 
 def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
@@ -96,7 +90,8 @@ def row_kernels(device: Device, context: Context, backends: list[str]) -> None:
         for name in cases.DIVERGENCES:
             runs = [row_call(name, backend, *pair) for pair in pairs]
             # both rows are read and dZ is written
-            written = size // 2 if writes_16_bit(pairs[0][0]) else size
+            is_narrow = grad_dtype_of(pairs[0][0]) != _gemms.AS_LOGITS
+            written = size // 2 if is_narrow else size
             variants[f"divergence {name}"] = in_rotation(runs), 2 * size + written
         runs = [
             lambda logits=pair[0], backend=backend: opk.token_logprobs(logits, ids, backend=backend)

@@ -48,17 +48,6 @@ void check_grad(const opd_divergence_args_t& args) {
             ", got ", grad.row_stride);
 }
 
-Side side_of(const opd_logits_t& logits) {
-  return {logits.matrix.data,
-          logits.matrix.row_stride,
-          static_cast<const float*>(logits.bias),
-          static_cast<const float*>(logits.temperatures),
-          static_cast<float>(logits.scale),
-          static_cast<float>(logits.softcap),
-          static_cast<float>(logits.temperature),
-          logits.matrix.dtype};
-}
-
 Call call_of(const opd_divergence_args_t& args, unsigned steps) {
   Call call{};
   call.steps = steps;

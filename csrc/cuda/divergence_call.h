@@ -4,6 +4,7 @@
 
 #include "launch.h"
 #include "opd/divergences.h"
+#include "side.h"
 
 namespace opd {
 namespace cuda {
@@ -25,15 +26,6 @@ enum Step : unsigned {
 
 constexpr unsigned kForward =
     kInit | kLse | kCloseLse | kHead | kRowSums | kTerms | kFinish | kWholeRows;
-
-struct Side {
-  const void* data;
-  int64_t row_stride;
-  const float* bias;
-  const float* temperatures;
-  float scale, softcap, temperature;
-  int32_t dtype;
-};
 
 struct Call {
   unsigned steps;

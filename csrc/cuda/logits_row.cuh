@@ -5,33 +5,15 @@
 
 #include <limits>
 
+#include "side.h"
 #include "vectorized.cuh"
 
 namespace opd {
 namespace cuda {
 
-// A side's logits as a kernel takes them.
-struct Side {
-  const void* logits;
-  int64_t row_stride;
-  const float* bias;
-  const float* temperatures;
-  float scale, softcap, temperature;
-};
-
-inline Side side_of(const opd_logits_t& logits) {
-  return {logits.matrix.data,
-          logits.matrix.row_stride,
-          static_cast<const float*>(logits.bias),
-          static_cast<const float*>(logits.temperatures),
-          static_cast<float>(logits.scale),
-          static_cast<float>(logits.softcap),
-          static_cast<float>(logits.temperature)};
-}
-
 template <class Storage>
 __device__ __forceinline__ const Storage* row_of(const Side& side, int64_t row) {
-  return static_cast<const Storage*>(side.logits) + row * side.row_stride;
+  return static_cast<const Storage*>(side.data) + row * side.row_stride;
 }
 
 // bias[0 .. N) added to values.

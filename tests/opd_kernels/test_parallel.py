@@ -234,4 +234,4 @@ def test_vocabulary_parallel_is_one_rank(ranks):
 
 def test_no_group_is_no_shard():
     assert _parallel.resolve("") is None
-    assert _parallel.local_size("", 7) == 7
+    assert _parallel.planned_size("", 7) == 7
