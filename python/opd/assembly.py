@@ -292,6 +292,9 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
         vocab_size=config.vocab_size,
         workspace_bytes=config.workspace_bytes,
     )
+    if not isinstance(teacher, LanguageModel):
+        teacher.check_fits(student, tokenizer)
+        return teacher
     ours, theirs = student.lm_head_weight.shape[0], teacher.lm_head_weight.shape[0]
     key = "teacher.model_name_or_path"
     if config.vocab_size is None and ours != theirs:
@@ -325,8 +328,7 @@ def check_positions(
         section, length = ("evaluation", own) if own else ("rollouts", wanted)
         cases.append((section, length, [*held_out.prompts, *held_out.with_completion]))
     for model in (student, teacher):
-        settings = None if model is None else model.model.config.get_text_config()
-        limit = getattr(settings, "max_position_embeddings", None)
+        limit = None if model is None else model.max_positions
         for section, length, those in cases:
             longest = max((len(prompt.ids) for prompt in those), default=0)
             if limit is not None and those and longest + length > limit:

@@ -84,6 +84,8 @@ class Batch:
             `token_ids[t]`. T counts the trained tokens only, so the others cost no logits.
         token_ids: [T] int64.
         segment_ends: [B] int64, the end of each trajectory's tokens within T.
+        lengths: tokens of each trajectory, prompt included, B plain numbers.
+        prompt_lengths: tokens of each trajectory's prompt.
         behaviour_logprobs: [T] float32, or None when a trajectory has none.
         num_input_tokens: tokens that a model reads, padding excluded; a plain number, so that
             counting them does not wait for a GPU.
@@ -95,6 +97,8 @@ class Batch:
     token_idx: Tensor
     token_ids: Tensor
     segment_ends: Tensor
+    lengths: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
     behaviour_logprobs: Tensor | None
     num_input_tokens: int
 
@@ -102,6 +106,24 @@ class Batch:
     def num_tokens(self) -> int:
         """Trained tokens, T."""
         return len(self.token_ids)
+
+    def sequences(self) -> list[Tensor]:
+        """The trajectories without their padding, int64 on the CPU."""
+        rows = self.input_ids.cpu()
+        return [row[:length] for row, length in zip(rows, self.lengths, strict=True)]
+
+    def completion_rows(self) -> list[Tensor]:
+        """For each trajectory, which of its completion's tokens are trained: 0 is the first one."""
+        width = self.input_ids.shape[1]
+        places = self.token_idx.cpu()
+        bounds = [0, *self.segment_ends.tolist()]
+        return [
+            # row t of a law predicts the token behind its position
+            places[begin:end] - row * width + 1 - prompt_length
+            for row, (begin, end, prompt_length) in enumerate(
+                zip(bounds[:-1], bounds[1:], self.prompt_lengths, strict=True)
+            )
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +188,27 @@ class Law:
         """[T, D] final hidden states, in the dtype of the head."""
         return self._hidden
 
+    def prefetch(self, *, num_topk: int = 0, token_ids: Tensor | None = None) -> None:
+        """Compute what all questions need, so that its time is booked on whoever asks first."""
+        self.hidden()
+
+    def topk(
+        self, num_topk: int, *, token_ids: Tensor | None = None, temperature: float = 1.0
+    ) -> Any:
+        """The likeliest tokens: `.ids`, `.logprobs` [T, K], `.tail_logprob`, `.entropy` [T]; and
+        `.token_logprobs` [T, J] of `token_ids`. Without gradient."""
+        with torch.no_grad():
+            return opk.fused_linear_topk(
+                self.hidden().detach(),
+                self.head.weight,
+                num_topk=num_topk,
+                token_ids=token_ids,
+                temperature=temperature,
+                **self.head.options(),
+                vocab_size=self.vocab_size,
+                workspace_bytes=self.workspace_bytes,
+            )
+
     def token_logprobs(self, token_ids: Tensor, *, temperature: float = 1.0) -> Any:
         """Log-probabilities of chosen tokens: `.logprobs`, `.lse`, `.entropy`, [T] each, nats."""
         return opk.fused_linear_token_logprobs(
@@ -221,6 +264,8 @@ def collate(
         token_idx=(flat - 1).to(device),
         token_ids=input_ids.flatten()[flat].to(device),
         segment_ends=predicted.sum(1).cumsum(0),
+        lengths=tuple(len(trajectory.ids) for trajectory in trajectories),
+        prompt_lengths=tuple(trajectory.prompt_length for trajectory in trajectories),
         behaviour_logprobs=None if behaviour is None else behaviour.flatten()[flat].to(device),
         num_input_tokens=sum(len(trajectory.ids) for trajectory in trajectories),
     )

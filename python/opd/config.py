@@ -56,7 +56,7 @@ class TrainConfig(OptimConfig):
     task: TaskConfig | None = None
     data: DataConfig = DataConfig()
     student: StudentConfig
-    teacher: TeacherConfig | None = None
+    teacher: Annotated[TeacherConfig, Field(discriminator="kind")] | None = None
     rollouts: Annotated[RolloutConfig, Field(discriminator="kind")]
     objective: Annotated[ObjectiveConfig, Field(discriminator="kind")]
     evaluation: EvaluationConfig | None = None
@@ -80,6 +80,11 @@ class TrainConfig(OptimConfig):
         # as in HF, where one name need not be in a list and `none` is an empty one
         return ([] if value == "none" else [value]) if isinstance(value, str) else value
 
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _local_by_default(cls, value: Any) -> Any:
+        return {"kind": "local", **value} if isinstance(value, dict) else value
+
     @property
     def num_trajectories(self) -> int:
         """Completions in one optimizer step."""
@@ -99,6 +104,8 @@ class TrainConfig(OptimConfig):
             raise ValueError(f"teacher: is required by objective.kind {objective.kind!r}")
         if self.teacher is None and rollouts.needs_teacher:
             raise ValueError("teacher: is required by rollouts.seq_kd")
+        if self.teacher is not None:
+            self._check_teacher(self.teacher)
         if objective.needs_behaviour_logprobs and not rollouts.always_on_policy:
             raise ValueError(
                 f"rollouts.kind: must be 'hf' for objective.kind {objective.kind!r}, which needs "
@@ -123,6 +130,37 @@ class TrainConfig(OptimConfig):
                 f"of a step, got {rollouts.num_generations}"
             )
         return self
+
+    def _check_teacher(self, teacher: TeacherConfig) -> None:
+        objective = self.objective
+        if self.rollouts.needs_teacher and teacher.kind != "local":
+            raise ValueError(
+                f"teacher.kind: must be 'local' for rollouts.seq_kd, in which the teacher writes, "
+                f"got {teacher.kind!r}"
+            )
+        if objective.asks and objective.asks not in teacher.tells:
+            raise ValueError(
+                f"teacher.kind: {teacher.kind!r} as configured tells {_in_words(teacher.tells)}; "
+                f"objective.kind {objective.kind!r} asks for {_SIGNALS[objective.asks]}"
+            )
+        temperature = getattr(objective, "temperature", 1.0)
+        if objective.asks and temperature != 1.0 and not teacher.takes_temperature:
+            raise ValueError(
+                f"objective.temperature: must be 1 with teacher.kind {teacher.kind!r}, which tells "
+                f"its law as it is, got {temperature}"
+            )
+
+
+_SIGNALS = {
+    "hidden": "hidden states",
+    "topk": "its likeliest tokens",
+    "given_tokens": "log-probabilities of tokens it is given",
+    "token_logprobs": "log-probabilities of the sampled tokens",
+}
+
+
+def _in_words(signals: frozenset[str]) -> str:
+    return ", ".join(words for name, words in _SIGNALS.items() if name in signals) or "nothing"
 
 
 def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:

@@ -11,12 +11,14 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 import opd_kernels as opk
-from opd.batch import Prompt, Trajectory, collate
+from opd.batch import Law, Prompt, Trajectory, collate
 from opd.data import DataConfig, TaskConfig, read_rows, task_errors, tokenize_rows
 from opd.rollouts import DatasetRollouts, Sampling, sample
 from opd.schema import ConfigError, Section
+from opd.sparse_law import SparseLaw
 
 # far from any training seed, so that the rows differ
 _EVAL_SEED_OFFSET = 1_000_003
@@ -248,24 +250,46 @@ def _compare(
         law = student.law(batch)
         num_tokens += batch.num_tokens
         sums["nll"] -= float(law.token_logprobs(batch.token_ids).logprobs.sum())
-        if teacher is None:
+        if teacher is None or not teacher.judges_any_state:
             continue
-        taught = teacher.law(batch)
-        out = opk.fused_linear_divergence(
-            law.hidden(),
-            law.head.weight,
-            taught.hidden(),
-            taught.head.weight,
-            **law.head.options("student"),
-            **taught.head.options("teacher"),
-            statistics=_KL_STATISTICS,
-            vocab_size=law.vocab_size,
-            workspace_bytes=law.workspace_bytes,
-        )
-        for name in _KL_STATISTICS:
-            sums[name] += float(out.statistics[name].sum())
+        for name, values in _differences(law, teacher.law(batch)).items():
+            sums[name] += float(values.sum())
     named = {"student_entropy": "entropy"}
     return {
         f"eval/{states}/{named.get(name, name)}": total / max(1, num_tokens)
         for name, total in sums.items()
     }
+
+
+def _differences(law: Law, taught: Law | SparseLaw) -> dict[str, Tensor]:
+    """Both KLs and entropies, [T] each; lower bounds under names of their own where all that is
+    known of the teacher is its likeliest tokens."""
+    if isinstance(taught, SparseLaw):
+        known = taught.topk(taught.num_topk)
+        statistics = opk.fused_linear_topk_divergence(
+            law.hidden(),
+            law.head.weight,
+            known.ids,
+            known.logprobs,
+            tail_logprob=known.tail_logprob,
+            **law.head.options("student"),
+            statistics=("student_entropy", "forward_kl", "reverse_kl"),
+            vocab_size=law.vocab_size,
+            workspace_bytes=law.workspace_bytes,
+        ).statistics
+        return {
+            "student_entropy": statistics["student_entropy"],
+            "forward_kl_topk": statistics["forward_kl"],
+            "reverse_kl_topk": statistics["reverse_kl"],
+        }
+    return opk.fused_linear_divergence(
+        law.hidden(),
+        law.head.weight,
+        taught.hidden(),
+        taught.head.weight,
+        **law.head.options("student"),
+        **taught.head.options("teacher"),
+        statistics=_KL_STATISTICS,
+        vocab_size=law.vocab_size,
+        workspace_bytes=law.workspace_bytes,
+    ).statistics

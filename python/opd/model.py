@@ -136,6 +136,12 @@ class LanguageModel:
         """Weights, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a sequence may have, where the model's configuration says so."""
+        settings = self.model.config.get_text_config()
+        return getattr(settings, "max_position_embeddings", None)
+
     def hidden(self, batch: Batch) -> Tensor:
         """[T, D] final hidden states at the positions whose next token is trained."""
         positions = {"position_ids": batch.position_ids} if self._takes_positions else {}

@@ -129,8 +129,8 @@ def _judge(run: Run, batch: Batch) -> Law | None:
     if not run.config.objective.needs_teacher:
         return None
     law = run.teacher.law(batch)
-    # asked for here, so that the time is booked on the teacher
-    law.hidden()
+    # asked here, so that the time is booked on the teacher
+    run.config.objective.ask(law, batch)
     return law
 
 

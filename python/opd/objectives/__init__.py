@@ -10,26 +10,44 @@ from opd.batch import Batch, Law, Signal
 from opd.objectives.full_vocab import FullVocab
 from opd.objectives.sampled_token import SampledToken
 from opd.objectives.token_nll import TokenNll
+from opd.objectives.topk import Topk
+from opd.sparse_law import SparseLaw
 
 OBJECTIVES = {
     "full_vocab": FullVocab,
     "sampled_token": SampledToken,
     "token_nll": TokenNll,
+    "topk": Topk,
 }
 
-ObjectiveConfig = FullVocab | SampledToken | TokenNll
+ObjectiveConfig = FullVocab | SampledToken | TokenNll | Topk
 
 
 class Objective(Protocol):
-    """What the loop asks of an objective."""
+    """What the loop asks of an objective.
+
+    `asks` is what a teacher must have in its `tells`: `hidden`, `topk`, `given_tokens` or
+    `token_logprobs`; empty without a teacher.
+    """
 
     kind: str
     needs_teacher: bool
+    asks: str
     needs_behaviour_logprobs: bool
 
+    def ask(self, teacher: Law | SparseLaw, batch: Batch) -> None: ...
+
     def __call__(
-        self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int
+        self, student: Law, teacher: Law | SparseLaw | None, batch: Batch, num_step_tokens: int
     ) -> Signal: ...
 
 
-__all__ = ["OBJECTIVES", "FullVocab", "Objective", "ObjectiveConfig", "SampledToken", "TokenNll"]
+__all__ = [
+    "OBJECTIVES",
+    "FullVocab",
+    "Objective",
+    "ObjectiveConfig",
+    "SampledToken",
+    "TokenNll",
+    "Topk",
+]

@@ -35,6 +35,7 @@ class FullVocab(Section):
     """
 
     needs_teacher: ClassVar[bool] = True
+    asks: ClassVar[str] = "hidden"
     needs_behaviour_logprobs: ClassVar[bool] = False
 
     kind: Literal["full_vocab"] = "full_vocab"
@@ -63,6 +64,10 @@ class FullVocab(Section):
         if divergence.name == "cross_entropy":
             raise ValueError("divergence: cross_entropy has no teacher; use kind: token_nll")
         return divergence
+
+    def ask(self, teacher: Any, batch: Batch) -> None:
+        """What does not wait for the student, on the teacher's time."""
+        teacher.hidden()
 
     def __call__(
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int

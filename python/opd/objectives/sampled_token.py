@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd.batch import Batch, Law, Signal
 from opd.schema import Section
+from opd.sparse_law import SparseLaw
 
 
 class SampledToken(Section):
@@ -30,6 +31,7 @@ class SampledToken(Section):
     """
 
     needs_teacher: ClassVar[bool] = True
+    asks: ClassVar[str] = "token_logprobs"
     needs_behaviour_logprobs: ClassVar[bool] = True
 
     kind: Literal["sampled_token"] = "sampled_token"
@@ -37,8 +39,12 @@ class SampledToken(Section):
     kl_discount_factor: float = Field(0.0, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
 
+    def ask(self, teacher: Any, batch: Batch) -> None:
+        """What does not wait for the student, on the teacher's time."""
+        teacher.prefetch(token_ids=batch.token_ids)
+
     def __call__(
-        self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int
+        self, student: Law, teacher: Law | SparseLaw | None, batch: Batch, num_step_tokens: int
     ) -> Signal:
         """The batch's share of the step's mean surrogate loss, with k1 and the ratios."""
         assert teacher is not None
@@ -56,8 +62,9 @@ class SampledToken(Section):
             "reverse_kl_k1": k1,
             "importance_ratio": ratios.detach(),
             "entropy": chosen.entropy.detach(),
-            "teacher_entropy": taught.entropy,
         }
+        if taught.entropy is not None:
+            statistics["teacher_entropy"] = taught.entropy
         return Signal(loss=loss, statistics=statistics)
 
 

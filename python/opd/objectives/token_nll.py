@@ -16,6 +16,7 @@ class TokenNll(Section):
     """
 
     needs_teacher: ClassVar[bool] = False
+    asks: ClassVar[str] = ""
     needs_behaviour_logprobs: ClassVar[bool] = False
 
     kind: Literal["token_nll"] = "token_nll"

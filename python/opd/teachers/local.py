@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from opd.model import LanguageModel, ModelSource, load_model
 
 class LocalConfig(ModelSource):
     """A Hugging Face causal LM next to the student."""
+
+    tells: ClassVar[frozenset[str]] = frozenset(
+        {"hidden", "topk", "given_tokens", "token_logprobs"}
+    )
+    takes_temperature: ClassVar[bool] = True
 
     kind: Literal["local"] = "local"
 
@@ -33,6 +38,8 @@ class LocalConfig(ModelSource):
 
 class LocalTeacher(LanguageModel):
     """A `LanguageModel` in eval mode whose laws carry no gradient."""
+
+    judges_any_state = True
 
     def __init__(self, model: Any, **settings: Any) -> None:
         super().__init__(model.eval().requires_grad_(False), **settings)

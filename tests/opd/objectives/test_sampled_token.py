@@ -23,6 +23,8 @@ def _token_batch(token_ids, behaviour_logprobs):
         token_idx=torch.arange(num_tokens),
         token_ids=token_ids,
         segment_ends=torch.tensor([num_tokens]),
+        lengths=(num_tokens + 1,),
+        prompt_lengths=(1,),
         behaviour_logprobs=behaviour_logprobs,
         num_input_tokens=num_tokens + 1,
     )

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A law of which only a few log-probabilities per position are known: a server's, or a store's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopkRows:
+    """The best tokens of a law at T positions, and the mass of all others.
+
+    Attributes:
+        ids: [T, K] int32, the likeliest first; -1 where there is no further one.
+        logprobs: [T, K] float32, nats; -inf beside -1.
+        tail_logprob: [T] float32, the log of the mass outside the ids.
+        token_logprobs: [T, J] float32 of the ids that were asked for, or None.
+        entropy: [T] float32 of the whole law, or None where nobody knows it.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail_logprob: Tensor
+    token_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def best(self, num_topk: int) -> TopkRows:
+        """Those with the first `num_topk` ids; the tail takes in the rest.
+
+        Raises:
+            ValueError: fewer are known.
+        """
+        known = self.ids.shape[1]
+        if num_topk > known:
+            raise ValueError(f"num_topk must be at most the {known} that are known, got {num_topk}")
+        if num_topk == known:
+            return self
+        rest = torch.cat([self.tail_logprob[:, None], self.logprobs[:, num_topk:]], 1)
+        return TopkRows(
+            ids=self.ids[:, :num_topk],
+            logprobs=self.logprobs[:, :num_topk],
+            tail_logprob=rest.logsumexp(1),
+            token_logprobs=self.token_logprobs,
+            entropy=self.entropy,
+        )
+
+    def to(self, device: torch.device) -> TopkRows:
+        """The same on a device."""
+        moved = (
+            None if value is None else value.to(device)
+            for value in (
+                self.ids,
+                self.logprobs,
+                self.tail_logprob,
+                self.token_logprobs,
+                self.entropy,
+            )
+        )
+        ids, logprobs, tail_logprob, token_logprobs, entropy = moved
+        return TopkRows(
+            ids=ids,
+            logprobs=logprobs,
+            tail_logprob=tail_logprob,
+            token_logprobs=token_logprobs,
+            entropy=entropy,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRows:
+    """Of one token per position: as `Law.token_logprobs` has them, all [T] float32, nats."""
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+
+
+class SparseLaw:
+    """A law as someone else reports it.
+
+    Args:
+        ask: (number of best ids, further ids [T, J] or None) -> TopkRows; waits for the answer.
+        source: who reports it, for errors: "the store at ...", "the server at ...".
+        num_topk: how many likeliest tokens it has been set up to report.
+    """
+
+    def __init__(
+        self, ask: Callable[[int, Tensor | None], TopkRows], *, source: str, num_topk: int
+    ) -> None:
+        self.num_topk = num_topk
+        self._ask = ask
+        self._source = source
+        self._known: TopkRows | None = None
+        self._chosen: tuple[Tensor, TopkRows] | None = None
+
+    def prefetch(self, *, num_topk: int = 0, token_ids: Tensor | None = None) -> None:
+        """Ask now for what will be asked later."""
+        if token_ids is not None:
+            self._chosen = (token_ids, self._ask(1, token_ids[:, None]))
+        elif num_topk:
+            self.topk(num_topk)
+
+    def hidden(self) -> NoReturn:
+        """There are none.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{self._source} reports log-probabilities of a few tokens and no hidden states; "
+            "objective.kind must be 'topk' or 'sampled_token'"
+        )
+
+    def topk(
+        self, num_topk: int, *, token_ids: Tensor | None = None, temperature: float = 1.0
+    ) -> TopkRows:
+        """The `num_topk` likeliest tokens, and the log-probabilities of `token_ids` [T, J].
+
+        Raises:
+            ValueError: a temperature other than 1, which needs the whole law.
+        """
+        if temperature != 1.0:
+            raise ValueError(
+                f"{self._source} reports its law at temperature 1, got temperature {temperature}"
+            )
+        if token_ids is not None:
+            return self._ask(num_topk, token_ids)
+        if self._known is None or self._known.ids.shape[1] < num_topk:
+            self._known = self._ask(num_topk, None)
+        return self._known.best(num_topk)
+
+    def token_logprobs(self, token_ids: Tensor, *, temperature: float = 1.0) -> Any:
+        """Log-probabilities of one token per position, `.logprobs` [T], and `.entropy` or None."""
+        if self._chosen is not None and self._chosen[0] is token_ids and temperature == 1.0:
+            found = self._chosen[1]
+        else:
+            found = self.topk(1, token_ids=token_ids[:, None], temperature=temperature)
+        if found.token_logprobs is None:
+            raise ValueError(f"{self._source} has no log-probabilities of chosen tokens")
+        return TokenRows(logprobs=found.token_logprobs[:, 0], entropy=found.entropy)
