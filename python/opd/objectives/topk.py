@@ -65,11 +65,11 @@ class Topk(Section):
     def _check_divergence(self) -> Self:
         if self._divergence.name == "cross_entropy":
             raise ValueError("divergence: cross_entropy has no teacher; use kind: token_nll")
-        if self.tail == "drop" and self._divergence.name not in ("forward_kl",):
+        if self.tail == "drop" and self._divergence.name != "forward_kl":
             raise ValueError(
-                f"tail: must not be 'drop' with divergence {self._divergence.name!r}: what it drops "
-                "is smallest when the student's mass is outside the support, so that training "
-                "drives it there; use 'bucket' or 'renormalize_both'"
+                f"tail: must not be 'drop' with divergence {self._divergence.name!r}, whose sum "
+                "over the support is least when the student's mass has left it; use 'bucket' or "
+                "'renormalize_both'"
             )
         return self
 
