@@ -85,7 +85,7 @@ def test_chosen_tokens(law, sparse, asked):
 def test_has_no_hidden_states_and_one_temperature(sparse):
     with pytest.raises(ValueError, match=r"the server at nowhere reports .* and no hidden states"):
         sparse.hidden()
-    with pytest.raises(ValueError, match="at temperature 1, got temperature 0.7"):
+    with pytest.raises(ValueError, match=r"at temperature 1, got temperature 0\.7"):
         sparse.topk(2, temperature=0.7)
 
 
