@@ -188,7 +188,9 @@ class Law:
         """[T, D] final hidden states, in the dtype of the head."""
         return self._hidden
 
-    def prefetch(self, *, num_topk: int = 0, token_ids: Tensor | None = None) -> None:
+    def prefetch(
+        self, *, num_topk: int = 0, token_ids: Tensor | None = None, temperature: float = 1.0
+    ) -> None:
         """Compute what all questions need, so that its time is booked on whoever asks first."""
         self.hidden()
 

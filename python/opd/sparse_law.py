@@ -83,26 +83,37 @@ class SparseLaw:
     """A law as someone else reports it.
 
     Args:
-        ask: (number of best ids, further ids [T, J] or None) -> TopkRows; waits for the answer.
+        ask: (number of best ids, further ids [T, J] or None, temperature) -> TopkRows; waits for
+            the answer.
         source: who reports it, for errors: "the store at ...", "the server at ...".
         num_topk: how many likeliest tokens it has been set up to report.
+        takes_temperature: whether it reports its law at other temperatures than 1.
     """
 
     def __init__(
-        self, ask: Callable[[int, Tensor | None], TopkRows], *, source: str, num_topk: int
+        self,
+        ask: Callable[[int, Tensor | None, float], TopkRows],
+        *,
+        source: str,
+        num_topk: int,
+        takes_temperature: bool = False,
     ) -> None:
         self.num_topk = num_topk
         self._ask = ask
         self._source = source
-        self._known: TopkRows | None = None
-        self._chosen: tuple[Tensor, TopkRows] | None = None
+        self._takes_temperature = takes_temperature
+        self._known: dict[float, TopkRows] = {}
+        self._chosen: tuple[Tensor, float, TopkRows] | None = None
 
-    def prefetch(self, *, num_topk: int = 0, token_ids: Tensor | None = None) -> None:
+    def prefetch(
+        self, *, num_topk: int = 0, token_ids: Tensor | None = None, temperature: float = 1.0
+    ) -> None:
         """Ask now for what will be asked later."""
         if token_ids is not None:
-            self._chosen = (token_ids, self._ask(1, token_ids[:, None]))
+            found = self.topk(1, token_ids=token_ids[:, None], temperature=temperature)
+            self._chosen = (token_ids, temperature, found)
         elif num_topk:
-            self.topk(num_topk)
+            self.topk(num_topk, temperature=temperature)
 
     def hidden(self) -> NoReturn:
         """There are none.
@@ -121,22 +132,24 @@ class SparseLaw:
         """The `num_topk` likeliest tokens, and the log-probabilities of `token_ids` [T, J].
 
         Raises:
-            ValueError: a temperature other than 1, which needs the whole law.
+            ValueError: a temperature other than 1, where that needs the whole law.
         """
-        if temperature != 1.0:
+        if temperature != 1.0 and not self._takes_temperature:
             raise ValueError(
                 f"{self._source} reports its law at temperature 1, got temperature {temperature}"
             )
         if token_ids is not None:
-            return self._ask(num_topk, token_ids)
-        if self._known is None or self._known.ids.shape[1] < num_topk:
-            self._known = self._ask(num_topk, None)
-        return self._known.best(num_topk)
+            return self._ask(num_topk, token_ids, temperature)
+        known = self._known.get(temperature)
+        if known is None or known.ids.shape[1] < num_topk:
+            known = self._known[temperature] = self._ask(num_topk, None, temperature)
+        return known.best(num_topk)
 
     def token_logprobs(self, token_ids: Tensor, *, temperature: float = 1.0) -> Any:
         """Log-probabilities of one token per position, `.logprobs` [T], and `.entropy` or None."""
-        if self._chosen is not None and self._chosen[0] is token_ids and temperature == 1.0:
-            found = self._chosen[1]
+        chosen = self._chosen
+        if chosen is not None and chosen[0] is token_ids and chosen[1] == temperature:
+            found = chosen[2]
         else:
             found = self.topk(1, token_ids=token_ids[:, None], temperature=temperature)
         if found.token_logprobs is None:

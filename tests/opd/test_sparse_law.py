@@ -34,7 +34,7 @@ def asked():
 
 @pytest.fixture
 def sparse(law, asked):
-    def ask(num_topk, token_ids):
+    def ask(num_topk, token_ids, temperature):
         asked.append((num_topk, token_ids))
         return _rows(law, num_topk, token_ids)
 
@@ -90,6 +90,6 @@ def test_has_no_hidden_states_and_one_temperature(sparse):
 
 
 def test_a_source_without_chosen_tokens_says_so(law):
-    sparse = SparseLaw(lambda k, ids: _rows(law, k), source="the store at x", num_topk=5)
+    sparse = SparseLaw(lambda k, ids, _: _rows(law, k), source="the store at x", num_topk=5)
     with pytest.raises(ValueError, match="the store at x has no log-probabilities of chosen"):
         sparse.token_logprobs(torch.zeros(4, dtype=torch.int64))

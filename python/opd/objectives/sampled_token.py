@@ -41,7 +41,7 @@ class SampledToken(Section):
 
     def ask(self, teacher: Any, batch: Batch) -> None:
         """What does not wait for the student, on the teacher's time."""
-        teacher.prefetch(token_ids=batch.token_ids)
+        teacher.prefetch(token_ids=batch.token_ids, temperature=self.temperature)
 
     def __call__(
         self, student: Law, teacher: Law | SparseLaw | None, batch: Batch, num_step_tokens: int

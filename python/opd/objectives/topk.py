@@ -79,7 +79,8 @@ class Topk(Section):
 
     def ask(self, teacher: Law | SparseLaw, batch: Batch) -> None:
         """What does not wait for the student, on the teacher's time."""
-        teacher.prefetch(num_topk=0 if self.support == "student" else self.teacher_top_k)
+        num_topk = 0 if self.support == "student" else self.teacher_top_k
+        teacher.prefetch(num_topk=num_topk, temperature=self.temperature)
 
     def __call__(
         self, student: Law, teacher: Law | SparseLaw | None, batch: Batch, num_step_tokens: int

@@ -23,8 +23,8 @@ def _loss(objective, student, teacher_law, batch):
 def _reported(law):
     """What a server tells of a local law."""
 
-    def ask(num_topk, token_ids):
-        found = law.topk(num_topk, token_ids=token_ids)
+    def ask(num_topk, token_ids, temperature):
+        found = law.topk(num_topk, token_ids=token_ids, temperature=temperature)
         return TopkRows(
             ids=found.ids,
             logprobs=found.logprobs,
@@ -32,7 +32,7 @@ def _reported(law):
             token_logprobs=found.token_logprobs,
         )
 
-    return SparseLaw(ask, source="the server at nowhere", num_topk=8)
+    return SparseLaw(ask, source="the server at nowhere", num_topk=8, takes_temperature=True)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation"])

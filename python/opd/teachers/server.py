@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A teacher in another process: `opd serve-teacher`, vLLM, SGLang, or TRL's old server."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from opd.batch import Batch, Law
+from opd.clients import Client, Scores, Signal, TeacherRefused, TeacherUnavailable, connect
+from opd.schema import Section
+from opd.sparse_law import SparseLaw, TopkRows
+
+_log = logging.getLogger(__name__)
+
+
+class ServerConfig(Section):
+    """A server that scores completions.
+
+    Attributes:
+        url: of the server, without a path, as in http://127.0.0.1:8642.
+        protocol: what answers there: `opd` (opd serve-teacher), `vllm`, `sglang`, `trl`.
+        signal: what is sent per token: `hidden`, final hidden states, from which every law follows
+            exactly; or `topk`, log-probabilities of a few tokens. Default: hidden for `opd`.
+        teacher_top_k: likeliest tokens to ask for where nobody says how many, as in evaluation.
+        model: name of the served model, where the protocol asks for one.
+        hidden_dtype: of hidden states on the wire.
+        projected: hidden states on the leading singular directions of the head, which the server
+            must have been started with; docs/teacher_server.md has the error.
+        concurrency: requests under way at one time.
+        request_timeout_s: of one try, without a byte from the server.
+        deadline_s: without an answer for so long, a line says so; training waits and asks again.
+        patience_s: after so long without an answer, training stops. Null: never.
+
+    The token of a server comes from the environment variable OPD_TEACHER_TOKEN.
+    """
+
+    kind: Literal["server"] = "server"
+    url: str
+    protocol: Literal["opd", "vllm", "sglang", "trl"] = "opd"
+    signal: Literal["hidden", "topk"] | None = None
+    teacher_top_k: int = Field(16, ge=1, le=4096)
+    model: str | None = None
+    hidden_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    projected: bool = False
+    concurrency: int = Field(4, ge=1)
+    request_timeout_s: float = Field(120.0, gt=0)
+    deadline_s: float = Field(300.0, gt=0)
+    patience_s: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_signal(self) -> Self:
+        if self.signal == "hidden" and self.protocol != "opd":
+            raise ValueError(
+                f"signal: must be 'topk' with protocol {self.protocol!r}, which sends no hidden "
+                "states"
+            )
+        if self.model is not None and self.protocol != "vllm":
+            raise ValueError("model: is for protocol 'vllm', other servers serve one model")
+        if self.projected and self._sent != "hidden":
+            raise ValueError("projected: needs signal 'hidden'")
+        return self
+
+    @property
+    def _sent(self) -> str:
+        return self.signal or ("hidden" if self.protocol == "opd" else "topk")
+
+    @property
+    def tells(self) -> frozenset[str]:
+        """What an objective may ask for."""
+        told = {"topk", "token_logprobs"}
+        if self.protocol == "opd":
+            told.add("given_tokens")
+        return frozenset(told | ({"hidden"} if self._sent == "hidden" else set()))
+
+    @property
+    def takes_temperature(self) -> bool:
+        """Whether its laws come at other temperatures than 1."""
+        return self.protocol == "opd"
+
+    def build(
+        self, tokenizer: Any, *, device: str, vocab_size: int | None, workspace_bytes: int
+    ) -> ServerTeacher:
+        """Connect; nothing is asked before the first check."""
+        settings: dict[str, Any] = {}
+        if self.protocol == "opd":
+            settings = {
+                "law_size": vocab_size,
+                "hidden_dtype": self.hidden_dtype,
+                "projected": self.projected,
+            }
+        elif self.protocol == "vllm":
+            settings = {"model": self.model}
+        client = connect(
+            self.protocol,
+            self.url,
+            concurrency=self.concurrency,
+            request_timeout_s=self.request_timeout_s,
+            deadline_s=self.deadline_s,
+            **settings,
+        )
+        return ServerTeacher(
+            client, self, device=device, vocab_size=vocab_size, workspace_bytes=workspace_bytes
+        )
+
+
+class ServerTeacher:
+    """Laws as a client fetches them.
+
+    Args:
+        client: of the server.
+        config: its section.
+        device: where the laws are wanted.
+        vocab_size: the prefix of the vocabulary that they are over; None: all of it.
+        workspace_bytes: scratch memory of the fused kernels.
+    """
+
+    name = "teacher"
+    judges_any_state: ClassVar[bool] = True
+    # somebody else's, and unknown
+    num_parameters: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        client: Client,
+        config: ServerConfig,
+        *,
+        device: str = "cpu",
+        vocab_size: int | None = None,
+        workspace_bytes: int = 1 << 30,
+    ) -> None:
+        from opd.model import resolve_device
+
+        self.client = client
+        self._config = config
+        self._device = resolve_device(device)
+        self._vocab_size = vocab_size
+        self._workspace_bytes = workspace_bytes
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a sequence may have, where the server says so."""
+        return self.client.info().max_length
+
+    def check_fits(self, student: Any, tokenizer: Any) -> None:
+        """Compare its vocabulary with the student's.
+
+        Raises:
+            TeacherRefused: they differ in size or in tokens.
+            TeacherUnavailable: it does not answer.
+        """
+        for doubt in self.client.check(tokenizer):
+            _log.warning("%s", doubt)
+        theirs, ours = self.client.info().vocab_size, student.lm_head_weight.shape[0]
+        if self._vocab_size is None and theirs is not None and theirs != ours:
+            raise TeacherRefused(
+                f"teacher.url: the teacher's law is over {theirs} tokens and the student's over "
+                f"{ours}; if only their padding differs, set "
+                f"vocab_size={min(len(tokenizer), ours, theirs)}"
+            )
+
+    def law(self, batch: Batch) -> Law | SparseLaw:
+        """Its next-token law at the trained positions, fetched when first asked for."""
+        if "hidden" in self._config.tells:
+            return Law(
+                lambda: self._hidden(batch),
+                self._head(),
+                vocab_size=self._vocab_size,
+                workspace_bytes=self._workspace_bytes,
+            )
+        return SparseLaw(
+            lambda num_topk, token_ids, temperature: self._topk(
+                batch, num_topk, token_ids, temperature
+            ),
+            source=f"the server at {self._config.url}",
+            num_topk=self._config.teacher_top_k,
+            takes_temperature=self._config.takes_temperature,
+        )
+
+    def _head(self) -> Any:
+        from dataclasses import replace
+
+        head = self.client.head()
+        bias = None if head.bias is None else head.bias.to(self._device)
+        return replace(head, weight=head.weight.to(self._device), bias=bias)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        scores = self._score(batch, signal="hidden")
+        rows = torch.cat(
+            [
+                score.hidden[kept]
+                for score, kept in zip(scores, batch.completion_rows(), strict=True)
+            ]
+        )
+        return rows.to(self._device, self._head().weight.dtype)
+
+    def _topk(
+        self, batch: Batch, num_topk: int, token_ids: Tensor | None, temperature: float
+    ) -> TopkRows:
+        kept = batch.completion_rows()
+        asked: dict[str, Any] = {"signal": "topk", "num_topk": num_topk}
+        own = token_ids is not None and torch.equal(
+            token_ids[:, 0].cpu(), batch.token_ids.cpu()
+        )
+        if token_ids is not None and not (own and token_ids.shape[1] == 1):
+            asked["query_ids"] = _spread(batch, kept, token_ids.cpu())
+        scores = self._score(batch, temperature=temperature, **asked)
+
+        def rows(name: str) -> Tensor | None:
+            values = [getattr(score, name) for score in scores]
+            if any(value is None for value in values):
+                return None
+            return torch.cat([v[k] for v, k in zip(values, kept, strict=True)])
+
+        return TopkRows(
+            ids=rows("ids"),
+            logprobs=rows("logprobs"),
+            tail_logprob=rows("tail_logprob"),
+            token_logprobs=None if token_ids is None else rows("token_logprobs"),
+            entropy=rows("entropy"),
+        ).to(self._device)
+
+    def _score(self, batch: Batch, *, signal: Signal, **asked: Any) -> list[Scores]:
+        """Scores of all sequences; waits for a server that does not answer."""
+        sequences, starts = batch.sequences(), list(batch.prompt_lengths)
+        queries = asked.pop("query_ids", None)
+        done: list[Scores | None] = [None] * len(sequences)
+        waited = 0.0
+        while missing := [i for i, score in enumerate(done) if score is None]:
+            some = {} if queries is None else {"query_ids": [queries[i] for i in missing]}
+            try:
+                found: Sequence[Scores | None] = self.client.score(
+                    [sequences[i] for i in missing],
+                    [starts[i] for i in missing],
+                    signal=signal,
+                    **some,
+                    **asked,
+                )
+            except TeacherUnavailable as error:
+                found = error.results or [None] * len(missing)
+                waited += self._config.deadline_s
+                patience = self._config.patience_s
+                if patience is not None and waited >= patience:
+                    raise
+                _log.warning(
+                    "%s; training waits and asks again, %d of %d completions are scored and kept",
+                    error,
+                    len(done) - sum(score is None for score in found),
+                    len(done),
+                )
+            for i, score in zip(missing, found, strict=True):
+                done[i] = score
+        return [score for score in done if score is not None]
+
+
+def _spread(batch: Batch, kept: Sequence[Tensor], token_ids: Tensor) -> list[Tensor]:
+    """Ids of the trained rows [T, J] as one [C, J] per trajectory, -1 where nothing is trained."""
+    spread = []
+    begin = 0
+    for length, prompt_length, rows in zip(
+        batch.lengths, batch.prompt_lengths, kept, strict=True
+    ):
+        ids = torch.full((length - prompt_length, token_ids.shape[1]), -1, dtype=torch.int32)
+        ids[rows] = token_ids[begin : begin + len(rows)].int()
+        begin += len(rows)
+        spread.append(ids)
+    return spread
