@@ -102,6 +102,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_kernels)
 
     command = commands.add_parser(
+        "serve-teacher",
+        help="serve a teacher's laws over HTTP",
+        description=_serve_teacher.__doc__,
+    )
+    _add_serving(command)
+    command.set_defaults(run=_serve_teacher)
+
+    command = commands.add_parser(
         "bench",
         help="run the benchmarks of a source checkout, or draw their page",
         usage="opd bench [cpu|gpu] [--report] [-- options of the suite]",
@@ -128,6 +136,30 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for example student.dtype=bfloat16"
     )
+
+
+def _add_serving(command: argparse.ArgumentParser) -> None:
+    # checked, and given their defaults, by ServeConfig
+    options = command.add_argument
+    options("--model", required=True, help="path or name of a Hugging Face model, or builtin:NAME")
+    options("--host", help="address to listen on, default 127.0.0.1; any other needs a token")
+    options("--port", help="default 8642; 0 takes a free one")
+    options("--dtype", help="float32, bfloat16 (default) or float16")
+    options("--device", help="default: the GPU if there is one")
+    options("--attn-implementation", help="as in transformers")
+    options("--vocab-size", help="the laws are over the first so many tokens")
+    options("--max-length", help="tokens of a sequence, default: what the model has")
+    options("--max-batch-tokens", help="of a forward pass, padding included, default 16384")
+    options("--max-queue", help="requests that wait or run, default 64; a further one gets 429")
+    options("--max-request-tokens", help="of all sequences of a request, default 65536")
+    options("--max-topk", help="default 4096")
+    options("--merge-ms", help="how long a batch that is not full waits for more, default 5")
+    options("--hidden-rank", help="also serve hidden states on so many directions of the head")
+    options("--num-threads", help="of torch on the CPU")
+    options("--shutdown-s", help="after a signal, requests get so long to finish, default 30")
+    options("--ssl-certfile", help="serve https")
+    options("--ssl-keyfile", help="serve https")
+    options("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -253,6 +285,22 @@ def _kernels(options: argparse.Namespace) -> int:
     ]
     _print_table(["op", "backend", "available", "reason"], rows)
     return 0
+
+
+def _serve_teacher(options: argparse.Namespace) -> int:
+    """Serve hidden states, top-k and token log-probabilities until a signal; the token of clients
+    is read from OPD_TEACHER_TOKEN."""
+    from opd.schema import ConfigError
+
+    try:
+        from opd.server.serve import parse_options, serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"opd serve-teacher needs the package {error.name!r}: pip install 'opd-kernels[server]'"
+        ) from None
+    skipped = ("run", "behind")
+    values = {k: v for k, v in vars(options).items() if k not in skipped and v is not None}
+    return serve(parse_options(values))
 
 
 def _bench(options: argparse.Namespace) -> int:

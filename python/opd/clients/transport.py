@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP to a teacher that may be busy, slow, restarting or dead: retries up to one deadline."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+import tenacity
+
+from opd.clients.protocol import BadReply, TeacherRefused, TeacherUnavailable
+
+_log = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
+# what another try may change: busy, timed out, restarting, a gateway in between
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_REMIND_S = 30.0
+
+
+class Damaged(BadReply):
+    """A reply that was cut or changed on the way; worth another try."""
+
+
+class _Transient(Exception):
+    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+class Transport:
+    """Requests to one server.
+
+    Args:
+        url: http(s)://host[:port], a path prefix allowed; no user name or password in it.
+        token_variable: environment variable with the bearer token; none is sent if it is not set.
+        request_timeout_s: of one try, without a byte from the server.
+        max_reply_bytes: a longer reply is refused while it comes in.
+        transport: of httpx, for tests.
+
+    Raises:
+        TeacherRefused: a URL that is none, or that carries a password.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token_variable: str = TOKEN_VARIABLE,
+        request_timeout_s: float = 120.0,
+        max_reply_bytes: int = 1 << 31,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self.url = _checked_url(url)
+        self._max_reply_bytes = max_reply_bytes
+        self._token_variable = token_variable
+        token = os.environ.get(token_variable, "")
+        self._client = httpx2.Client(
+            base_url=self.url,
+            # compressed floats are hardly smaller, and a short reply could unpack to a huge one
+            headers={"accept-encoding": "identity"} | _authorization(token),
+            timeout=httpx2.Timeout(request_timeout_s, connect=10.0),
+            limits=httpx2.Limits(max_connections=64, max_keepalive_connections=64),
+            # a proxy of the environment does not lead to this machine
+            trust_env=urlsplit(self.url).hostname not in _LOOPBACK,
+            follow_redirects=False,
+            transport=transport,
+        )
+        self._wait = tenacity.wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.5)
+        self._reminded = threading.Lock()
+        self._last_reminder = -_REMIND_S
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._client.close()
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        deadline: Deadline,
+        parse: Any = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """One request, tried until it succeeds, is refused, or the deadline is there.
+
+        Args:
+            parse: of (body, headers of the reply); what it returns is returned. `Damaged` from it
+                is tried again.
+
+        Raises:
+            HttpRefused: a status that another try does not change.
+            TeacherUnavailable: the deadline.
+            BadReply: the reply came whole and is wrong, or came damaged three times.
+        """
+        damaged = 0
+
+        def attempt() -> Any:
+            nonlocal damaged
+            body, reply = self._once(method, path, deadline, content, headers or {})
+            try:
+                return body if parse is None else parse(body, reply.headers)
+            except Damaged as error:
+                damaged += 1
+                if damaged == 3:
+                    raise BadReply(f"{error}, three times in a row") from None
+                raise _Transient(str(error)) from None
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Transient),
+            wait=self._wait_for,
+            stop=lambda state: deadline.left() <= 0,
+            sleep=deadline.sleep,
+            before_sleep=lambda state: self._tell(state, deadline),
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except _Transient as error:
+            raise TeacherUnavailable(
+                f"teacher {self.url} gave no answer within {deadline.seconds:g} s ({error}); see "
+                "that it runs and raise the deadline if it is only slow; the requests that it had "
+                "answered are kept"
+            ) from None
+
+    def _once(
+        self,
+        method: str,
+        path: str,
+        deadline: Deadline,
+        content: bytes | None,
+        headers: Mapping[str, str],
+    ) -> tuple[bytes, httpx2.Response]:
+        request = self._client.build_request(method, path, content=content, headers=dict(headers))
+        try:
+            reply = self._client.send(request, stream=True)
+            try:
+                body = self._read(reply, deadline)
+            finally:
+                reply.close()
+        except httpx2.TransportError as error:
+            raise _Transient(_words(error)) from None
+        if reply.status_code in _TRANSIENT:
+            raise _Transient(
+                f"status {reply.status_code}, {_message(body)}", _retry_after(reply.headers)
+            )
+        if reply.status_code in (401, 403):
+            raise TeacherRefused(
+                f"teacher {self.url}: refused the token (status {reply.status_code}); set "
+                f"{self._token_variable} to the one that the server was started with"
+            )
+        if reply.status_code != 200:
+            raise HttpRefused(self.url, path, reply.status_code, _message(body))
+        return body, reply
+
+    def _read(self, reply: httpx2.Response, deadline: Deadline) -> bytes:
+        parts, total = [], 0
+        for part in reply.iter_bytes():
+            total += len(part)
+            if total > self._max_reply_bytes:
+                raise BadReply(
+                    f"teacher {self.url}: a reply of more than {self._max_reply_bytes} bytes; ask "
+                    "for fewer sequences at a time, or raise max_reply_bytes"
+                )
+            if deadline.left() <= 0:
+                raise _Transient("the reply was still coming in")
+            parts.append(part)
+        return b"".join(parts)
+
+    def _wait_for(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked = getattr(error, "retry_after_s", None)
+        backoff = self._wait(state)
+        return backoff if asked is None else max(asked, backoff)
+
+    def _tell(self, state: tenacity.RetryCallState, deadline: Deadline) -> None:
+        """Once per half minute, however many threads wait."""
+        now = time.monotonic()
+        with self._reminded:
+            if now - self._last_reminder < _REMIND_S:
+                return
+            self._last_reminder = now
+        error = state.outcome.exception() if state.outcome else None
+        _log.warning(
+            "teacher %s does not answer (%s) since %.0f s; trying for %.0f s more, nothing is "
+            "lost. Start it again if it is down",
+            self.url,
+            error,
+            deadline.seconds - deadline.left(),
+            deadline.left(),
+        )
+
+
+class HttpRefused(TeacherRefused):
+    """A status that says that the request is at fault."""
+
+    def __init__(self, url: str, path: str, status: int, message: str) -> None:
+        super().__init__(f"teacher {url}: {path} was refused with status {status}: {message}")
+        self.status = status
+        self.reason = message
+
+
+class Deadline:
+    """A point in time, so many seconds from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+        self._cancelled = threading.Event()
+
+    def left(self) -> float:
+        """Seconds until then; 0 once cancelled."""
+        return 0.0 if self._cancelled.is_set() else self._end - time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Until then at most, and not when cancelled."""
+        self._cancelled.wait(max(0.0, min(seconds, self.left())))
+
+    def cancel(self) -> None:
+        """Let everyone who waits give up."""
+        self._cancelled.set()
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise TeacherRefused(f"teacher server: {error} in its URL") from None
+    if parts.username or parts.password:
+        # not shown: this is where the password is
+        raise TeacherRefused(
+            f"teacher server: its URL holds a user name or password; put the token in "
+            f"{TOKEN_VARIABLE} instead"
+        )
+    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+        raise TeacherRefused(
+            f"teacher server: the URL must look like http://host:port, got {url!r}"
+        )
+    return url.rstrip("/")
+
+
+def _authorization(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"} if token else {}
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    try:
+        seconds = float(headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    return min(max(seconds, 0.0), 60.0) if seconds == seconds else None
+
+
+def _message(body: bytes) -> str:
+    """What a server says in the body of an error, in one short line."""
+    import json
+
+    text = body[:2000].decode("utf-8", "replace")
+    try:
+        found = json.loads(body) if len(body) < 100_000 else None
+    except (ValueError, RecursionError):
+        found = None
+    for key in ("error", "message", "detail"):
+        if isinstance(found, dict) and key in found:
+            found = found[key]
+    if isinstance(found, dict) and isinstance(found.get("message"), str):
+        found = found["message"]
+    if isinstance(found, str):
+        text = found
+    return " ".join(text.split())[:300] or "no reason given"
+
+
+def _words(error: Exception) -> str:
+    kinds = {
+        httpx2.ConnectError: "cannot connect",
+        httpx2.ConnectTimeout: "cannot connect in time",
+        httpx2.ReadTimeout: "no reply in time",
+        httpx2.RemoteProtocolError: "the connection broke",
+        httpx2.ReadError: "the connection broke",
+    }
+    return kinds.get(type(error), f"{type(error).__name__}: {error}")

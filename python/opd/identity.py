@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short hashes that say whether two tokenizers, or two models, are the same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+# of each weight: enough to tell checkpoints of one run apart, little enough to read at every start
+_SAMPLED_BYTES = 1 << 20
+_DIGITS = 32
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """32 hex digits over every (id, token) pair of a vocabulary, added tokens included."""
+    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    text = json.dumps(pairs, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+@torch.no_grad()
+def model_fingerprint(model: nn.Module) -> str:
+    """32 hex digits over names, shapes, dtypes and a sample of every weight of a model.
+
+    Of each weight at most 1 MiB is read, in equal steps over all of it; two models that differ
+    only between these steps have the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().flatten()
+        most = max(1, _SAMPLED_BYTES // tensor.element_size())
+        step = -(-flat.numel() // most) or 1
+        sample = flat[::step].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:_DIGITS]
