@@ -18,6 +18,7 @@ from .segment_scan import (
     segment_scan,
 )
 from .token_logprobs import TokenLogprobs, token_logprobs
+from .topk_divergence import topk_divergence, topk_support
 from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __version__ = "0.1.0"
@@ -46,6 +47,8 @@ __all__ = [
     "segment_scan",
     "targets",
     "token_logprobs",
+    "topk_divergence",
     "topk_logprobs",
+    "topk_support",
     "use_backend",
 ]

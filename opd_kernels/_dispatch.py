@@ -23,6 +23,7 @@ OPS = (
     "segment_scan",
     "topk_logprobs",
     "fused_linear_topk",
+    "topk_divergence",
 )
 
 # the oldest GPUs that csrc/cuda is written for

@@ -13,6 +13,7 @@ from .segment_scan import (
     segment_scan,
 )
 from .token_logprobs import TokenLogprobs, token_logprobs
+from .topk_divergence import topk_divergence
 from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "segment_reduce",
     "segment_scan",
     "token_logprobs",
+    "topk_divergence",
     "topk_logprobs",
 ]
