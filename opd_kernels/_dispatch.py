@@ -24,6 +24,7 @@ OPS = (
     "topk_logprobs",
     "fused_linear_topk",
     "topk_divergence",
+    "fused_linear_topk_divergence",
 )
 
 # the oldest GPUs that csrc/cuda is written for

@@ -5,6 +5,10 @@ from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
+from .fused_linear_topk_divergence import (
+    FusedLinearTopkDivergence,
+    fused_linear_topk_divergence,
+)
 from .segment_scan import (
     GroupStatistics,
     group_statistics,
@@ -18,6 +22,7 @@ from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __all__ = [
     "FusedLinearDivergence",
+    "FusedLinearTopkDivergence",
     "GroupStatistics",
     "TokenLogprobs",
     "TopkLogprobs",
@@ -25,6 +30,7 @@ __all__ = [
     "fused_linear_divergence",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
+    "fused_linear_topk_divergence",
     "group_statistics",
     "segment_broadcast",
     "segment_reduce",
