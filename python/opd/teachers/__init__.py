@@ -4,20 +4,41 @@
 from typing import Protocol
 
 from opd.batch import Batch, Law
+from opd.sparse_law import SparseLaw
 from opd.teachers.local import LocalConfig, LocalTeacher
+from opd.teachers.server import ServerConfig, ServerTeacher
 
-TEACHERS = {"local": LocalConfig}
+TEACHERS = {"local": LocalConfig, "server": ServerConfig}
 
-TeacherConfig = LocalConfig
+TeacherConfig = LocalConfig | ServerConfig
 
 
 class Teacher(Protocol):
-    """What the loop asks of a teacher."""
+    """What the loop asks of a teacher.
+
+    Its config says what its laws tell (`tells`: `hidden`, `topk`, `given_tokens`,
+    `token_logprobs`), and whether at any temperature (`takes_temperature`). One that is no
+    `LanguageModel` has a `check_fits(student, tokenizer)`, which refuses another vocabulary.
+    """
+
+    # False: only at states that it was asked about before, so not in evaluation
+    judges_any_state: bool
 
     @property
     def num_parameters(self) -> int: ...
 
-    def law(self, batch: Batch) -> Law: ...
+    @property
+    def max_positions(self) -> int | None: ...
+
+    def law(self, batch: Batch) -> Law | SparseLaw: ...
 
 
-__all__ = ["TEACHERS", "LocalConfig", "LocalTeacher", "Teacher", "TeacherConfig"]
+__all__ = [
+    "TEACHERS",
+    "LocalConfig",
+    "LocalTeacher",
+    "ServerConfig",
+    "ServerTeacher",
+    "Teacher",
+    "TeacherConfig",
+]

@@ -204,9 +204,7 @@ class ServerTeacher:
     ) -> TopkRows:
         kept = batch.completion_rows()
         asked: dict[str, Any] = {"signal": "topk", "num_topk": num_topk}
-        own = token_ids is not None and torch.equal(
-            token_ids[:, 0].cpu(), batch.token_ids.cpu()
-        )
+        own = token_ids is not None and torch.equal(token_ids[:, 0].cpu(), batch.token_ids.cpu())
         if token_ids is not None and not (own and token_ids.shape[1] == 1):
             asked["query_ids"] = _spread(batch, kept, token_ids.cpu())
         scores = self._score(batch, temperature=temperature, **asked)
@@ -262,9 +260,7 @@ def _spread(batch: Batch, kept: Sequence[Tensor], token_ids: Tensor) -> list[Ten
     """Ids of the trained rows [T, J] as one [C, J] per trajectory, -1 where nothing is trained."""
     spread = []
     begin = 0
-    for length, prompt_length, rows in zip(
-        batch.lengths, batch.prompt_lengths, kept, strict=True
-    ):
+    for length, prompt_length, rows in zip(batch.lengths, batch.prompt_lengths, kept, strict=True):
         ids = torch.full((length - prompt_length, token_ids.shape[1]), -1, dtype=torch.int32)
         ids[rows] = token_ids[begin : begin + len(rows)].int()
         begin += len(rows)
