@@ -22,17 +22,28 @@ OPD_HD void expect_aligned([[maybe_unused]] const void* pointer, [[maybe_unused]
 #endif
 }
 
-// values[0 .. kPerLoad) of a 16-byte address.
+// 16 bytes as they are: what is on its way from memory needs no room as float.
 template <class Storage>
-__device__ __forceinline__ void load_16(const Storage* __restrict__ from, float* values) {
+__device__ __forceinline__ uint4 load_bits(const Storage* __restrict__ from) {
+  expect_aligned(from, 16);
+  return *reinterpret_cast<const uint4*>(from);
+}
+
+template <class Storage>
+__device__ __forceinline__ void values_of(uint4 bits, float* values) {
   union {
     uint4 bits;
     Storage items[kPerLoad<Storage>];
   } chunk;
-  expect_aligned(from, 16);
-  chunk.bits = *reinterpret_cast<const uint4*>(from);
+  chunk.bits = bits;
 #pragma unroll
   for (int i = 0; i < kPerLoad<Storage>; ++i) values[i] = to_real(chunk.items[i]);
+}
+
+// values[0 .. kPerLoad) of a 16-byte address.
+template <class Storage>
+__device__ __forceinline__ void load_16(const Storage* __restrict__ from, float* values) {
+  values_of<Storage>(load_bits(from), values);
 }
 
 template <class Storage>
