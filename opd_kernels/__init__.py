@@ -9,6 +9,7 @@ from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
+from .fused_linear_topk import fused_linear_topk
 from .segment_scan import (
     GroupStatistics,
     group_statistics,
@@ -17,6 +18,7 @@ from .segment_scan import (
     segment_scan,
 )
 from .token_logprobs import TokenLogprobs, token_logprobs
+from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __version__ = "0.1.0"
 
@@ -26,6 +28,7 @@ __all__ = [
     "GroupStatistics",
     "OpdError",
     "TokenLogprobs",
+    "TopkLogprobs",
     "UnsupportedBackendError",
     "divergence",
     "divergences",
@@ -33,6 +36,7 @@ __all__ = [
     "explain",
     "fused_linear_divergence",
     "fused_linear_token_logprobs",
+    "fused_linear_topk",
     "group_statistics",
     "kernel_table",
     "reference",
@@ -42,5 +46,6 @@ __all__ = [
     "segment_scan",
     "targets",
     "token_logprobs",
+    "topk_logprobs",
     "use_backend",
 ]

@@ -21,6 +21,8 @@ OPS = (
     "token_logprobs",
     "fused_linear_token_logprobs",
     "segment_scan",
+    "topk_logprobs",
+    "fused_linear_topk",
 )
 
 # the oldest GPUs that csrc/cuda is written for
