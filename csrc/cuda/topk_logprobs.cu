@@ -240,20 +240,20 @@ struct Waiting {
 template <class Storage>
 struct Tiles {
   const Storage* logits;
-  Pieces<Storage> pieces;
-  int count;
+  int head, tail, pieces, count;  // columns before the first piece and after the last; pieces; tiles
 
-  __device__ __forceinline__ Tiles(const Storage* logits, int64_t vocab_size)
-      : logits(logits), pieces(logits, vocab_size) {
+  __device__ __forceinline__ Tiles(const Storage* logits, int64_t vocab_size) : logits(logits) {
+    const Pieces<Storage> all(logits, vocab_size);
     constexpr int kPieces = kReads * kThreads;
-    count = (static_cast<int>(pieces.pieces) + kPieces - 1) / kPieces;
+    head = all.head, tail = all.tail, pieces = static_cast<int>(all.pieces);
+    count = (pieces + kPieces - 1) / kPieces;
   }
   __device__ __forceinline__ int piece(int tile, int read) const {
     return (tile * kReads + read) * kThreads + static_cast<int>(threadIdx.x);
   }
-  __device__ __forceinline__ bool has(int piece) const { return piece < pieces.pieces; }
+  __device__ __forceinline__ bool has(int piece) const { return piece < pieces; }
   __device__ __forceinline__ int column(int piece) const {
-    return static_cast<int>(pieces.column(piece));
+    return head + piece * kPerLoad<Storage>;
   }
   __device__ __forceinline__ void load(int tile, uint4 (&bits)[kReads]) const {
 #pragma unroll
@@ -264,17 +264,17 @@ struct Tiles {
   }
 };
 
-// The order of a value that at least num_topk entries of the first tiles reach.
+// The order of a value that at least num_topk entries of the first tiles reach. Overwrites the keys.
 template <class Storage>
 __device__ __forceinline__ uint32_t sample(const Tiles<Storage>& tiles, const RowLaw& law,
                                            unsigned num_topk, const Waiting& waiting) {
-  uint64_t largest[kSampleTiles];
+  uint64_t* const largest = waiting.keys + threadIdx.x;
   uint64_t lowest = ~uint64_t{0}, highest = 0;
-#pragma unroll
+#pragma unroll 1
   for (int tile = 0; tile < kSampleTiles; ++tile) {
     uint4 bits[kReads];
     tiles.load(tile, bits);
-    float most = kMinusInfinity;
+    float most = kMinusInfinity;  // where there is no piece, or nothing but NaN
 #pragma unroll
     for (int read = 0; read < kReads; ++read) {
       const int piece = tiles.piece(tile, read);
@@ -284,10 +284,10 @@ __device__ __forceinline__ uint32_t sample(const Tiles<Storage>& tiles, const Ro
       law.apply(tiles.column(piece), values);
       most = fmaxf(most, Waiting::largest_of(values));
     }
-    // of NaN alone
-    largest[tile] = static_cast<uint64_t>(order_of(most == most ? most : kMinusInfinity)) << 32;
-    lowest = Min()(lowest, largest[tile]);
-    highest = Max()(highest, largest[tile]);
+    const uint64_t key = static_cast<uint64_t>(order_of(most)) << 32;
+    largest[tile * kThreads] = key;
+    lowest = Min()(lowest, key);
+    highest = Max()(highest, key);
   }
   uint64_t* const exchange = reinterpret_cast<uint64_t*>(waiting.scratch);
   lowest = reduce_block(lowest, exchange, ~uint64_t{0}, Min());
@@ -297,7 +297,7 @@ __device__ __forceinline__ uint32_t sample(const Tiles<Storage>& tiles, const Ro
       waiting.counts, [&](uint64_t key) {
         unsigned reach = 0;
 #pragma unroll
-        for (int tile = 0; tile < kSampleTiles; ++tile) reach += largest[tile] >= key;
+        for (int tile = 0; tile < kSampleTiles; ++tile) reach += largest[tile * kThreads] >= key;
         return reach;
       });
   return static_cast<uint32_t>(bound.key >> 32);
@@ -325,7 +325,7 @@ __device__ __forceinline__ void read_row(const Parameters& p, int64_t row, const
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
   // in the order of the columns: an entry that equals the threshold loses to those that wait
-  if (thread < tiles.pieces.head) take_one(thread);
+  if (thread < tiles.head) take_one(thread);
   uint4 next[kReads];
   tiles.load(0, next);
   for (int tile = 0; tile < tiles.count; ++tile) {
@@ -348,7 +348,7 @@ __device__ __forceinline__ void read_row(const Parameters& p, int64_t row, const
     }
     if (tile + 1 == kSampleTiles) waiting.threshold = fmaxf(waiting.threshold, sampled);
   }
-  if (thread < tiles.pieces.tail) take_one(p.vocab_size - tiles.pieces.tail + thread);
+  if (thread < tiles.tail) take_one(p.vocab_size - tiles.tail + thread);
   __syncthreads();
 }
 
@@ -415,10 +415,12 @@ __device__ __forceinline__ Closed close_row(const Parameters& p, int64_t row, un
   return {scratch[0], scratch[1] != 0.0};
 }
 
-template <class Storage>
+// kBent: a bias, a scale or a softcap may be there.
+template <class Storage, bool kBent>
 __global__ void __launch_bounds__(kThreads, kBlocks) topk_logprobs_forward(Parameters p) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   const int64_t row = blockIdx.x;
+  if (!kBent) p.side.bias = nullptr, p.side.scale = 1.0f, p.side.softcap = 0.0f;
   const RowLaw law(p.side, row);
   Waiting waiting(p.wait);
   Tail tail;
@@ -475,7 +477,11 @@ void forward_of(const opd_topk_logprobs_args_t& args, void* stream) {
                               static_cast<float*>(args.token_logprobs)};
   const int64_t keys = static_cast<int64_t>(parameters.wait) + kUnseen<Storage>;
   const int64_t bytes = kKeysAt + keys * static_cast<int64_t>(sizeof(uint64_t));
-  launch({args.num_tokens, kThreads, bytes}, stream, &topk_logprobs_forward<Storage>, parameters);
+  const Side& side = parameters.side;
+  const bool is_bent = side.bias || side.scale != 1.0f || side.softcap != 0.0f;
+  launch({args.num_tokens, kThreads, bytes}, stream,
+         is_bent ? &topk_logprobs_forward<Storage, true> : &topk_logprobs_forward<Storage, false>,
+         parameters);
 }
 
 void forward(const opd_topk_logprobs_args_t& args, void* stream) {

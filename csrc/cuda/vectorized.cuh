@@ -4,6 +4,7 @@
 
 #include "half.h"
 #include "launch.h"
+#include "opd/math.h"
 
 namespace opd {
 namespace cuda {
@@ -38,6 +39,17 @@ __device__ __forceinline__ void values_of(uint4 bits, float* values) {
   chunk.bits = bits;
 #pragma unroll
   for (int i = 0; i < kPerLoad<Storage>; ++i) values[i] = to_real(chunk.items[i]);
+}
+
+// one instruction for each: a bfloat16 is the upper half of its float
+template <>
+__device__ __forceinline__ void values_of<BFloat16>(uint4 bits, float* values) {
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[2 * i] = detail::bits_to_float(static_cast<int32_t>(words[i] << 16));
+    values[2 * i + 1] = detail::bits_to_float(static_cast<int32_t>(words[i] & 0xffff0000u));
+  }
 }
 
 // values[0 .. kPerLoad) of a 16-byte address.
