@@ -320,7 +320,7 @@ __device__ __forceinline__ void read_row(const Parameters& p, int64_t row, const
     const uint32_t order = sample(tiles, law, num_topk, waiting);
     sampled = value_at(order);
     // while the sample itself is read again its num_topk entries must pass
-    if (sampled > kMinusInfinity) waiting.threshold = value_at(order - 1);
+    if (sampled > kMinusInfinity) waiting.threshold = value_below(order);
   }
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);

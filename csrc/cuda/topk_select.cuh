@@ -21,6 +21,12 @@ __device__ __forceinline__ float value_at(uint32_t order) {
   return detail::bits_to_float(static_cast<int32_t>(bits));
 }
 
+// The largest value that is less than the one at `order`, which is not the smallest. -0 is not.
+__device__ __forceinline__ float value_below(uint32_t order) {
+  constexpr uint32_t kZero = 0x80000000u;
+  return value_at(order == kZero ? order - 2 : order - 1);
+}
+
 __device__ __forceinline__ uint64_t key_of(float value, int id) {
   return static_cast<uint64_t>(order_of(value)) << 32 | ~static_cast<uint32_t>(id);
 }
