@@ -24,6 +24,11 @@ OPD_HD float to_real(BFloat16 x) {
 }
 
 OPD_HD float to_real(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   // a power-of-two product rebiases the exponent and normalises subnormals in one step
@@ -32,6 +37,7 @@ OPD_HD float to_real(Float16 x) {
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return detail::bits_to_float(
       static_cast<int32_t>(static_cast<uint32_t>(detail::float_to_bits(rebiased)) | special | sign));
+#endif
 }
 
 OPD_HD void from_real(float x, float* out) { *out = x; }

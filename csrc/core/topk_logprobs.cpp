@@ -4,6 +4,10 @@
 // buffer; any other goes into the sums of the tail at once. A full buffer is cut to its best, which
 // raises the threshold, and what is cut joins the tail. The tail is thus a sum of its own terms,
 // relative to its own largest: it neither cancels nor underflows.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -25,30 +29,44 @@ struct Entry {
 };
 
 // Best first: the larger logit, of equal ones the smaller id.
-template <class T>
-bool is_before(const Entry<T>& a, const Entry<T>& b) {
-  return a.value != b.value ? a.value > b.value : a.id < b.id;
-}
+struct IsBefore {
+  template <class T>
+  bool operator()(const Entry<T>& a, const Entry<T>& b) const {
+    return (a.value > b.value) | ((a.value == b.value) & (a.id < b.id));
+  }
+};
 
-// Adds exp(x - reference) and (x - reference) exp(x - reference) of `padded` values to the lanes.
+// Below it e^x is 0 of exp_pair_nonpositive, and of a double next to nothing.
+template <class T>
+constexpr T kLowestExponent = sizeof(T) == sizeof(float) ? T(-87.33) : T(-708);
+
+// Adds exp(x) and x exp(x) of x = value - reference to the lanes; no value is above the reference.
 template <class T>
 OPD_ELEMENTWISE void add_to_lanes(const T* __restrict__ values, T reference, int padded,
-                                  T* __restrict__ sums, T* __restrict__ moments) {
+                                  double* __restrict__ sums, double* __restrict__ moments) {
+  alignas(64) T block_sums[kLanes] = {}, block_moments[kLanes] = {};
   for (int i = 0; i < padded; i += kLanes) {
 OPD_IVDEP
     for (int lane = 0; lane < kLanes; ++lane) {
       const T x = values[i + lane] - reference;
-      const T e = exp(x);
-      sums[lane] += e;
-      moments[lane] += select(e == T(0), T(0), e * x);
+      // finite, so that nothing is left of it where e is 0
+      const T clamped = x < kLowestExponent<T> ? kLowestExponent<T> : x;
+      const T e = exp_pair_nonpositive(x).exp;
+      block_sums[lane] += e;
+      block_moments[lane] += e * clamped;
     }
+  }
+OPD_IVDEP
+  for (int lane = 0; lane < kLanes; ++lane) sums[lane] += static_cast<double>(block_sums[lane]);
+OPD_IVDEP
+  for (int lane = 0; lane < kLanes; ++lane) {
+    moments[lane] += static_cast<double>(block_moments[lane]);
   }
 }
 
-template <class T>
-double sum_of(const T* lanes) {
+inline double sum_of(const double* lanes) {
   double sum = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(lanes[lane]);
+  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
   return sum;
 }
 
@@ -62,48 +80,65 @@ class Tail {
     if (most > largest_) raise(most);
     // values that are all -inf add zero, and a NaN among them still shows
     const T reference = largest_ == kMinusInfinity<T> ? T(0) : largest_;
-    alignas(64) T sums[kLanes] = {}, moments[kLanes] = {};
-    add_to_lanes(values, reference, padded, sums, moments);
-    sum_ += sum_of(sums);
-    moment_ += sum_of(moments);
+    add_to_lanes(values, reference, padded, sums_, moments_);
   }
 
   T largest() const { return largest_; }
-  double sum() const { return sum_; }
-  double moment() const { return moment_; }
+  double sum() const { return sum_of(sums_); }
+  double moment() const { return sum_of(moments_); }
 
  private:
   void raise(T largest) {
     if (largest_ != kMinusInfinity<T>) {
       const double distance = static_cast<double>(largest_) - static_cast<double>(largest);
       const double decay = std::exp(distance);
-      moment_ = decay == 0.0 ? 0.0 : decay * (moment_ + distance * sum_);
-      sum_ *= decay;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        moments_[lane] = decay * (moments_[lane] + distance * sums_[lane]);
+        sums_[lane] *= decay;
+      }
     }
     largest_ = largest;
   }
 
   T largest_ = kMinusInfinity<T>;
-  double sum_ = 0.0, moment_ = 0.0;
+  alignas(64) double sums_[kLanes] = {}, moments_[kLanes] = {};
 };
 
+// Bit i: values[i] > threshold, of kLanes values. A NaN is above nothing.
+inline uint32_t lanes_above(const float* values, float threshold) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(values), _mm512_set1_ps(threshold), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  const __m256 least = _mm256_set1_ps(threshold);
+  const auto half = [&](const float* from) {
+    return static_cast<uint32_t>(
+        _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(from), least, _CMP_GT_OQ)));
+  };
+  return half(values) | half(values + 8) << 8;
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t{values[lane] > threshold} << lane;
+  return bits;
+#endif
+}
+
+inline uint32_t lanes_above(const double* values, double threshold) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t{values[lane] > threshold} << lane;
+  return bits;
+}
+
 // Moves the values above `threshold` to `out`, with their ids, and leaves -inf in their place;
-// returns how many. Writes to one place more.
+// returns how many.
 template <class T>
 OPD_ELEMENTWISE int take_above(T* __restrict__ values, int padded, T threshold, int32_t first_id,
                                Entry<T>* __restrict__ out) {
   int taken = 0;
   for (int i = 0; i < padded; i += kLanes) {
-    int any = 0;
-OPD_IVDEP
-    for (int lane = 0; lane < kLanes; ++lane) any |= values[i + lane] > threshold;
-    if (!any) continue;
-    for (int lane = i; lane < i + kLanes; ++lane) {
-      const T value = values[lane];
-      const bool is_above = value > threshold;
-      out[taken] = {value, first_id + lane};
-      taken += is_above;
-      values[lane] = is_above ? kMinusInfinity<T> : value;
+    for (uint32_t bits = lanes_above(values + i, threshold); bits != 0; bits &= bits - 1) {
+      const int place = i + __builtin_ctz(bits);
+      out[taken++] = {values[place], first_id + place};
+      values[place] = kMinusInfinity<T>;
     }
   }
   return taken;
@@ -128,7 +163,7 @@ class Best {
   // The wanted ones, or as many as there are, in their order.
   void finish(Tail<T>& tail) {
     if (count_ > wanted_) cut(tail);
-    std::sort(entries_, entries_ + count_, is_before<T>);
+    std::sort(entries_, entries_ + count_, IsBefore());
   }
 
  private:
@@ -137,7 +172,7 @@ class Best {
   void cut(Tail<T>& tail) {
     Entry<T>* const end = entries_ + count_;
     Entry<T>* const kept_end = entries_ + wanted_;
-    std::nth_element(entries_, kept_end - 1, end, is_before<T>);
+    std::nth_element(entries_, kept_end - 1, end, IsBefore());
     threshold_ = kept_end[-1].value;
     Block<T> values;
     for (const Entry<T>* entry = kept_end; entry < end; entry += kBlock) {
@@ -153,8 +188,8 @@ class Best {
   const int wanted_, most_;
   int count_ = 0;
   T threshold_ = kMinusInfinity<T>;
-  // a block more than is waited for, and the place that take_above may write to
-  Entry<T> entries_[OPD_MAX_TOPK + OPD_MAX_TOPK + kBlock + 1];
+  // a block more than is waited for
+  Entry<T> entries_[OPD_MAX_TOPK + OPD_MAX_TOPK + kBlock];
 };
 
 template <class T>

@@ -49,6 +49,13 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
 inline unsigned __ballot_sync(unsigned, bool value) {
   return static_cast<unsigned>(emulation::ballot(value));
 }
+inline int __syncthreads_or(int value) { return emulation::sync_block_or(value != 0); }
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  for (unsigned mask = 16; mask > 0; mask /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, static_cast<int>(mask));
+  }
+  return value;
+}
 inline int __reduce_max_sync(unsigned, int value) {
   for (unsigned mask = 16; mask > 0; mask /= 2) {
     value = std::max(value, __shfl_xor_sync(0xffffffffu, value, static_cast<int>(mask)));

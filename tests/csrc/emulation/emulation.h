@@ -110,6 +110,7 @@ struct Block {
   Barrier barrier;
   std::vector<Barrier> warps;
   std::vector<uint64_t> lanes;  // what a warp's lanes exchange
+  std::vector<char> votes;      // of the threads
 };
 
 struct Thread {
@@ -171,6 +172,18 @@ void wait_at(Barrier& barrier, Expected&& expected, const char* what) {
 inline void sync_block() {
   Block& block = *self().block;
   wait_at(block.barrier, [&] { return block.live; }, "__syncthreads");
+}
+
+// Whether any thread of the block gives true.
+inline bool sync_block_or(bool value) {
+  Thread& thread = self();
+  Block& block = *thread.block;
+  if (block.live != block.votes.size()) fail("a vote of threads some of which have returned");
+  block.votes[thread.index.x] = value;
+  sync_block();
+  const bool any = std::find(block.votes.begin(), block.votes.end(), 1) != block.votes.end();
+  sync_block();
+  return any;
 }
 
 inline void sync_cluster() {
@@ -296,6 +309,7 @@ inline void run_cluster(Machine& m, unsigned first_block, size_t shared_bytes, s
     std::memset(block.storage.get(), 0xff, shared_bytes + 1024);  // NaN, as floats and as doubles
     block.warps.assign(warps, {});
     block.lanes.assign(warps * 32, 0);
+    block.votes.assign(per_block, 0);
     block.live_in_warp.assign(warps, 0);
     for (unsigned t = 0; t < per_block; ++t) {
       Thread& thread = m.fibers[b * per_block + t];
