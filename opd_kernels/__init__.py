@@ -17,6 +17,7 @@ from .segment_scan import (
     segment_scan,
 )
 from .token_logprobs import TokenLogprobs, token_logprobs
+from .topk_divergence import topk_divergence, topk_support
 
 __version__ = "0.1.0"
 
@@ -42,5 +43,7 @@ __all__ = [
     "segment_scan",
     "targets",
     "token_logprobs",
+    "topk_divergence",
+    "topk_support",
     "use_backend",
 ]

@@ -21,6 +21,7 @@ OPS = (
     "token_logprobs",
     "fused_linear_token_logprobs",
     "segment_scan",
+    "topk_divergence",
 )
 
 # the oldest GPUs that csrc/cuda is written for

@@ -149,11 +149,7 @@ def pack(
         TypeError: a dtype or type that is not supported.
     """
     op = rows.op
-    components = parse_sum(divergence)
-    if len(components) > MAX_COMPONENTS:
-        raise ValueError(
-            f"{op}: divergence must be a sum of at most {MAX_COMPONENTS}, got {len(components)}."
-        )
+    components = components_of(op, divergence)
     names = [component.name for _, component in components]
     labels, label_weights = _labels(rows, names, labels, label_weights)
     student_temperature, teacher_temperature = _checks.temperatures(op, temperature)
@@ -180,7 +176,7 @@ def pack(
         ),
         *temperatures,
         _checks.token_weights(op, token_weights, rows.num_tokens, rows.device, rows.real),
-        _coefficients(rows, [coefficient for coefficient, _ in components]),
+        coefficients(rows, [coefficient for coefficient, _ in components]),
         mixture_weights,
         labels,
         label_weights,
@@ -198,6 +194,20 @@ def pack(
         live,
         vocab_size,
     )
+
+
+def components_of(op: str, divergence: Loss) -> tuple[tuple[float | Tensor, Divergence], ...]:
+    """The summands of a loss and their coefficients.
+
+    Raises:
+        ValueError: more than the kernels take, or what `parse_sum` refuses.
+    """
+    components = parse_sum(divergence)
+    if len(components) > MAX_COMPONENTS:
+        raise ValueError(
+            f"{op}: divergence must be a sum of at most {MAX_COMPONENTS}, got {len(components)}."
+        )
+    return components
 
 
 def statistic_names(op: str, names: Sequence[str], laws: Laws, tolerance: float) -> tuple[str, ...]:
@@ -250,7 +260,7 @@ def _labels(
     return labels, weights
 
 
-def _coefficients(rows: Rows, values: list[float | Tensor]) -> Tensor | None:
+def coefficients(rows: Rows, values: list[float | Tensor]) -> Tensor | None:
     """[J, T], or None where every coefficient is 1."""
     if all(not isinstance(value, Tensor) and value == 1.0 for value in values):
         return None

@@ -256,6 +256,21 @@ inline opd_token_logprobs_spec_t token_logprobs_spec(const Tensor& logits, const
           static_cast<const int64_t*>(token_ids.data_ptr())};
 }
 
+inline opd_topk_divergence_spec_t topk_divergence_spec(const Tensor& logits,
+                                                       const Tensor& token_ids,
+                                                       const Optional& bias,
+                                                       const Optional& temperatures,
+                                                       const std::vector<double>& numbers,
+                                                       int64_t vocab_size) {
+  require(numbers.size() == 3, "opd: numbers must hold 3 values");
+  const int64_t num_tokens = logits.dim() > 0 ? logits.size(0) : 0;
+  check_table(token_ids, num_tokens, ScalarType::Long);
+  return {num_tokens, vocab_size, &parallel_for,
+          side(logits, num_tokens, vocab_size, real_of(logits), bias, numbers[0], numbers[1],
+               numbers[2], temperatures),
+          static_cast<const int64_t*>(token_ids.data_ptr()), token_ids.size(1)};
+}
+
 inline opd_segments_t segments_of(const Tensor& offsets, int64_t num_tokens, const Tensor& real) {
   require(real.scalar_type() == ScalarType::Float || real.scalar_type() == ScalarType::Double,
           "opd: values of segments must be float32 or float64");

@@ -52,6 +52,22 @@ STABLE_TORCH_LIBRARY(opd, m) {
   m.def("token_logprobs_bwd_(" OPD_TOKEN_GRADS
         "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, " OPD_LAW
         ", int grad_dtype) -> ()");
+  // ids [T, K] int64, < 0 is none, none twice in a row; tail_logprob and lse are float64. lse of the
+  // backward is what exp(z - lse) grad_rest is relative to, off the ids
+  m.def("topk_divergence_fwd(Tensor logits, Tensor token_ids, " OPD_LAW
+        ") -> (Tensor logprobs, Tensor tail_logprob, Tensor lse, Tensor entropy)");
+  m.def("topk_divergence_bwd(Tensor logits, Tensor token_ids, Tensor grad_ids, Tensor grad_rest, "
+        "Tensor lse, " OPD_LAW ") -> Tensor");
+  m.def("topk_divergence_bwd_(Tensor(a!) logits, Tensor token_ids, Tensor grad_ids, "
+        "Tensor grad_rest, Tensor lse, " OPD_LAW ", int grad_dtype) -> ()");
+  // the K + 1 cells of a sparse teacher, and its ids as the ops above take them; `tail` is a place
+  // in opd_kernels/_cells.py's TAILS
+  m.def("topk_divergence_cells(Tensor teacher_ids, Tensor teacher_logprobs, Tensor? tail_logprob, "
+        "Tensor? token_weights, int vocab_size, int tail, bool in_float64) -> "
+        "(Tensor token_ids, Tensor cells)");
+  // the summands of tail "drop" and their gradient, of masses that sum to anything
+  m.def("topk_divergence_drop(Tensor teacher_cells, Tensor student_cells, Tensor? token_weights, "
+        "Tensor? coefficients, int[] divergences, float[] params) -> (Tensor loss, Tensor grad)");
   // segments: dtype float32 or float64 throughout, offsets int64, mask uint8; num_steps 2^63 - 1 is
   // the whole segment; reduction is an opd_reduction_t; index is empty for sums and means
   m.def(

@@ -17,7 +17,8 @@
   X(divergence_fwd) X(divergence_bwd) X(divergence_fwd_grad) X(divergence_init)              \
   X(divergence_phase) X(divergence_close_lse) X(divergence_finish) X(token_logprobs_fwd)     \
   X(token_logprobs_bwd) X(segment_scan) X(segment_reduce) X(segment_broadcast)               \
-  X(group_statistics) X(sparse_gradient_mark) X(sparse_gradient_pack) X(sparse_gradient_add)
+  X(group_statistics) X(sparse_gradient_mark) X(sparse_gradient_pack) X(sparse_gradient_add) \
+  X(topk_divergence_fwd) X(topk_divergence_bwd)
 
 // the ops below, each a schema of ops.cpp
 #define OPD_ROW_OPS(X)                                                                  \
@@ -25,7 +26,8 @@
   X(divergence_bwd_) X(token_logprobs_fwd) X(token_logprobs_bwd) X(token_logprobs_bwd_) \
   X(segment_scan_fwd) X(segment_scan_reduce) X(segment_scan_broadcast)                  \
   X(segment_scan_group_statistics) X(sparse_gradient_mark) X(sparse_gradient_pack_)     \
-  X(sparse_gradient_add_)
+  X(sparse_gradient_add_)                                                               \
+  X(topk_divergence_fwd) X(topk_divergence_bwd) X(topk_divergence_bwd_)
 
 namespace opd::torch_ops {
 
@@ -212,6 +214,69 @@ void token_logprobs_bwd_(const Backend& kernels, Tensor grad_logprobs, Tensor gr
       token_logprobs_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
   token_logprobs_bwd_into(kernels, logits, grad_logprobs, grad_lse, grad_entropy, lse, entropy,
                           spec, grad_dtype);
+}
+
+// ---- topk_divergence ----
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk_divergence_fwd(const Backend& kernels,
+                                                               Tensor logits, Tensor token_ids,
+                                                               OPD_ONE_LAW_PARAMETERS) {
+  opd_topk_divergence_fwd_args_t args{};
+  args.struct_size = sizeof(args);
+  args.spec = topk_divergence_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
+  const int64_t num_tokens = args.spec.num_tokens;
+  Tensor logprobs =
+      torch::stable::new_empty(logits, {num_tokens, args.spec.num_ids}, real_of(logits));
+  Tensor tail_logprob = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Double);
+  Tensor lse = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Double);
+  Tensor entropy = torch::stable::new_empty(logits, {num_tokens}, real_of(logits));
+  args.logprobs = logprobs.data_ptr();
+  args.tail_logprob = static_cast<double*>(tail_logprob.data_ptr());
+  args.lse = static_cast<double*>(lse.data_ptr());
+  args.entropy = entropy.data_ptr();
+  kernels.topk_divergence_fwd(&args);
+  return {logprobs, tail_logprob, lse, entropy};
+}
+
+template <class Backend>
+void topk_divergence_bwd_into(const Backend& kernels, const Tensor& grad_logits,
+                              const Tensor& grad_ids, const Tensor& grad_rest, const Tensor& lse,
+                              const opd_topk_divergence_spec_t& spec,
+                              int64_t grad_dtype = kDtypeOfLogits) {
+  check_table(grad_ids, spec.num_tokens, real_of(grad_logits));
+  require(grad_ids.size(1) == spec.num_ids, "opd: grad_ids must have the shape of token_ids");
+  check_rows(grad_rest, spec.num_tokens, real_of(grad_logits));
+  check_rows(lse, spec.num_tokens, ScalarType::Double);
+  opd_topk_divergence_bwd_args_t args{};
+  args.struct_size = sizeof(args);
+  args.spec = spec;
+  args.grad_ids = grad_ids.data_ptr();
+  args.grad_rest = grad_rest.data_ptr();
+  args.lse = static_cast<const double*>(lse.data_ptr());
+  args.grad_logits = gradient_in(grad_logits, grad_dtype);
+  args.grad_width = grad_dtype == kDtypeOfLogits ? grad_logits.size(1) : spec.vocab_size;
+  kernels.topk_divergence_bwd(&args);
+}
+
+template <class Backend>
+Tensor topk_divergence_bwd(const Backend& kernels, Tensor logits, Tensor token_ids, Tensor grad_ids,
+                           Tensor grad_rest, Tensor lse, OPD_ONE_LAW_PARAMETERS) {
+  const opd_topk_divergence_spec_t spec =
+      topk_divergence_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
+  Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  topk_divergence_bwd_into(kernels, grad_logits, grad_ids, grad_rest, lse, spec);
+  return grad_logits;
+}
+
+template <class Backend>
+void topk_divergence_bwd_(const Backend& kernels, Tensor logits, Tensor token_ids, Tensor grad_ids,
+                          Tensor grad_rest, Tensor lse, OPD_ONE_LAW_PARAMETERS,
+                          int64_t grad_dtype) {
+  check_grad_dtype<Backend>(grad_dtype);
+  const opd_topk_divergence_spec_t spec =
+      topk_divergence_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
+  topk_divergence_bwd_into(kernels, logits, grad_ids, grad_rest, lse, spec, grad_dtype);
 }
 
 // ---- segments ----

@@ -12,6 +12,7 @@ from .segment_scan import (
     segment_scan,
 )
 from .token_logprobs import TokenLogprobs, token_logprobs
+from .topk_divergence import topk_divergence
 
 __all__ = [
     "FusedLinearDivergence",
@@ -25,4 +26,5 @@ __all__ = [
     "segment_reduce",
     "segment_scan",
     "token_logprobs",
+    "topk_divergence",
 ]

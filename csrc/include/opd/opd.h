@@ -221,6 +221,49 @@ typedef struct opd_token_logprobs_bwd_args_t {
 
 OPD_API opd_status_t opd_token_logprobs_bwd_cpu(const opd_token_logprobs_bwd_args_t* args);
 
+/* ---- A law on a few ids and, together, on all the rest. ---- */
+
+/* Of Q_t, the softmax of the logits as their law takes them: its log-probability at each of a row's
+ * ids, and of all the entries off the ids together, summed over these entries themselves. */
+typedef struct opd_topk_divergence_spec_t {
+  int64_t num_tokens;
+  int64_t vocab_size; /* the columns that count; the rest of a row is never read */
+  opd_parallel_for_fn parallel_for;
+  opd_logits_t logits;
+  const int64_t* token_ids; /* [T, num_ids], below vocab_size; < 0 is no id; none twice in a row */
+  int64_t num_ids;          /* 1 .. OPD_MAX_IDS */
+} opd_topk_divergence_spec_t;
+
+enum { OPD_MAX_IDS = 8192 };
+
+typedef struct opd_topk_divergence_fwd_args_t {
+  uint32_t struct_size;
+  opd_topk_divergence_spec_t spec;
+  void* logprobs;       /* [T, num_ids] real, out; -inf where there is no id */
+  double* tail_logprob; /* [T] out: log of the probability off the ids; -inf where that is 0 */
+  double* lse;          /* [T] out, of the logits that Q_t is the softmax of */
+  void* entropy;        /* [T] real, out, of the whole law */
+} opd_topk_divergence_fwd_args_t;
+
+OPD_API opd_status_t opd_topk_divergence_fwd_cpu(const opd_topk_divergence_fwd_args_t* args);
+
+/* With z the logits that Q_t is the softmax of: grad_logits[t, v] = dz_v / d logits[t, v] times
+ * grad_ids[t, k] where v is token_ids[t, k], and times grad_rest[t] exp(z_v - lse[t]) elsewhere; 0
+ * there where grad_rest[t] is 0. lse + tail_logprob of the forward call in the place of lse divides
+ * grad_rest among the entries off the ids by their share of the tail, however small that is.
+ * grad_logits may be the logits themselves, as for opd_token_logprobs_bwd_cpu. */
+typedef struct opd_topk_divergence_bwd_args_t {
+  uint32_t struct_size;
+  opd_topk_divergence_spec_t spec;
+  const void* grad_ids;     /* [T, num_ids] real; not read where there is no id */
+  const void* grad_rest;    /* [T] real */
+  const double* lse;        /* [T] */
+  opd_matrix_t grad_logits; /* out */
+  int64_t grad_width;       /* columns vocab_size .. grad_width are set to zero */
+} opd_topk_divergence_bwd_args_t;
+
+OPD_API opd_status_t opd_topk_divergence_bwd_cpu(const opd_topk_divergence_bwd_args_t* args);
+
 /* A gradient [T, V] on the columns that some row needs. A row's entries count relative to the size of
  * its token weight, which the gradient carries; a NaN or an infinity is always needed. Rows of weight
  * 0 are not read. Both calls read grad_logits (float32 or float64) once. */
@@ -400,6 +443,10 @@ OPD_API opd_status_t opd_token_logprobs_fwd_cuda(const opd_token_logprobs_fwd_ar
                                                  void* stream);
 OPD_API opd_status_t opd_token_logprobs_bwd_cuda(const opd_token_logprobs_bwd_args_t* args,
                                                  void* stream);
+OPD_API opd_status_t opd_topk_divergence_fwd_cuda(const opd_topk_divergence_fwd_args_t* args,
+                                                  void* stream);
+OPD_API opd_status_t opd_topk_divergence_bwd_cuda(const opd_topk_divergence_bwd_args_t* args,
+                                                  void* stream);
 OPD_API opd_status_t opd_sparse_gradient_mark_cuda(const opd_sparse_gradient_args_t* args,
                                                    void* stream);
 OPD_API opd_status_t opd_sparse_gradient_pack_cuda(const opd_sparse_gradient_args_t* args,
