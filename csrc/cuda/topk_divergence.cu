@@ -175,27 +175,38 @@ struct RestGradient {
   }
 };
 
+// The row of this block, read anew: what is made of it need not stay in registers until then.
+__device__ __forceinline__ int64_t row_again() {
+#if defined(__CUDA_ARCH__)
+  unsigned row;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(row));
+  return row;
+#else
+  return blockIdx.x;
+#endif
+}
+
+// fn(k, id) of the ids of a row that are this thread's.
+template <class Fn>
+__device__ __forceinline__ void for_each_id(const BackwardParameters& p, int64_t row, Fn&& fn) {
+  const int64_t* const ids = p.token_ids + row * p.num_ids;
+  for (int64_t k = threadIdx.x; k < p.num_ids; k += kThreads) {
+    const int64_t id = ids[k];
+    if (id >= 0 && id < p.vocab_size) fn(k, id);
+  }
+}
+
 template <class Storage, class Gradient>
 __global__ void __launch_bounds__(kThreads, 2) topk_divergence_backward(BackwardParameters p) {
   const int64_t row = blockIdx.x;
   const RowLaw law(p.side, row);
   const Storage* const logits = row_of<Storage>(p.side, row);
   Gradient* const out = static_cast<Gradient*>(p.grad_logits) + row * p.grad_row_stride;
-  const int64_t* const ids = p.token_ids + row * p.num_ids;
-  const float* const grad_ids = p.grad_ids + row * p.num_ids;
   const float slope = law.slope(), rest = p.grad_rest[row];
-  // fn(k, id) of the ids that are this thread's
-  const auto for_each_id = [&](auto&& fn) {
-    for (int64_t k = threadIdx.x; k < p.num_ids; k += kThreads) {
-      const int64_t id = ids[k];
-      if (id >= 0 && id < p.vocab_size) fn(k, id);
-    }
-  };
-
   // under a softcap, a slope per id; each is written and read by one thread
   float* const slopes = reinterpret_cast<float*>(shared_memory());
   if (law.has_softcap()) {
-    for_each_id([&](int64_t k, int64_t id) {
+    for_each_id(p, row, [&](int64_t k, int64_t id) {
       float value[1] = {to_real(logits[id])};
       law.affine(id, value);
       law.softcap_slope(value);
@@ -217,10 +228,14 @@ __global__ void __launch_bounds__(kThreads, 2) topk_divergence_backward(Backward
   }
 
   __syncthreads();  // the pass has written the columns of the ids, too
-  for_each_id([&](int64_t k, int64_t id) {
+  const int64_t again = row_again();
+  const float* const grad_ids = p.grad_ids + again * p.num_ids;
+  const float plain_slope = RowLaw(p.side, again).slope();
+  Gradient* const at = static_cast<Gradient*>(p.grad_logits) + again * p.grad_row_stride;
+  for_each_id(p, again, [&](int64_t k, int64_t id) {
     const float grad = grad_ids[k];
-    const float by = law.has_softcap() ? slopes[k] : slope;
-    from_real(grad == 0.0f ? 0.0f : grad * by, out + id);
+    const float by = p.side.softcap != 0.0f ? slopes[k] : plain_slope;
+    from_real(grad == 0.0f ? 0.0f : grad * by, at + id);
   });
 }
 
