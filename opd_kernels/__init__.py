@@ -9,6 +9,10 @@ from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
+from .fused_linear_topk_divergence import (
+    FusedLinearTopkDivergenceOutput,
+    fused_linear_topk_divergence,
+)
 from .segment_scan import (
     GroupStatistics,
     group_statistics,
@@ -24,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BuildError",
     "FusedLinearDivergenceOutput",
+    "FusedLinearTopkDivergenceOutput",
     "GroupStatistics",
     "OpdError",
     "TokenLogprobs",
@@ -34,6 +39,7 @@ __all__ = [
     "explain",
     "fused_linear_divergence",
     "fused_linear_token_logprobs",
+    "fused_linear_topk_divergence",
     "group_statistics",
     "kernel_table",
     "reference",

@@ -22,6 +22,7 @@ OPS = (
     "fused_linear_token_logprobs",
     "segment_scan",
     "topk_divergence",
+    "fused_linear_topk_divergence",
 )
 
 # the oldest GPUs that csrc/cuda is written for

@@ -8,11 +8,15 @@ import inspect
 
 from torch import Tensor
 
-from . import _checks, _dispatch, _laws, _parallel, _plan
+from . import _checks, _dispatch, _laws, _parallel, _plan, _topk_divergence_path
 from .divergences import parse_sum
 
 # where the heads are among the tensors of a call
-_HEADS = {"fused_linear_divergence": (1, 3), "fused_linear_token_logprobs": (1,)}
+_HEADS = {
+    "fused_linear_divergence": (1, 3),
+    "fused_linear_token_logprobs": (1,),
+    "fused_linear_topk_divergence": (1,),
+}
 
 
 def explain(op: str, *tensors: Tensor, **options: object) -> str:
@@ -71,6 +75,12 @@ def _plan_of(
         ]
         whole_rows = _parallel.WHOLE_ROWS if group_name else _laws.needs_whole_rows(ids)
         in_parts = not group_name and not options.get("gradient_tolerance")
+    per_token = 0
+    if op == "fused_linear_topk_divergence":
+        whole_rows = _parallel.WHOLE_ROWS if group_name else whole_rows
+        in_parts = False
+        if len(tensors) > 2:
+            per_token = _topk_divergence_path.BYTES_PER_ID * tensors[2].shape[1]
     lora = options.get("student_lora", options.get("lora"))
     return _plan.plan(
         op,
@@ -81,4 +91,5 @@ def _plan_of(
         whole_rows=whole_rows,
         in_parts=in_parts,
         low_rank=0 if lora is None else lora[0].shape[0],
+        per_token=per_token,
     )

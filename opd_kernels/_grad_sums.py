@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The caller's own sum of a head's gradients (Megatron's and FSDP2's main_grad), and its checks.
 
-fused_linear_divergence forms gradients in forward, before the upstream gradient is known: the sum
+The fused divergences form gradients in forward, before the upstream gradient is known: the sum
 gets dW then, times what the caller says the upstream gradient will be, and no dW of the op's own
 exists. A node of autograd holds the caller to it.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _checks, _linear
 from ._registration import register
 
-_OP = "fused_linear_divergence"
+_OP = "opd_kernels"
 
 
 def checked(op: str, name: str, value: Tensor | None, weight: Tensor) -> Tensor | None:

@@ -115,6 +115,7 @@ def plan(
     whole_rows: str | None = None,
     in_parts: bool = True,
     low_rank: int = 0,
+    per_token: int = 0,
 ) -> Plan:
     """The cut whose buffers fit into `workspace_bytes`.
 
@@ -126,16 +127,18 @@ def plan(
         heads: student's first; only their shapes, dtypes and device are read.
         in_parts: on a GPU, the other models may have fewer tokens at a time than the student.
         low_rank: r of a low-rank pair; counted on a GPU.
+        per_token: bytes that the caller holds per token of a chunk besides.
 
     Raises:
         ValueError: the workspace does not even hold one token.
     """
     if _gemms.on_gpu(heads[0]):
-        costs = _costs(vocab_size, heads, low_rank)
+        costs = _costs(vocab_size, heads, low_rank, per_token)
         return _gpu_plan(op, num_tokens, costs, workspace_bytes, whole_rows, in_parts)
     _checks.byte_count(op, workspace_bytes)
     itemsize = _checks.real_dtype(heads[0]).itemsize
     fixed_bytes, row_bytes = _cpu_bytes(heads)
+    fixed_bytes += per_token
     column_bytes = itemsize * len(heads)
     token_bytes = fixed_bytes + column_bytes * vocab_size
     fewest = min(num_tokens, _FEWEST_TOKENS)
@@ -183,6 +186,7 @@ def check(
     workspace_bytes: int,
     *,
     whole_rows: str | None = None,
+    per_token: int = 0,
 ) -> None:
     """Of `plan`, what can be refused before the op runs, for any number of tokens.
 
@@ -194,7 +198,9 @@ def check(
     fixed_bytes, row_bytes = _cpu_bytes(heads)
     if _gemms.on_gpu(heads[0]):
         fixed_bytes, row_bytes = sum(head.dtype.itemsize * head.shape[1] for head in heads), 0
-    smallest = fixed_bytes + _checks.real_dtype(heads[0]).itemsize * len(heads) * columns
+    smallest = (
+        fixed_bytes + per_token + _checks.real_dtype(heads[0]).itemsize * len(heads) * columns
+    )
     _checks.workspace(op, workspace_bytes, smallest + row_bytes, whole_rows)
 
 
@@ -257,12 +263,12 @@ class _Costs:
         return max(1, min(wanted, part * columns // (max(1, tokens) * self.hidden_size)))
 
 
-def _costs(vocab_size: int, heads: Sequence[Tensor], low_rank: int) -> _Costs:
+def _costs(vocab_size: int, heads: Sequence[Tensor], low_rank: int, per_token: int) -> _Costs:
     real = _checks.real_dtype(heads[0]).itemsize
     hidden_sizes = [head.shape[1] for head in heads]
     sizes = [head.dtype.itemsize * head.shape[1] for head in heads]
     # dX of the chunk beside the gathered hidden states
-    student = sizes[0] + real * hidden_sizes[0] + _LAW_BYTES
+    student = sizes[0] + real * hidden_sizes[0] + _LAW_BYTES + per_token
     # the column sums of dZ, for a bias
     call = real * vocab_size
     if low_rank:

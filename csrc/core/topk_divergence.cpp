@@ -152,20 +152,24 @@ void forward(const opd_topk_divergence_fwd_args_t& args) {
     });
     const double on_lse = on.lse(), off_lse = off.lse();
     const double on_share = log_share(on_lse, off_lse), tail = log_share(off_lse, on_lse);
-    // a row without any finite logit has no law: its values are NaN
-    const double lse = std::isnan(on_lse + off_lse) ? on_lse + off_lse
+    // a row without any finite logit has no law: its lse is -inf, its values are NaN
+    const bool has_law = on_lse != kNothing || off_lse != kNothing;
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+    const double lse = std::isnan(on_lse + off_lse) ? nan
+                       : !has_law                   ? kNothing
                        : on_lse >= off_lse          ? on_lse - on_share
                                                     : off_lse - tail;
+    const bool is_law = has_law && !std::isnan(lse);
     const Shift<T> shift(lse);
     for (int64_t i = 0; i < spec.num_ids; ++i) {
       logprobs[i] = (logprobs[i] - shift.high) - shift.low;
     }
     args.lse[row] = lse;
-    args.tail_logprob[row] = std::isnan(lse) ? lse : tail;
-    static_cast<T*>(args.entropy)[row] = static_cast<T>(
-        std::isnan(lse) ? lse
-                        : entropy_of_part(on_share, on.entropy()) +
-                              entropy_of_part(tail, off.entropy()));
+    args.tail_logprob[row] = is_law ? tail : nan;
+    static_cast<T*>(args.entropy)[row] =
+        static_cast<T>(is_law ? entropy_of_part(on_share, on.entropy()) +
+                                    entropy_of_part(tail, off.entropy())
+                              : nan);
   });
 }
 

@@ -115,6 +115,27 @@ STABLE_TORCH_LIBRARY(opd, m) {
         ", int workspace_bytes, bool[] with_grads, str process_group, bool? compact_tokens, "
         "str backend) -> (Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, "
         "Tensor grad_student_bias, Tensor grad_student_lora_a, Tensor grad_student_lora_b)");
+  // the same of a sparse teacher, whose student has one side's law
+#define OPD_TOPK_HIDDEN                                                                      \
+  "Tensor student_hidden, Tensor student_lm_head_weight, Tensor? student_lora_a, "           \
+  "Tensor? student_lora_b, Tensor teacher_ids, Tensor teacher_logprobs, "                    \
+  "Tensor? tail_logprob, Tensor? token_weights, Tensor? coefficients, int[] divergences, "   \
+  "float[] params, int tail, "
+#define OPD_TOPK_OPTIONS                                                                     \
+  ", int workspace_bytes, bool[] with_grads, bool with_statistics, str process_group, "      \
+  "bool? compact_tokens, str backend) -> (Tensor loss, Tensor grad_student_hidden, "         \
+  "Tensor grad_student_lm_head_weight, Tensor grad_student_bias, "                           \
+  "Tensor grad_student_lora_a, Tensor grad_student_lora_b, Tensor statistics)"
+  m.def("fused_linear_topk_divergence_sum(" OPD_TOPK_HIDDEN OPD_LAW OPD_TOPK_OPTIONS);
+  m.def("fused_linear_topk_divergence_sum_(Tensor(a!) student_lm_head_weight_grad, "
+        "float grad_scale, " OPD_TOPK_HIDDEN OPD_LAW OPD_TOPK_OPTIONS);
+  m.def("fused_linear_topk_divergence_fwd(" OPD_TOPK_HIDDEN OPD_LAW
+        ", int workspace_bytes, bool with_statistics, str process_group, bool? compact_tokens, "
+        "str backend) -> (Tensor loss, Tensor statistics)");
+  m.def("fused_linear_topk_divergence_bwd(Tensor grad_loss, " OPD_TOPK_HIDDEN OPD_LAW
+        ", int workspace_bytes, bool[] with_grads, str process_group, bool? compact_tokens, "
+        "str backend) -> (Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, "
+        "Tensor grad_student_bias, Tensor grad_student_lora_a, Tensor grad_student_lora_b)");
 #define OPD_TOKEN_OPTIONS                                                                    \
   ", int workspace_bytes, bool[] with_grads, bool? compact_tokens, str backend) -> "         \
   "(Tensor grad_hidden, Tensor grad_lm_head_weight, Tensor grad_bias, Tensor grad_lora_a, "  \

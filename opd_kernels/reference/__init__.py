@@ -4,6 +4,10 @@
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
+from .fused_linear_topk_divergence import (
+    FusedLinearTopkDivergence,
+    fused_linear_topk_divergence,
+)
 from .segment_scan import (
     GroupStatistics,
     group_statistics,
@@ -16,11 +20,13 @@ from .topk_divergence import topk_divergence
 
 __all__ = [
     "FusedLinearDivergence",
+    "FusedLinearTopkDivergence",
     "GroupStatistics",
     "TokenLogprobs",
     "divergence",
     "fused_linear_divergence",
     "fused_linear_token_logprobs",
+    "fused_linear_topk_divergence",
     "group_statistics",
     "segment_broadcast",
     "segment_reduce",
