@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a sparse divergence needs of a row of logits, and the row's gradient, one program per row.
 
-The three launchers have the signatures of the `opd` schemas. Forward: log q at K ids, the log of all
-mass off them, log-sum-exp and entropy, each logit read once. The ids are bits in global memory, one
-per column; logits off the ids go into one set of running sums and the ids' own, gathered, into
-another, so that neither mass is a difference. Backward: dz_v = slope_v q_v grad_rest off the ids and
-slope_v grad_ids[k] on them, slope_v = scale / temperature times the softcap's own slope.
+The three launchers have the signatures of the `opd` schemas. Forward: log q at K ids, the log of
+all mass off them, log-sum-exp and entropy, each logit read once. The ids are bits in global memory,
+one per column; logits off the ids go into one set of running sums and the ids' own, gathered, into
+another, so that neither mass is a difference. Backward: dz_v = slope_v q_v grad_rest off the ids
+and slope_v grad_ids[k] on them, slope_v = scale / temperature times the softcap's own slope, q_v
+relative to any lse.
 """
 
 from __future__ import annotations
@@ -246,12 +247,17 @@ def _launch_bwd(
     num_ids = token_ids.shape[1]
     block_v, num_warps = tile(vocab_size)
     block_ids = _block_of(num_ids, num_warps)
+    max_registers = None
     if law.softcap is None:
         block_ids = min(block_ids, _IDS)
+    elif block_ids <= _IDS and num_warps == 8:
+        # two programs on an SM: unasked, the assembler tries five and spills
+        max_registers = 128
     launch(
         _topk_divergence_bwd_kernel, num_tokens, num_warps,
         law, token_ids, grad_ids, grad_rest, lse, grad_logits, num_ids, vocab_size, grad_width,
         grad_logits.stride(0), NARROWS=narrows, BLOCK_IDS=block_ids, BLOCK_V=block_v,
+        maxnreg=max_registers,
     )  # fmt: skip
 
 
