@@ -49,7 +49,7 @@ def law_logits(logits: Tensor, law: Law, dtype: torch.dtype) -> Tensor:
 
 def _on(ids: Tensor, vocab_size: int) -> Tensor:
     """[T, V] bool: the columns of the ids."""
-    on = torch.zeros(ids.shape[0], vocab_size + 1, dtype=torch.bool)
+    on = torch.zeros(ids.shape[0], vocab_size + 1, dtype=torch.bool, device=ids.device)
     return on.scatter(1, torch.where(ids < 0, vocab_size, ids), True)[:, :vocab_size]
 
 
@@ -78,7 +78,7 @@ def backward(
     z = law_logits(leaf, law, dtype)
     on = _on(ids, law.vocab_size)
     q = (z.detach() - lse.to(dtype)[:, None]).exp().masked_fill(on, 0.0)
-    upstream = torch.cat([grad_rest.to(dtype)[:, None] * q, torch.zeros(len(ids), 1)], dim=1)
+    upstream = torch.cat([grad_rest.to(dtype)[:, None] * q, q.new_zeros(len(ids), 1)], dim=1)
     at_ids = torch.where(ids < 0, law.vocab_size, ids)
     upstream = upstream.to(dtype).scatter(1, at_ids, grad_ids.to(dtype))
     z.backward(upstream[:, : law.vocab_size])
