@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# asserts there are rewritten as they are in test files
+pytest.register_assert_rewrite("tests.twins")
+
 # two threads on a machine that others use too spend their time waiting for each other; what depends
 # on the thread count sets it (the determinism tests)
 NUM_THREADS = 1

@@ -24,8 +24,15 @@ from triton.backends.compiler import GPUTarget
 
 from opd_kernels import divergences as D
 from opd_kernels import targets
+from opd_kernels._cells import MAX_IDS
 from opd_kernels.divergence import FINISH, LSE, ROW_SUMS, TERMS
-from opd_kernels.triton import _divergence_phases, divergence, sparse_gradient, token_logprobs
+from opd_kernels.triton import (
+    _divergence_phases,
+    divergence,
+    sparse_gradient,
+    token_logprobs,
+    topk_divergence,
+)
 from opd_kernels.triton._divergences import DIVERGENCES
 from tests.checks import laws_of
 
@@ -71,7 +78,9 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
             }
         )
 
-    for module in (divergence, _divergence_phases, sparse_gradient, token_logprobs):
+    for module in (
+        divergence, _divergence_phases, sparse_gradient, token_logprobs, topk_divergence,
+    ):  # fmt: skip
         module.launch = launch
     described = []
     for chosen, call in calls(names):
@@ -102,6 +111,8 @@ def calls(names: Sequence[str]):
         for options in (PLAIN, EVERYTHING):
             chosen = {"options": options, "divergence": None, "dtype": _name(dtype)}
             yield chosen, partial(_token_logprobs, dtype, options)
+            for num_ids in (64, MAX_IDS):
+                yield chosen, partial(_topk_divergence, dtype, options, num_ids)
     yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
@@ -158,17 +169,31 @@ def _phases(logits, laws) -> None:
         divergence.divergence_bwd_(torch.ones(2), state, *logits, *laws, 16, grad_dtype)
 
 
+def _law(options: str) -> tuple:
+    """OPD_LAW of two rows."""
+    if options == EVERYTHING:
+        return torch.empty(VOCAB_SIZE), torch.ones(2), [0.5, 30.0, 1.0], VOCAB_SIZE
+    return None, None, [1.0, 0.0, 0.7], VOCAB_SIZE
+
+
 def _token_logprobs(dtype: torch.dtype, options: str) -> None:
     logits, ids = torch.empty(2, VOCAB_SIZE, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    ones = torch.ones(2)
-    law = (None, None, [1.0, 0.0, 0.7], VOCAB_SIZE)
-    if options == EVERYTHING:
-        law = (torch.empty(VOCAB_SIZE), ones, [0.5, 30.0, 1.0], VOCAB_SIZE)
+    ones, law = torch.ones(2), _law(options)
     _, lse, entropy = token_logprobs.token_logprobs_fwd(logits, ids, *law)
     grads = ones, ones.double(), ones
     token_logprobs.token_logprobs_bwd(*grads, logits, ids, lse, entropy, *law)
     if dtype == torch.float32:
         token_logprobs.token_logprobs_bwd_(*grads, logits, ids, lse, entropy, *law, 2)
+
+
+def _topk_divergence(dtype: torch.dtype, options: str, num_ids: int) -> None:
+    logits = torch.empty(2, VOCAB_SIZE, dtype=dtype)
+    ids, law = torch.zeros(2, num_ids, dtype=torch.int64), _law(options)
+    _, _, lse, _ = topk_divergence.topk_divergence_fwd(logits, ids, *law)
+    arguments = logits, ids, torch.ones(2, num_ids), torch.ones(2), lse, *law
+    topk_divergence.topk_divergence_bwd(*arguments)
+    if dtype == torch.float32:
+        topk_divergence.topk_divergence_bwd_(*arguments, 2)
 
 
 def _sparse_gradient() -> None:

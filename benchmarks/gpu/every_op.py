@@ -8,7 +8,7 @@ import argparse
 import torch
 
 import opd_kernels as opk
-from benchmarks.gpu import cases, device
+from benchmarks.gpu import cases, device, sparse_teacher
 from benchmarks.shapes import Shape
 from opd_kernels import divergences as D
 from opd_kernels import targets
@@ -17,7 +17,7 @@ from opd_kernels import targets
 SHAPES = (Shape(5, 1003, 24, 40), Shape(3, 40_000, 16, 24))
 DRY_SHAPES = (Shape(3, 67, 8, 16),)
 STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
-OPS = ("divergence", "fused", "token_logprobs", "segment_scan")
+OPS = ("divergence", "fused", "token_logprobs", "topk_divergence", "segment_scan")
 
 
 def divergence(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
@@ -68,6 +68,23 @@ def token_logprobs(shape: Shape, dev: device.Device, backend: str, dtype: torch.
         opk.fused_linear_token_logprobs(*inputs[:2], ids, backend=backend),
     ):
         (out.logprobs + out.lse + out.entropy).sum().backward()
+
+
+def topk_divergence(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """Every tail, under a softcap and without, from logits and from hidden states."""
+    inputs = cases.inputs_of(dev, shape, dtype).with_head("trained")
+    teacher = sparse_teacher.teacher_of(dev, shape.num_tokens, shape.vocab_size)
+    logits = (inputs.student_hidden @ inputs.student_lm_head_weight.t()).detach().requires_grad_()
+    weights = torch.linspace(0.0, 1.0, shape.num_tokens, device=dev.kind)
+    for tail in ("bucket", "renormalize_both", "renormalize_teacher", "drop"):
+        softcap = 30.0 if tail == "bucket" else None
+        opk.topk_divergence(
+            logits, *teacher, tail=tail, softcap=softcap, backend=backend
+        ).sum().backward()
+        opk.fused_linear_topk_divergence(
+            *inputs[:2], *teacher, tail=tail, student_softcap=softcap, token_weights=weights,
+            backend=backend,
+        ).loss.backward()  # fmt: skip
 
 
 def segment_scan(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:

@@ -4,20 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import opd_kernels as opk
 from benchmarks import laws
-from benchmarks.gpu import cases, part_ceilings
+from benchmarks.gpu import cases, part_ceilings, sparse_teacher
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.device import Device, Run, Time
-from benchmarks.gpu.goals import TOLERANT
+from benchmarks.gpu.goals import SPARSE, TOLERANT
 from benchmarks.gpu.results import RowKernel, Timing
 from opd_kernels import _dispatch, _gemms, _laws
 
 TOKEN_LOGPROBS = "token_logprobs"
+# of the same cost: one to see, and one whose gradient is not that of a weighted likelihood
+SPARSE_DIVERGENCES = ("forward_kl", "reverse_kl")
 # calls of a row kernel between two events: one alone would be timed with its launch
 CALLS = 10
 
@@ -98,11 +101,36 @@ def row_kernels(device: Device, context: Context, backends: list[str]) -> None:
             for pair in pairs
         ]
         variants[TOKEN_LOGPROBS] = in_rotation(runs), size
+        variants |= sparse_rows(device, backend, pairs)
         times = device.turns({name: run for name, (run, _) in variants.items()}, sizes.rounds)
         for name, time in times.items():
             ms = time.median / CALLS
             rate = variants[name][1] / (1e-3 * ms) / 1e9
             context.row(RowKernel(name, backend, ms, variants[name][1], rate, rate / copy.rate))
+
+
+def sparse_rows(
+    device: Device, backend: str, pairs: list[tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Run, int]]:
+    """The row kernels of topk_divergence: the second overwrites what the first does not read."""
+    num_tokens, vocab_size = pairs[0][0].shape
+    size, grad_dtype = pairs[0][0].numel() * 4, grad_dtype_of(pairs[0][0])
+    ids = sparse_teacher.teacher_of(device, num_tokens, vocab_size).teacher_ids
+    calls: dict[str, list[Run]] = {}
+    for overwritten, kept in pairs:
+        of_kept = sparse_teacher.row_kernels(backend, kept, ids, grad_dtype)
+        of_overwritten = sparse_teacher.row_kernels(backend, overwritten, ids, grad_dtype)
+        forward, backward = of_kept
+        for name, kernels in ((forward, of_kept), (backward, of_overwritten)):
+            kernel, arguments = kernels[name]
+            call = partial(kernel, *arguments)
+            calls.setdefault(name, []).append(call)
+    written = size // 2 if grad_dtype != _gemms.AS_LOGITS else size
+    forward, backward = calls
+    return {
+        forward: (in_rotation(calls[forward]), size),
+        backward: (in_rotation(calls[backward]), size + written),
+    }
 
 
 def timing(
@@ -219,6 +247,41 @@ def token_logprobs(device: Device, context: Context, shape: cases.Shape) -> None
     context.row(row)
 
 
+def sparse(device: Device, context: Context, shape: cases.Shape) -> None:
+    """`fused_linear_topk_divergence` over its three GEMMs: no teacher of size V."""
+    sizes = context.sizes
+    plain = cases.inputs_of(device, shape, sizes.dtype)
+    teacher = sparse_teacher.teacher_of(device, shape.num_tokens, shape.vocab_size)
+    # without a teacher's logits a chunk has twice the tokens; the GEMMs are as quick at ours
+    cut = cases.cut_of(plain, sizes.workspace_bytes, context.lead)
+    gemms = cases.Gemms(device, plain, cut)
+    split = gemms.best_split()
+    options = {"backend": context.lead, "workspace_bytes": sizes.workspace_bytes}
+    variants: dict[tuple[str, str], Run] = {}
+    for head in cases.HEADS:
+        inputs = plain.with_head(head)
+        variants["floor", head] = sparse_teacher.floor_of(gemms, head, split)
+        for name in SPARSE_DIVERGENCES:
+            loss = sparse_teacher.loss_of(name, teacher, **options)
+            variants[name, head] = cases.step(loss, inputs)
+    times = device.turns(variants, sizes.rounds, context.seconds_left())
+    for name, head in variants:
+        if name == "floor":
+            continue
+        num_ids = teacher.teacher_ids.shape[1]
+        context.row(
+            timing(
+                str(shape),
+                f"{SPARSE}, K = {num_ids}",
+                name,
+                head,
+                times[name, head],
+                times["floor", head],
+                note=f"{cut}, dX in {split}",
+            )
+        )
+
+
 def each(context: Context, what: str, shapes: tuple, case: Callable[[cases.Shape], None]) -> None:
     """A case after the other while there is time; one that fails does not stop the rest."""
     device = context.device()
@@ -245,6 +308,7 @@ def run(context: Context) -> None:
     some = tuple(dict.fromkeys((sizes.shapes[0], sizes.shapes[min(2, len(sizes.shapes) - 1)])))
     each(context, "tolerance", some, lambda shape: tolerant(device, context, shape))
     each(context, "logprobs", some[:1], lambda shape: token_logprobs(device, context, shape))
+    each(context, "sparse teacher", some, lambda shape: sparse(device, context, shape))
     for backend in others:
         each(
             context,

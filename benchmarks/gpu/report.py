@@ -108,12 +108,12 @@ def _ours(results: dict) -> str:
 
 def _others_of_ours(results: dict) -> str:
     rows = [
-        [row.case, row.contestant, f"{row.ms:.2f}", f"{row.floor_ms:.2f}",
-         f"{row.ratio_to_floor:.3f}"]
+        [row.case, ", ".join(filter(None, (row.contestant, row.divergence))), row.head,
+         f"{row.ms:.2f}", f"{row.floor_ms:.2f}", f"{row.ratio_to_floor:.3f}"]
         for row in rows_of(results, "ours", Timing)
         if not row.contestant.startswith(OURS)
     ]  # fmt: skip
-    return table(["case", "", "ms", "GEMMs, ms", "ratio"], rows) if rows else ""
+    return table(["case", "", "head", "ms", "GEMMs, ms", "ratio"], rows) if rows else ""
 
 
 def _row_kernels(results: dict) -> str:
@@ -217,9 +217,10 @@ _TABLES: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
         _row_kernels,
     ),
     (
-        "Small gradients left out, and log-probabilities of tokens",
+        "Small gradients left out, log-probabilities of tokens, sparse teachers",
         f"`{TOLERANT}` on peaked laws (`benchmarks/laws.py`), over the dense GEMMs of the exact "
-        "loss; `fused_linear_token_logprobs` over its four GEMMs.",
+        "loss; `fused_linear_token_logprobs` over its four GEMMs; `fused_linear_topk_divergence` "
+        "over its three, two with the head frozen.",
         _others_of_ours,
     ),
     ("How long do others take?", "The same inputs, in turns with ours.", _peers),

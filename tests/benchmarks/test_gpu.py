@@ -86,7 +86,13 @@ def test_every_part_measures_what_it_is_for(whole):
     assert all(row.floor_ms > 0 and row.ratio_to_floor == row.ms / row.floor_ms for row in ours)
     lead = [row for row in ours if row.contestant == "opd_kernels cpu"]
     assert all(0 < row.peak_bytes <= 1.05 * row.allowed_bytes for row in lead)
-    assert {row.name for row in rows_of(results, "ours", RowKernel)} >= {"divergence jsd"}
+    kernels = {row.name: row.bytes for row in rows_of(results, "ours", RowKernel)}
+    assert "divergence jsd" in kernels
+    logits_bytes = 4 * cases.DRY.row_tokens * cases.DRY_SHAPES[0].vocab_size
+    assert kernels["topk_divergence forward"] == logits_bytes
+    assert kernels["topk_divergence backward"] == 2 * logits_bytes
+    sparse = {(row.contestant, row.head) for row in ours if row.contestant.startswith(goals.SPARSE)}
+    assert sparse == {(f"{goals.SPARSE}, K = 64", head) for head in cases.HEADS}
     peers = rows_of(results, "peers", Timing)
     eager = [row for row in peers if row.contestant == "eager"]
     assert len(eager) == len(cases.DRY_SHAPES) * len(cases.HEADS) * len(cases.DIVERGENCES)

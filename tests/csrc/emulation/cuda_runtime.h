@@ -70,6 +70,12 @@ T atomicAdd(T* at, T value) {
   return before;
 }
 template <class T>
+T atomicOr(T* at, T value) {
+  const T before = *at;
+  *at = before | value;
+  return before;
+}
+template <class T>
 T __ldg(const T* at) {
   return *at;
 }
