@@ -17,6 +17,14 @@ from .segment_scan import (
     segment_scan,
 )
 from .token_logprobs import TokenLogprobs, token_logprobs
+from .topk_codec import (
+    TopkCodes,
+    TopkLaws,
+    codec_status,
+    decode_topk,
+    encode_topk,
+    topk_row_bytes,
+)
 
 __version__ = "0.1.0"
 
@@ -26,9 +34,14 @@ __all__ = [
     "GroupStatistics",
     "OpdError",
     "TokenLogprobs",
+    "TopkCodes",
+    "TopkLaws",
     "UnsupportedBackendError",
+    "codec_status",
+    "decode_topk",
     "divergence",
     "divergences",
+    "encode_topk",
     "errors",
     "explain",
     "fused_linear_divergence",
@@ -42,5 +55,6 @@ __all__ = [
     "segment_scan",
     "targets",
     "token_logprobs",
+    "topk_row_bytes",
     "use_backend",
 ]

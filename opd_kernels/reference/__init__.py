@@ -12,12 +12,17 @@ from .segment_scan import (
     segment_scan,
 )
 from .token_logprobs import TokenLogprobs, token_logprobs
+from .topk_codec import TopkCodes, TopkLaws, decode_topk, encode_topk
 
 __all__ = [
     "FusedLinearDivergence",
     "GroupStatistics",
     "TokenLogprobs",
+    "TopkCodes",
+    "TopkLaws",
+    "decode_topk",
     "divergence",
+    "encode_topk",
     "fused_linear_divergence",
     "fused_linear_token_logprobs",
     "group_statistics",
