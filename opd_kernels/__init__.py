@@ -9,6 +9,7 @@ from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
+from .fused_linear_topk import fused_linear_topk
 from .segment_scan import (
     GroupStatistics,
     group_statistics,
@@ -25,6 +26,7 @@ from .topk_codec import (
     encode_topk,
     topk_row_bytes,
 )
+from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "TokenLogprobs",
     "TopkCodes",
     "TopkLaws",
+    "TopkLogprobs",
     "UnsupportedBackendError",
     "codec_status",
     "decode_topk",
@@ -46,6 +49,7 @@ __all__ = [
     "explain",
     "fused_linear_divergence",
     "fused_linear_token_logprobs",
+    "fused_linear_topk",
     "group_statistics",
     "kernel_table",
     "reference",
@@ -55,6 +59,7 @@ __all__ = [
     "segment_scan",
     "targets",
     "token_logprobs",
+    "topk_logprobs",
     "topk_row_bytes",
     "use_backend",
 ]

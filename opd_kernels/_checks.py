@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEFAULT_WORKSPACE_BYTES = 1 << 30
+# OPD_MAX_TOPK of opd.h
+MAX_TOPK = 4096
 
 
 def no_forward_mode(op: str, *tensors: Tensor) -> None:
@@ -328,6 +330,18 @@ def token_ids(op: str, value: Tensor, num_tokens: int, device: torch.device) -> 
     if value.device != device:
         raise ValueError(f"{op}: token_ids must be on {device}, got {value.device}.")
     return value.to(torch.int64).contiguous()
+
+
+def num_topk(op: str, value: int, vocab_size: int) -> int:
+    """An int from 1 to what a kernel holds, and no more than there are tokens."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: num_topk must be an int, got {type(value).__name__}.")
+    if not 1 <= value <= min(MAX_TOPK, vocab_size):
+        raise ValueError(
+            f"{op}: num_topk must be in [1, {min(MAX_TOPK, vocab_size)}] for a vocabulary of "
+            f"{vocab_size}, got {value}."
+        )
+    return value
 
 
 def one_of(op: str, name: str, value: str, allowed: Iterable[str]) -> str:

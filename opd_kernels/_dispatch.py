@@ -22,6 +22,8 @@ OPS = (
     "fused_linear_token_logprobs",
     "segment_scan",
     "topk_codec",
+    "topk_logprobs",
+    "fused_linear_topk",
 )
 # the functions of an op that has no function of its own name
 FUNCTIONS = {"topk_codec": ("encode_topk", "decode_topk")}

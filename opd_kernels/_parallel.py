@@ -122,17 +122,17 @@ def local_heads(
 
     plain = {}
     for side, head in heads.items():
+        name = side if side.endswith("lm_head_weight") else f"{side}_lm_head_weight"
         if isinstance(head, DTensor):
             placements, mesh = head.placements, head.device_mesh
             if mesh.ndim != 1 or placements[0] != ShardPlacement(0):
                 raise ValueError(
-                    f"{op}: {side}_lm_head_weight must be a DTensor sharded in dimension 0 over a "
+                    f"{op}: {name} must be a DTensor sharded in dimension 0 over a "
                     f"mesh of one dimension, got {placements} over {mesh.ndim}."
                 )
             if process_group is not None and mesh.get_group() is not process_group:
                 raise ValueError(
-                    f"{op}: {side}_lm_head_weight must be sharded over process_group, got another "
-                    "mesh."
+                    f"{op}: {name} must be sharded over process_group, got another mesh."
                 )
             process_group = mesh.get_group()
             head = head.to_local()

@@ -50,7 +50,7 @@ LAYERS = (
 _ROW_KERNEL = "its GEMMs are the library's and its row kernel is that of the op without the prefix"
 ABSENT = {
     (op, layer): _ROW_KERNEL
-    for op in ("fused_linear_divergence", "fused_linear_token_logprobs")
+    for op in ("fused_linear_divergence", "fused_linear_token_logprobs", "fused_linear_topk")
     for layer in (
         "csrc/core/{op}.cpp",
         "csrc/cuda/{op}.cu",

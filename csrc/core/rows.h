@@ -53,23 +53,50 @@ OPD_IVDEP
   return sum;
 }
 
-template <class T>
-T lane_max(const T* values, int count) {
-  T lanes[kLanes];
-  std::fill(lanes, lanes + kLanes, -std::numeric_limits<T>::infinity());
-  for (int i = 0; i < count; i += kLanes) {
-OPD_IVDEP
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const T value = values[i + lane];
-      lanes[lane] = value > lanes[lane] ? value : lanes[lane];
-    }
-  }
-  return *std::max_element(lanes, lanes + kLanes);
-}
-
 // The elementwise loops are functions of their own, never inlined: inside the row walkers the
 // compiler does not prove the buffers distinct and leaves the loops scalar.
 #define OPD_ELEMENTWISE __attribute__((noinline))
+
+// A register of T: compilers leave a loop of comparisons and choices scalar that they would have to
+// put together from kLanes of them.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+template <class T>
+struct Register;
+template <>
+struct Register<float> {
+  typedef float Type __attribute__((vector_size(kRegisterBytes), aligned(4), may_alias));
+};
+template <>
+struct Register<double> {
+  typedef double Type __attribute__((vector_size(kRegisterBytes), aligned(8), may_alias));
+};
+
+// The largest of `count` values, a multiple of kLanes; a NaN counts as none.
+template <class T>
+OPD_ELEMENTWISE T lane_max(const T* values, int count) {
+  using Vector = typename Register<T>::Type;
+  constexpr int kSize = kRegisterBytes / static_cast<int>(sizeof(T));
+  constexpr int kRegisters = kLanes / kSize;
+  Vector largest[kRegisters];
+  for (Vector& part : largest) part = Vector{} - std::numeric_limits<T>::infinity();
+  for (int i = 0; i < count; i += kLanes) {
+    for (int r = 0; r < kRegisters; ++r) {
+      const Vector value = *reinterpret_cast<const Vector*>(values + i + r * kSize);
+      largest[r] = value > largest[r] ? value : largest[r];
+    }
+  }
+  T result = -std::numeric_limits<T>::infinity();
+  for (const Vector& part : largest) {
+    for (int lane = 0; lane < kSize; ++lane) result = part[lane] > result ? part[lane] : result;
+  }
+  return result;
+}
 
 // cap * tanh(value / cap) in place.
 template <class T>

@@ -26,6 +26,11 @@
 #define OPD_LAW "Tensor? bias, Tensor? temperatures, float[] numbers, int vocab_size"
 #define OPD_LINEAR \
   "Tensor hidden, Tensor lm_head_weight, Tensor? lora_a, Tensor? lora_b, Tensor token_ids, "
+#define OPD_LINEAR_OF_ANY_IDS                                                               \
+  "Tensor hidden, Tensor lm_head_weight, Tensor? lora_a, Tensor? lora_b, Tensor? token_ids, "
+#define OPD_TOPK                                                                            \
+  "(Tensor ids, Tensor logprobs, Tensor lse, Tensor tail_logprob, Tensor entropy, "          \
+  "Tensor token_logprobs)"
 #define OPD_TOKEN_GRADS "Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, "
 
 STABLE_TORCH_LIBRARY(opd, m) {
@@ -52,6 +57,9 @@ STABLE_TORCH_LIBRARY(opd, m) {
   m.def("token_logprobs_bwd_(" OPD_TOKEN_GRADS
         "Tensor(a!) logits, Tensor token_ids, Tensor lse, Tensor entropy, " OPD_LAW
         ", int grad_dtype) -> ()");
+  // ids int32 [T, num_topk]; token_ids int64 [T, J], and token_logprobs [T, 0] without
+  m.def("topk_logprobs_fwd(Tensor logits, Tensor? token_ids, " OPD_LAW
+        ", int num_topk) -> " OPD_TOPK);
   // segments: dtype float32 or float64 throughout, offsets int64, mask uint8; num_steps 2^63 - 1 is
   // the whole segment; reduction is an opd_reduction_t; index is empty for sums and means
   m.def(
@@ -117,6 +125,8 @@ STABLE_TORCH_LIBRARY(opd, m) {
         "Tensor lse, Tensor entropy, " OPD_LAW OPD_TOKEN_OPTIONS);
   m.def("fused_linear_token_logprobs_bwd_(Tensor(a!) lm_head_weight_grad, " OPD_TOKEN_GRADS
         OPD_LINEAR "Tensor lse, Tensor entropy, " OPD_LAW OPD_TOKEN_OPTIONS);
+  m.def("fused_linear_topk_fwd(" OPD_LINEAR_OF_ANY_IDS OPD_LAW
+        ", int num_topk, int workspace_bytes, str process_group, str backend) -> " OPD_TOPK);
 }
 
 namespace opd::torch_ops {

@@ -18,7 +18,7 @@
   X(divergence_phase) X(divergence_close_lse) X(divergence_finish) X(token_logprobs_fwd)     \
   X(token_logprobs_bwd) X(segment_scan) X(segment_reduce) X(segment_broadcast)               \
   X(group_statistics) X(sparse_gradient_mark) X(sparse_gradient_pack) X(sparse_gradient_add) \
-  X(topk_codec_encode) X(topk_codec_decode)
+  X(topk_codec_encode) X(topk_codec_decode) X(topk_logprobs_fwd)
 
 // the ops below, each a schema of ops.cpp
 #define OPD_ROW_OPS(X)                                                                  \
@@ -26,7 +26,8 @@
   X(divergence_bwd_) X(token_logprobs_fwd) X(token_logprobs_bwd) X(token_logprobs_bwd_) \
   X(segment_scan_fwd) X(segment_scan_reduce) X(segment_scan_broadcast)                  \
   X(segment_scan_group_statistics) X(sparse_gradient_mark) X(sparse_gradient_pack_)     \
-  X(sparse_gradient_add_) X(topk_codec_encode) X(topk_codec_decode)
+  X(sparse_gradient_add_) X(topk_codec_encode) X(topk_codec_decode) \
+  X(topk_logprobs_fwd)
 
 namespace opd::torch_ops {
 
@@ -213,6 +214,48 @@ void token_logprobs_bwd_(const Backend& kernels, Tensor grad_logprobs, Tensor gr
       token_logprobs_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
   token_logprobs_bwd_into(kernels, logits, grad_logprobs, grad_lse, grad_entropy, lse, entropy,
                           spec, grad_dtype);
+}
+
+// ---- topk_logprobs ----
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logprobs_fwd(
+    const Backend& kernels, Tensor logits, Optional token_ids, OPD_ONE_LAW_PARAMETERS,
+    int64_t num_topk) {
+  require(numbers.size() == 3, "opd: numbers must hold 3 values");
+  require(num_topk >= 1 && num_topk <= OPD_MAX_TOPK && num_topk <= vocab_size,
+          "opd: num_topk must be in [1, 4096] and not above vocab_size");
+  const int64_t num_tokens = logits.dim() > 0 ? logits.size(0) : 0;
+  const ScalarType real = real_of(logits);
+  check_table(token_ids, num_tokens, ScalarType::Long);
+  opd_topk_logprobs_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_tokens = num_tokens;
+  args.vocab_size = vocab_size;
+  args.parallel_for = &parallel_for;
+  args.logits = side(logits, num_tokens, vocab_size, real, bias, numbers[0], numbers[1], numbers[2],
+                     temperatures);
+  args.num_topk = num_topk;
+  args.num_ids = token_ids ? token_ids->size(1) : 0;
+  args.token_ids = static_cast<const int64_t*>(data_or_null(token_ids));
+  Tensor ids = torch::stable::new_empty(logits, {num_tokens, num_topk}, ScalarType::Int);
+  Tensor logprobs = torch::stable::new_empty(logits, {num_tokens, num_topk}, real);
+  Tensor lse = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Double);
+  Tensor tail_logprob = torch::stable::new_empty(logits, {num_tokens}, real);
+  Tensor entropy = torch::stable::new_empty(logits, {num_tokens}, real);
+  Tensor token_logprobs = torch::stable::new_empty(logits, {num_tokens, args.num_ids}, real);
+  Tensor workspace = torch::stable::new_empty(
+      logits, {opd_topk_logprobs_workspace_bytes(num_tokens, vocab_size, num_topk)},
+      ScalarType::Byte);
+  args.ids = static_cast<int32_t*>(ids.data_ptr());
+  args.logprobs = logprobs.data_ptr();
+  args.lse = static_cast<double*>(lse.data_ptr());
+  args.tail_logprob = tail_logprob.data_ptr();
+  args.entropy = entropy.data_ptr();
+  args.token_logprobs = token_logprobs.data_ptr();
+  args.workspace = workspace.data_ptr();
+  kernels.topk_logprobs_fwd(&args);
+  return {ids, logprobs, lse, tail_logprob, entropy, token_logprobs};
 }
 
 // ---- segments ----

@@ -4,6 +4,7 @@
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
+from .fused_linear_topk import fused_linear_topk
 from .segment_scan import (
     GroupStatistics,
     group_statistics,
@@ -13,6 +14,7 @@ from .segment_scan import (
 )
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import TopkCodes, TopkLaws, decode_topk, encode_topk
+from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __all__ = [
     "FusedLinearDivergence",
@@ -21,13 +23,16 @@ __all__ = [
     "TopkCodes",
     "TopkLaws",
     "decode_topk",
+    "TopkLogprobs",
     "divergence",
     "encode_topk",
     "fused_linear_divergence",
     "fused_linear_token_logprobs",
+    "fused_linear_topk",
     "group_statistics",
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",
     "token_logprobs",
+    "topk_logprobs",
 ]

@@ -294,6 +294,44 @@ OPD_API int64_t opd_gemm_workspace_bytes(int64_t m, int64_t n, int64_t k);
 OPD_API int32_t opd_gemm_preferred(void);
 OPD_API opd_status_t opd_gemm_cpu(const opd_gemm_args_t* args);
 
+/* ---- The largest entries of a law, and what they leave out. ---- */
+
+/* Of row t's law Q_t, the softmax of z = softcap(scale * (logits + bias)) / temperature:
+ *   ids, logprobs: the num_topk tokens of largest z, best first, of equal z (-0 == +0) the smaller id,
+ *     and log Q of them. A token of probability 0 (z = -inf) is none of them: where fewer are left, the
+ *     rest is id -1, log-prob -inf.
+ *   lse: log sum_v exp z_v.   entropy: -sum_v q_v log q_v.
+ *   tail_logprob: log of the mass of all other tokens, summed over them and not 1 minus that of the
+ *     ids; -inf exactly where no other token has a finite z.
+ *   token_logprobs: log Q of token_ids; -inf where the id is negative.
+ * A row with a NaN or a +inf among its z has ids -1 and NaN everywhere else, also for negative
+ * token_ids. So has a row of nothing but -inf, whose lse is -inf. The order of the ids is that of z as
+ * the compute type has it: two logits that the softcap or the temperature rounds to one are equal. */
+typedef struct opd_topk_logprobs_args_t {
+  uint32_t struct_size;
+  int64_t num_tokens;
+  int64_t vocab_size; /* the columns that count; the rest of a row is never read */
+  opd_parallel_for_fn parallel_for;
+  opd_logits_t logits;
+  int64_t num_topk;         /* 1 .. min(OPD_MAX_TOPK, vocab_size) */
+  const int64_t* token_ids; /* [T, num_ids], each below vocab_size; negative: no id; or NULL */
+  int64_t num_ids;          /* 0 .. OPD_MAX_TOPK */
+  int32_t* ids;             /* [T, num_topk] out */
+  void* logprobs;           /* [T, num_topk] real, out */
+  double* lse;              /* [T] out */
+  void* tail_logprob;       /* [T] real, out */
+  void* entropy;            /* [T] real, out */
+  void* token_logprobs;     /* [T, num_ids] real, out; or NULL if num_ids is 0 */
+  void* workspace;          /* opd_topk_logprobs_workspace_bytes(..) bytes, overwritten; NULL if 0 */
+} opd_topk_logprobs_args_t;
+
+enum { OPD_MAX_TOPK = 4096 };
+
+/* The same for both devices. */
+OPD_API int64_t opd_topk_logprobs_workspace_bytes(int64_t num_tokens, int64_t vocab_size,
+                                                  int64_t num_topk);
+OPD_API opd_status_t opd_topk_logprobs_fwd_cpu(const opd_topk_logprobs_args_t* args);
+
 /* ---- Segments: per-token values packed one segment (sequence, turn, group) after another. ---- */
 
 /* Segment s is the tokens offsets[s] .. offsets[s + 1] - 1; empty segments are allowed. */
@@ -443,6 +481,7 @@ OPD_API opd_status_t opd_token_logprobs_fwd_cuda(const opd_token_logprobs_fwd_ar
                                                  void* stream);
 OPD_API opd_status_t opd_token_logprobs_bwd_cuda(const opd_token_logprobs_bwd_args_t* args,
                                                  void* stream);
+OPD_API opd_status_t opd_topk_logprobs_fwd_cuda(const opd_topk_logprobs_args_t* args, void* stream);
 OPD_API opd_status_t opd_sparse_gradient_mark_cuda(const opd_sparse_gradient_args_t* args,
                                                    void* stream);
 OPD_API opd_status_t opd_sparse_gradient_pack_cuda(const opd_sparse_gradient_args_t* args,
