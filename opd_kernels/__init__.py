@@ -22,6 +22,14 @@ from .segment_scan import (
     segment_scan,
 )
 from .token_logprobs import TokenLogprobs, token_logprobs
+from .topk_codec import (
+    TopkCodes,
+    TopkLaws,
+    codec_status,
+    decode_topk,
+    encode_topk,
+    topk_row_bytes,
+)
 from .topk_divergence import topk_divergence, topk_support
 from .topk_logprobs import TopkLogprobs, topk_logprobs
 
@@ -34,10 +42,15 @@ __all__ = [
     "GroupStatistics",
     "OpdError",
     "TokenLogprobs",
+    "TopkCodes",
+    "TopkLaws",
     "TopkLogprobs",
     "UnsupportedBackendError",
+    "codec_status",
+    "decode_topk",
     "divergence",
     "divergences",
+    "encode_topk",
     "errors",
     "explain",
     "fused_linear_divergence",
@@ -55,6 +68,7 @@ __all__ = [
     "token_logprobs",
     "topk_divergence",
     "topk_logprobs",
+    "topk_row_bytes",
     "topk_support",
     "use_backend",
 ]

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -401,6 +402,20 @@ def values_in_range(
         position = int(outside[0])
         raise ValueError(
             f"{op}: {name} must be {words}, got {float(value[position])} at position {position}."
+        )
+
+
+def rows_in_order(op: str, status: Tensor, words: dict[int, str]) -> None:
+    """Rows that a kernel has not refused. On CPU, and not in a trace: elsewhere it would wait."""
+    is_traced = torch.compiler.is_compiling() or isinstance(status, FakeTensor)
+    if is_traced or status.device.type != "cpu" or status.numel() == 0:
+        return
+    refused = torch.nonzero(status)
+    if len(refused):
+        row = int(refused[0])
+        raise ValueError(
+            f"{op}: rows must be laws, best first, but row {row} is none: "
+            f"{words[int(status[row])]}."
         )
 
 

@@ -21,11 +21,14 @@ OPS = (
     "token_logprobs",
     "fused_linear_token_logprobs",
     "segment_scan",
+    "topk_codec",
     "topk_logprobs",
     "fused_linear_topk",
     "topk_divergence",
     "fused_linear_topk_divergence",
 )
+# the functions of an op that has no function of its own name
+FUNCTIONS = {"topk_codec": ("encode_topk", "decode_topk")}
 
 # the oldest GPUs that csrc/cuda is written for
 _OLDEST_CAPABILITY = (8, 0)
@@ -106,12 +109,16 @@ def _reference(meta: Meta) -> str | None:
     return None
 
 
+def _no_triton(meta: Meta) -> str | None:
+    return "it has no Triton kernel"
+
+
 # in order of preference; the fused_linear ops use the row kernels of the rest
 BACKENDS: dict[str, tuple[Row, ...]] = {
     op: (
         Row("cpu", _cpu),
-        Row("cuda", _cuda if op == "segment_scan" else _cuda_of_logits),
-        Row("triton", _triton),
+        Row("cuda", _cuda if op in ("segment_scan", "topk_codec") else _cuda_of_logits),
+        Row("triton", _no_triton if op == "topk_codec" else _triton),
         Row("reference", _reference),
     )
     for op in OPS

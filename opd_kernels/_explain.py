@@ -39,9 +39,13 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
     _checks.one_of("explain", "op", op, _dispatch.OPS)
     if not tensors:
         raise ValueError(f"explain: {op} must be given the tensors of the call, got none.")
-    function = getattr(importlib.import_module(f"opd_kernels.{op}"), op)
-    parameters = inspect.signature(function).parameters.values()
-    known = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
+    module = importlib.import_module(f"opd_kernels.{op}")
+    known = [
+        item.name
+        for name in _dispatch.FUNCTIONS.get(op, (op,))
+        for item in inspect.signature(getattr(module, name)).parameters.values()
+        if item.kind is item.KEYWORD_ONLY
+    ]
     for name in options:
         _checks.one_of("explain", "option", name, known)
     heads = _HEADS.get(op, ())

@@ -33,6 +33,8 @@ OPD_WITHOUT_CUDA(opd_segment_scan_cuda, opd_segment_scan_args_t)
 OPD_WITHOUT_CUDA(opd_segment_reduce_cuda, opd_segment_reduce_args_t)
 OPD_WITHOUT_CUDA(opd_segment_broadcast_cuda, opd_segment_broadcast_args_t)
 OPD_WITHOUT_CUDA(opd_group_statistics_cuda, opd_group_statistics_args_t)
+OPD_WITHOUT_CUDA(opd_topk_codec_encode_cuda, opd_topk_codec_args_t)
+OPD_WITHOUT_CUDA(opd_topk_codec_decode_cuda, opd_topk_codec_args_t)
 
 __attribute__((weak)) opd_status_t opd_divergence_phase_cuda(const opd_divergence_args_t*, int32_t,
                                                              void*) {

@@ -98,6 +98,13 @@ STABLE_TORCH_LIBRARY(opd, m) {
       "sparse_gradient_pack_(Tensor(a!) packed, Tensor grad_logits, Tensor? token_weights, "
       "Tensor columns, Tensor kept) -> Tensor dropped");
   m.def("sparse_gradient_add_(Tensor(a!) target, Tensor columns, Tensor rows) -> ()");
+  // top-k laws as rows of bytes: ids int32, log-probs float32, codes uint8, status int32
+  m.def(
+      "topk_codec_encode(Tensor ids, Tensor logprobs, Tensor tail_logprob, int vocab_size, "
+      "int bits) -> (Tensor codes, Tensor status)");
+  m.def(
+      "topk_codec_decode(Tensor codes, int num_topk, int vocab_size, int bits) -> (Tensor ids, "
+      "Tensor logprobs, Tensor tail_logprob, Tensor status)");
   // out (+)= a @ b, float32, a and b also of 16 bits; where the library's GEMMs are slow
   m.def("gemm_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   m.def("gemm_preferred() -> bool");

@@ -19,17 +19,20 @@
   X(token_logprobs_fwd) X(token_logprobs_bwd)                                   \
   X(topk_logprobs_fwd)                                                          \
   X(topk_divergence_fwd) X(topk_divergence_bwd)                                 \
+  X(topk_codec_encode) X(topk_codec_decode)                                     \
   X(segment_scan) X(segment_reduce) X(segment_broadcast) X(group_statistics)    \
   X(sparse_gradient_mark) X(sparse_gradient_pack) X(sparse_gradient_add)
 
 // the ops below, each a schema of ops.cpp
-#define OPD_ROW_OPS(X)                                                                                \
-  X(divergence_fwd) X(divergence_bwd) X(divergence_fwd_grad_) X(divergence_phase_) X(divergence_bwd_) \
-  X(token_logprobs_fwd) X(token_logprobs_bwd) X(token_logprobs_bwd_)                                  \
-  X(topk_logprobs_fwd)                                                                                \
-  X(topk_divergence_fwd) X(topk_divergence_bwd) X(topk_divergence_bwd_)                               \
-  X(segment_scan_fwd) X(segment_scan_reduce) X(segment_scan_broadcast)                                \
-  X(segment_scan_group_statistics)                                                                    \
+#define OPD_ROW_OPS(X)                                                             \
+  X(divergence_fwd) X(divergence_bwd) X(divergence_fwd_grad_) X(divergence_phase_) \
+  X(divergence_bwd_)                                                               \
+  X(token_logprobs_fwd) X(token_logprobs_bwd) X(token_logprobs_bwd_)               \
+  X(topk_logprobs_fwd)                                                             \
+  X(topk_divergence_fwd) X(topk_divergence_bwd) X(topk_divergence_bwd_)            \
+  X(topk_codec_encode) X(topk_codec_decode)                                        \
+  X(segment_scan_fwd) X(segment_scan_reduce) X(segment_scan_broadcast)             \
+  X(segment_scan_group_statistics)                                                 \
   X(sparse_gradient_mark) X(sparse_gradient_pack_) X(sparse_gradient_add_)
 
 namespace opd::torch_ops {
@@ -469,6 +472,70 @@ void sparse_gradient_add_(const Backend& kernels, Tensor target, Tensor columns,
   args.rows = const_matrix(rows);
   args.target = matrix(target);
   kernels.sparse_gradient_add(&args);
+}
+
+// ---- the codec of top-k laws ----
+
+inline opd_topk_codec_args_t topk_codec_args(int64_t num_tokens, int64_t vocab_size,
+                                             int64_t num_topk, int64_t bits) {
+  require(bits >= 0 && bits <= 16 && opd_topk_codec_row_bytes(num_topk, vocab_size,
+                                                              static_cast<int32_t>(bits)) > 0,
+          "opd: num_topk must be in [1, 4096] and at most vocab_size, vocab_size at most 2^31, bits "
+          "in [4, 16]");
+  opd_topk_codec_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_tokens = num_tokens;
+  args.vocab_size = vocab_size;
+  args.num_topk = num_topk;
+  args.bits = static_cast<int32_t>(bits);
+  args.parallel_for = &parallel_for;
+  return args;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> topk_codec_encode(const Backend& kernels, Tensor ids, Tensor logprobs,
+                                             Tensor tail_logprob, int64_t vocab_size,
+                                             int64_t bits) {
+  require(ids.dim() == 2 && logprobs.dim() == 2 && logprobs.size(0) == ids.size(0) &&
+              logprobs.size(1) == ids.size(1) && ids.is_contiguous() && logprobs.is_contiguous() &&
+              ids.scalar_type() == ScalarType::Int &&
+              logprobs.scalar_type() == ScalarType::Float,
+          "opd: ids must be int32 and logprobs float32, both contiguous [T, K]");
+  check_rows(tail_logprob, ids.size(0), ScalarType::Float);
+  opd_topk_codec_args_t args = topk_codec_args(ids.size(0), vocab_size, ids.size(1), bits);
+  const int64_t row_bytes = opd_topk_codec_row_bytes(args.num_topk, vocab_size, args.bits);
+  Tensor codes = torch::stable::new_empty(ids, {args.num_tokens, row_bytes}, ScalarType::Byte);
+  Tensor status = torch::stable::new_empty(ids, {args.num_tokens}, ScalarType::Int);
+  args.ids = static_cast<int32_t*>(ids.data_ptr());
+  args.logprobs = static_cast<float*>(logprobs.data_ptr());
+  args.tail_logprob = static_cast<float*>(tail_logprob.data_ptr());
+  args.codes = static_cast<uint8_t*>(codes.data_ptr());
+  args.status = static_cast<int32_t*>(status.data_ptr());
+  kernels.topk_codec_encode(&args);
+  return {codes, status};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk_codec_decode(const Backend& kernels, Tensor codes,
+                                                             int64_t num_topk, int64_t vocab_size,
+                                                             int64_t bits) {
+  require(codes.dim() == 2 && codes.scalar_type() == ScalarType::Byte && codes.is_contiguous(),
+          "opd: codes must be uint8 and contiguous [T, row bytes]");
+  const int64_t num_tokens = codes.size(0);
+  opd_topk_codec_args_t args = topk_codec_args(num_tokens, vocab_size, num_topk, bits);
+  require(codes.size(1) == opd_topk_codec_row_bytes(num_topk, vocab_size, args.bits),
+          "opd: rows of codes must have the bytes of their num_topk, vocab_size and bits");
+  Tensor ids = torch::stable::new_empty(codes, {num_tokens, num_topk}, ScalarType::Int);
+  Tensor logprobs = torch::stable::new_empty(codes, {num_tokens, num_topk}, ScalarType::Float);
+  Tensor tail_logprob = torch::stable::new_empty(codes, {num_tokens}, ScalarType::Float);
+  Tensor status = torch::stable::new_empty(codes, {num_tokens}, ScalarType::Int);
+  args.ids = static_cast<int32_t*>(ids.data_ptr());
+  args.logprobs = static_cast<float*>(logprobs.data_ptr());
+  args.tail_logprob = static_cast<float*>(tail_logprob.data_ptr());
+  args.codes = static_cast<uint8_t*>(codes.data_ptr());
+  args.status = static_cast<int32_t*>(status.data_ptr());
+  kernels.topk_codec_decode(&args);
+  return {ids, logprobs, tail_logprob, status};
 }
 
 // ---- registration ----

@@ -17,6 +17,7 @@ from .segment_scan import (
     segment_scan,
 )
 from .token_logprobs import TokenLogprobs, token_logprobs
+from .topk_codec import TopkCodes, TopkLaws, decode_topk, encode_topk
 from .topk_divergence import topk_divergence
 from .topk_logprobs import TopkLogprobs, topk_logprobs
 
@@ -25,8 +26,12 @@ __all__ = [
     "FusedLinearTopkDivergence",
     "GroupStatistics",
     "TokenLogprobs",
+    "TopkCodes",
+    "TopkLaws",
     "TopkLogprobs",
+    "decode_topk",
     "divergence",
+    "encode_topk",
     "fused_linear_divergence",
     "fused_linear_token_logprobs",
     "fused_linear_topk",

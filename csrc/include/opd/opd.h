@@ -455,6 +455,49 @@ typedef struct opd_group_statistics_args_t {
 
 OPD_API opd_status_t opd_group_statistics_cpu(const opd_group_statistics_args_t* args);
 
+/* ---- Top-k laws as rows of bytes: docs/topk_codec.md. ---- */
+
+/* What is wrong with a row; of several faults the smallest number. */
+typedef enum opd_codec_status_t {
+  OPD_CODEC_OK = 0,
+  /* of encode: the row is then marked as refused, and decoding it says so */
+  OPD_CODEC_NAN = 1,       /* a log-prob is NaN */
+  OPD_CODEC_POSITIVE = 2,  /* a log-prob is above 2^-10 */
+  OPD_CODEC_ID = 3,        /* an id is neither -1 nor in [0, vocab_size) */
+  OPD_CODEC_PADDING = 4,   /* an id of -1 has a log-prob, or an entry after it */
+  OPD_CODEC_ORDER = 5,     /* a log-prob is larger than the one before it */
+  OPD_CODEC_DUPLICATE = 6, /* an id is there twice */
+  /* of decode: ids are then -1, log-probs NaN */
+  OPD_CODEC_ROW_REFUSED = 7, /* encode has refused it */
+  OPD_CODEC_ROW_HEADER = 8,  /* count, scale, largest log-prob or tail can't be */
+  OPD_CODEC_ROW_IDS = 9,     /* ids don't ascend in [0, vocab_size), or are not as many as counted */
+  OPD_CODEC_ROW_CODES = 10,  /* a code that its scale doesn't have, or no largest entry */
+  OPD_CODEC_ROW_PADDING = 11 /* bits that must be 0 are not */
+} opd_codec_status_t;
+
+/* Rows of opd_topk_codec_row_bytes(): ids exactly, log-probs to half a step of the row, the tail
+ * exactly. encode reads ids [T, num_topk] (best first; -1 is none), logprobs and tail_logprob, and
+ * writes codes. decode reads codes, any bytes, and writes the others; equal log-probs come back by
+ * id. Both write status. CPU and CUDA agree bit for bit. */
+typedef struct opd_topk_codec_args_t {
+  uint32_t struct_size;
+  int64_t num_tokens;
+  int64_t vocab_size; /* 1 .. 2^31 */
+  int64_t num_topk;   /* 1 .. 4096, at most vocab_size */
+  int32_t bits;       /* of a log-prob, 4 .. 16 */
+  opd_parallel_for_fn parallel_for;
+  int32_t* ids;        /* [T, num_topk] */
+  float* logprobs;     /* [T, num_topk] nats */
+  float* tail_logprob; /* [T] log of the mass outside; -inf for none */
+  uint8_t* codes;      /* [T, row_bytes] */
+  int32_t* status;     /* [T] opd_codec_status_t */
+} opd_topk_codec_args_t;
+
+/* A multiple of 4; -1 if there is no such row. */
+OPD_API int64_t opd_topk_codec_row_bytes(int64_t num_topk, int64_t vocab_size, int32_t bits);
+OPD_API opd_status_t opd_topk_codec_encode_cpu(const opd_topk_codec_args_t* args);
+OPD_API opd_status_t opd_topk_codec_decode_cpu(const opd_topk_codec_args_t* args);
+
 /* ---- The same on a CUDA GPU. ---- */
 
 /* As the entry point of the same name on the CPU, on the current device. Every pointer is device
@@ -498,6 +541,9 @@ OPD_API opd_status_t opd_segment_broadcast_cuda(const opd_segment_broadcast_args
                                                 void* stream);
 OPD_API opd_status_t opd_group_statistics_cuda(const opd_group_statistics_args_t* args,
                                                void* stream);
+
+OPD_API opd_status_t opd_topk_codec_encode_cuda(const opd_topk_codec_args_t* args, void* stream);
+OPD_API opd_status_t opd_topk_codec_decode_cuda(const opd_topk_codec_args_t* args, void* stream);
 
 /* Text of the last failure on this thread; "" if there was none. Owned by the library. */
 OPD_API const char* opd_last_error(void);

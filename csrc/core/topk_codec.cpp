@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// Top-k laws to rows of bytes and back: ids by Elias-Fano, log-probs by a quantiser whose steps are
+// small where the probability is. Decoding trusts no byte.
+#include "topk_codec_check.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "rows are read as little-endian words");
+
+namespace opd {
+namespace {
+
+using namespace topk_codec;
+
+// bytes of the longest row, for any vocabulary, and room for a 64-bit access at its end
+constexpr int kRowBuffer = kHeaderBytes + 3 * kMaxTopk / 8 + kMaxTopk * (19 + kMaxBits) / 8 + 16;
+
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+
+template <class T>
+T load(const uint8_t* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+template <class T>
+void store(uint8_t* to, T value) {
+  std::memcpy(to, &value, sizeof(value));
+}
+
+// At most 32 bits at a bit address.
+uint32_t get_bits(const uint8_t* row, int64_t at, int width) {
+  return static_cast<uint32_t>(load<uint64_t>(row + at / 8) >> (at % 8) &
+                               ((uint64_t(1) << width) - 1));
+}
+
+// The bits there are 0.
+void put_bits(uint8_t* row, int64_t at, uint64_t value) {
+  store(row + at / 8, load<uint64_t>(row + at / 8) | value << (at % 8));
+}
+
+bool is_zero(const uint8_t* row, int64_t begin, int64_t end) {
+  for (; begin < end; begin += 32) {
+    if (get_bits(row, begin, static_cast<int>(std::min<int64_t>(32, end - begin)))) return false;
+  }
+  return true;
+}
+
+// -- encode ---------------------------------------------------------------------------------------
+
+int32_t encode_row(const Layout& at, const int32_t* ids, const float* logprobs, float tail,
+                   uint8_t* out) {
+  uint32_t faults = value_faults(tail);
+  int count = 0, num_finite = 0;
+  for (int k = 0; k < at.num_topk; ++k) {
+    faults |= entry_faults(ids, logprobs, k, at.vocab_size);
+    count += ids[k] >= 0;
+    num_finite += ids[k] >= 0 && logprobs[k] > kNegativeInfinity;
+  }
+  uint64_t by_id[kMaxTopk];
+  uint8_t row[kRowBuffer];
+  std::memset(row, 0, static_cast<size_t>(at.row_bytes) + 8);
+  if (faults == 0) {
+    for (int k = 0; k < count; ++k) {
+      by_id[k] = static_cast<uint64_t>(ids[k]) << kPositionBits | static_cast<uint64_t>(k);
+    }
+    std::sort(by_id, by_id + count);
+    for (int i = 1; i < count; ++i) {
+      if (by_id[i] >> kPositionBits == by_id[i - 1] >> kPositionBits) {
+        faults |= fault(OPD_CODEC_DUPLICATE);
+      }
+    }
+  }
+  if (faults != 0) {
+    store(row, static_cast<uint16_t>(kRefused));
+    std::memcpy(out, row, static_cast<size_t>(at.row_bytes));
+    return status_of(faults);
+  }
+  const float top = count > 0 ? logprobs[0] : kNegativeInfinity;
+  const double range =
+      num_finite > 0 ? static_cast<double>(top) - static_cast<double>(logprobs[num_finite - 1]) : 0.0;
+  const uint32_t scale_bits = scale_bits_of(at, range);
+  const double scale = scale_value(scale_bits);
+  store(row, static_cast<uint16_t>(count));
+  store(row + 2, static_cast<uint16_t>(scale_bits));
+  store(row + 4, top);
+  store(row + 8, tail);
+  uint16_t codes[kMaxTopk];
+  for (int k = 0; k < count; ++k) {
+    codes[k] = static_cast<uint16_t>(
+        k < num_finite
+            ? code_of(at, scale, static_cast<double>(top) - static_cast<double>(logprobs[k]))
+            : at.absent_code);
+  }
+  const uint64_t low_mask = (uint64_t(1) << at.low_bits) - 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t id = by_id[i] >> kPositionBits;
+    put_bits(row, at.high_begin + static_cast<int64_t>(id >> at.low_bits) + i, 1);
+    put_bits(row, at.low_begin + i * at.low_bits, id & low_mask);
+    put_bits(row, at.codes_begin + i * at.bits, codes[by_id[i] & (kMaxTopk - 1)]);
+  }
+  std::memcpy(out, row, static_cast<size_t>(at.row_bytes));
+  return OPD_CODEC_OK;
+}
+
+// -- decode ---------------------------------------------------------------------------------------
+
+// The entries of a row, ascending by id.
+struct Entries {
+  int32_t ids[kMaxTopk];
+  uint16_t codes[kMaxTopk];
+};
+
+uint32_t read_ids(const Layout& at, const uint8_t* row, int count, int32_t* ids) {
+  int found = 0;
+  int64_t last = -1;
+  for (int word_at = 0; word_at < at.high_bits; word_at += 64) {
+    uint64_t word = load<uint64_t>(row + (at.high_begin + word_at) / 8);
+    const int left = at.high_bits - word_at;
+    if (left < 64) word &= (uint64_t(1) << left) - 1;
+    for (; word != 0; word &= word - 1, ++found) {
+      if (found == count) return fault(OPD_CODEC_ROW_IDS);
+      const int64_t high = word_at + __builtin_ctzll(word) - found;
+      const int64_t low =
+          get_bits(row, at.low_begin + static_cast<int64_t>(found) * at.low_bits, at.low_bits);
+      const int64_t id = high << at.low_bits | low;
+      if (id <= last || id >= at.vocab_size) return fault(OPD_CODEC_ROW_IDS);
+      ids[found] = static_cast<int32_t>(last = id);
+    }
+  }
+  return found == count ? 0 : fault(OPD_CODEC_ROW_IDS);
+}
+
+// One pass of a stable counting sort of positions by 8 bits of their code. from NULL: 0 .. count - 1.
+void sort_by_digit(const uint16_t* codes, int shift, const uint16_t* from, int count, uint16_t* to) {
+  uint16_t begins[256] = {};
+  for (int i = 0; i < count; ++i) ++begins[codes[i] >> shift & 0xff];
+  uint16_t sum = 0;
+  for (uint16_t& begin : begins) {
+    const uint16_t size = begin;
+    begin = sum;
+    sum = static_cast<uint16_t>(sum + size);
+  }
+  for (int i = 0; i < count; ++i) {
+    const uint16_t position = from == nullptr ? static_cast<uint16_t>(i) : from[i];
+    to[begins[codes[position] >> shift & 0xff]++] = position;
+  }
+}
+
+int32_t decode_row(const Layout& at, const uint8_t* bytes, int32_t* ids, float* logprobs,
+                   float* tail) {
+  uint8_t row[kRowBuffer];
+  std::memcpy(row, bytes, static_cast<size_t>(at.row_bytes));
+  std::memset(row + at.row_bytes, 0, 8);
+  const Header header = header_of(at, load<uint16_t>(row), load<uint16_t>(row + 2),
+                                  load<float>(row + 4), load<float>(row + 8));
+  uint32_t faults = header.faults;
+  const int count = header.count;
+  Entries entries;
+  if (faults == 0) faults |= read_ids(at, row, count, entries.ids);
+  if (faults == 0) {
+    bool has_top = false;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t code = get_bits(row, at.codes_begin + i * at.bits, at.bits);
+      entries.codes[i] = static_cast<uint16_t>(code);
+      has_top |= code == 0;
+      if (!is_code(at, header, code)) faults |= fault(OPD_CODEC_ROW_CODES);
+    }
+    if (header.has_top != has_top) faults |= fault(OPD_CODEC_ROW_CODES);
+    if (!is_zero(row, at.high_begin + at.high_bits, at.low_begin) ||
+        !is_zero(row, at.low_begin + static_cast<int64_t>(count) * at.low_bits, at.codes_begin) ||
+        !is_zero(row, at.codes_begin + static_cast<int64_t>(count) * at.bits,
+                 8 * static_cast<int64_t>(at.row_bytes))) {
+      faults |= fault(OPD_CODEC_ROW_PADDING);
+    }
+  }
+  if (faults != 0) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    std::fill(ids, ids + at.num_topk, -1);
+    std::fill(logprobs, logprobs + at.num_topk, nan);
+    *tail = nan;
+    return status_of(faults);
+  }
+  uint16_t order[kMaxTopk], by_low_digit[kMaxTopk];
+  const uint16_t* sorted = by_low_digit;
+  sort_by_digit(entries.codes, 0, nullptr, count, by_low_digit);
+  if (at.bits > 8) {
+    sort_by_digit(entries.codes, 8, by_low_digit, count, order);
+    sorted = order;
+  }
+  const double scale = scale_value(header.scale_bits);
+  for (int k = 0; k < count; ++k) {
+    const int code = entries.codes[sorted[k]];
+    ids[k] = entries.ids[sorted[k]];
+    logprobs[k] = code == at.absent_code ? kNegativeInfinity : logprob_of(at, header.top, scale, code);
+  }
+  std::fill(ids + count, ids + at.num_topk, -1);
+  std::fill(logprobs + count, logprobs + at.num_topk, kNegativeInfinity);
+  *tail = header.tail;
+  return OPD_CODEC_OK;
+}
+
+}  // namespace
+}  // namespace opd
+
+opd_status_t opd_topk_codec_encode_cpu(const opd_topk_codec_args_t* args) {
+  return opd::guarded([&] {
+    opd::topk_codec::check_args(args);
+    const auto at = opd::topk_codec::layout_of(args->num_topk, args->vocab_size, args->bits);
+    opd::parallel_rows(args->parallel_for, args->num_tokens, [&](int64_t row) {
+      args->status[row] = opd::encode_row(at, args->ids + row * at.num_topk,
+                                          args->logprobs + row * at.num_topk,
+                                          args->tail_logprob[row], args->codes + row * at.row_bytes);
+    });
+  });
+}
+
+opd_status_t opd_topk_codec_decode_cpu(const opd_topk_codec_args_t* args) {
+  return opd::guarded([&] {
+    opd::topk_codec::check_args(args);
+    const auto at = opd::topk_codec::layout_of(args->num_topk, args->vocab_size, args->bits);
+    opd::parallel_rows(args->parallel_for, args->num_tokens, [&](int64_t row) {
+      args->status[row] = opd::decode_row(at, args->codes + row * at.row_bytes,
+                                          args->ids + row * at.num_topk,
+                                          args->logprobs + row * at.num_topk,
+                                          args->tail_logprob + row);
+    });
+  });
+}

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which teacher a law is of: enough to refuse the laws of another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+# of a configuration, what says where it came from and not what it is
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "architectures", "use_cache")
+_SAMPLES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherFingerprint:
+    """A teacher, its tokenizer and its temperature.
+
+    Attributes:
+        model: name or path, for people: a teacher that has moved is still the same.
+        config_hash: of the model's configuration.
+        weights_hash: of names, shapes, dtypes and some numbers of every parameter.
+        tokenizer_hash: of the tokens and their ids.
+        temperature: that divides the logits of the laws.
+    """
+
+    model: str
+    config_hash: str
+    weights_hash: str
+    tokenizer_hash: str
+    temperature: float
+
+    def digest(self) -> str:
+        """32 hex digits of everything but the name."""
+        values = {key: value for key, value in asdict(self).items() if key != "model"}
+        return _hash(json.dumps(values, sort_keys=True).encode())
+
+    def differences(self, other: TeacherFingerprint) -> list[str]:
+        """What is another one there, in words; empty for the same teacher."""
+        words = {
+            "config_hash": "the model's configuration",
+            "weights_hash": "the weights",
+            "tokenizer_hash": "the tokenizer",
+            "temperature": "the temperature",
+        }
+        return [
+            f"{words[field.name]} ({getattr(other, field.name)} there, "
+            f"{getattr(self, field.name)} here)"
+            for field in fields(self)
+            if field.name != "model" and getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+
+def fingerprint_of(
+    model: Any, tokenizer: Any, *, name: str, temperature: float = 1.0
+) -> TeacherFingerprint:
+    """The fingerprint of a transformers model with its tokenizer.
+
+    Args:
+        model: the weights are sampled: 64 numbers of each parameter.
+        tokenizer: whose ids the laws are over.
+        name: for people.
+        temperature: of the laws.
+    """
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_MODEL}
+    return TeacherFingerprint(
+        model=name,
+        config_hash=_hash(json.dumps(config, sort_keys=True, default=str).encode()),
+        weights_hash=_weights_hash(model),
+        tokenizer_hash=_hash(json.dumps(sorted(tokenizer.get_vocab().items())).encode()),
+        temperature=float(temperature),
+    )
+
+
+@torch.no_grad()
+def _weights_hash(model: Any) -> str:
+    parts = []
+    for name, value in sorted(model.named_parameters(), key=lambda item: item[0]):
+        parts.append(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        flat = value.detach().reshape(-1)
+        if flat.numel() == 0:
+            continue
+        places = torch.arange(_SAMPLES, device=flat.device) * (flat.numel() - 1) // (_SAMPLES - 1)
+        # exact in float64, whatever the dtype
+        parts.append(flat[places].double().cpu().numpy().tobytes())
+    return _hash(b"\0".join(parts))
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

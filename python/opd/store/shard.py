@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A shard: a safetensors file of records, with a checksum of each and one of what finds them.
+
+docs/teacher_store.md has the tensors. Nothing that is read is used before it is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import opd_kernels as opk
+from opd.store.files import StoreError, write_atomically
+from opd.store.manifest import Manifest
+
+FORMAT, VERSION = "opd-teacher-shard", "1"
+PATTERN = "shard-*.safetensors"
+_HASH_BYTES = 16
+_HAS_ENTROPY = 1
+# what the checksum in the metadata is of, in this order
+_INDEX = ("keys", "flags", "prompt_offsets", "completion_offsets", "checksums")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopkRecord:
+    """The laws of one completion. Row t is that of its token t, given everything before it.
+
+    Attributes:
+        prompt_ids: [P] int64.
+        completion_ids: [C] int64.
+        ids: [C, K] int32, best first, -1 behind the last.
+        logprobs: [C, K] float32, nats, as the codec gives them back.
+        tail_logprob: [C] float32, nats, exact.
+        entropy: [C] float32, nats, exact; or None.
+    """
+
+    prompt_ids: Tensor
+    completion_ids: Tensor
+    ids: Tensor
+    logprobs: Tensor
+    tail_logprob: Tensor
+    entropy: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """A record as its bytes: prompt_ids [P] and completion_ids [C] int32, codes [C, row bytes]
+    uint8, entropy [C] float32 or None."""
+
+    key: bytes
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    codes: np.ndarray
+    entropy: np.ndarray | None
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes in a shard."""
+        extra = 0 if self.entropy is None else self.entropy.nbytes
+        ids = self.prompt_ids.nbytes + self.completion_ids.nbytes
+        return ids + self.codes.nbytes + extra + 2 * _HASH_BYTES + 17
+
+    @property
+    def flags(self) -> int:
+        """A bit for each part that a record may be without."""
+        return 0 if self.entropy is None else _HAS_ENTROPY
+
+    def checksum(self) -> bytes:
+        """Of everything in it."""
+        parts = [self.prompt_ids, self.completion_ids, self.codes]
+        parts += [] if self.entropy is None else [self.entropy]
+        return _hash(b"record", self.key, bytes([self.flags]), *(p.tobytes() for p in parts))
+
+
+def record_key(manifest: Manifest, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
+    """16 bytes that stand for (teacher, prompt, completion); ids are int32."""
+    teacher = manifest.fingerprint.digest().encode()
+    return _hash(b"key", teacher, prompt_ids.tobytes(), completion_ids.tobytes())
+
+
+def write_shard(directory: Path, manifest: Manifest, records: Sequence[Packed]) -> Path:
+    """Write records as a new shard, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
+    from safetensors.numpy import save
+
+    def offsets(lengths: list[int]) -> np.ndarray:
+        return np.cumsum([0, *lengths], dtype=np.int64)
+
+    def table(rows: list[bytes]) -> np.ndarray:
+        return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, _HASH_BYTES)
+
+    entropies = [
+        np.full(len(r.codes), np.nan, np.float32) if r.entropy is None else r.entropy
+        for r in records
+    ]
+    has_entropy = any(record.flags & _HAS_ENTROPY for record in records)
+    tensors = {
+        "keys": table([record.key for record in records]),
+        "flags": np.array([record.flags for record in records], dtype=np.uint8),
+        "prompt_offsets": offsets([len(record.prompt_ids) for record in records]),
+        "completion_offsets": offsets([len(record.completion_ids) for record in records]),
+        "checksums": table([record.checksum() for record in records]),
+        "prompt_ids": np.concatenate([record.prompt_ids for record in records]),
+        "completion_ids": np.concatenate([record.completion_ids for record in records]),
+        "codes": np.concatenate([record.codes for record in records]),
+        "entropy": np.concatenate(entropies if has_entropy else [np.zeros(0, np.float32)]),
+    }
+    metadata = _metadata(manifest)
+    metadata["checksum"] = _index_checksum(metadata, tensors)
+    # names ascend with time; nobody else has this one
+    name = f"shard-{time.time_ns():020d}-{secrets.token_hex(8)}.safetensors"
+    write_atomically(directory / name, save(tensors, metadata=metadata))
+    return directory / name
+
+
+class Shard:
+    """A shard that is read, mapped into memory; what finds its records has been checked.
+
+    Args:
+        path: of the file.
+        manifest: of its store.
+
+    Raises:
+        StoreError: the file is damaged, truncated, no shard, or of another store.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._file = _open(path)
+        try:
+            self._check(self._file.metadata() or {})
+        except StoreError:
+            raise
+        except Exception as error:
+            # safetensors and numpy each have their own for bytes that make no sense
+            raise self._damaged(f"{type(error).__name__}: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_tokens(self) -> int:
+        """Laws in it."""
+        return int(self._completion_offsets[-1])
+
+    def matches(self, number: int, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bool:
+        """Whether the ids of a record are these, int32."""
+        prompt, completion = self._span(number)
+        lengths = prompt[1] - prompt[0], completion[1] - completion[0]
+        if lengths != (len(prompt_ids), len(completion_ids)):
+            return False
+        return np.array_equal(self._rows("prompt_ids", prompt), prompt_ids) and np.array_equal(
+            self._rows("completion_ids", completion), completion_ids
+        )
+
+    def record(self, number: int) -> TopkRecord:
+        """A record, decoded.
+
+        Raises:
+            StoreError: it is not as it was written.
+        """
+        packed = self.packed(number)
+        manifest = self.manifest
+        codes = opk.TopkCodes(
+            torch.from_numpy(packed.codes), manifest.num_topk, manifest.vocab_size, manifest.bits
+        )
+        laws = opk.decode_topk(codes, backend="cpu")
+        wrong = laws.status.nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            words = opk.codec_status(int(laws.status[row]))
+            raise self._damaged(f"the law of token {row} is none, {words}", number)
+        return TopkRecord(
+            prompt_ids=torch.from_numpy(packed.prompt_ids.astype(np.int64)),
+            completion_ids=torch.from_numpy(packed.completion_ids.astype(np.int64)),
+            ids=laws.ids,
+            logprobs=laws.logprobs,
+            tail_logprob=laws.tail_logprob,
+            entropy=None if packed.entropy is None else torch.from_numpy(packed.entropy),
+        )
+
+    def packed(self, number: int) -> Packed:
+        """A record as its bytes, which its checksum fits.
+
+        Raises:
+            StoreError: it does not.
+        """
+        prompt, completion = self._span(number)
+        has_entropy = bool(self._flags[number] & _HAS_ENTROPY)
+        try:
+            packed = Packed(
+                key=self.keys[number].tobytes(),
+                prompt_ids=self._rows("prompt_ids", prompt),
+                completion_ids=self._rows("completion_ids", completion),
+                codes=self._rows("codes", completion),
+                entropy=self._rows("entropy", completion) if has_entropy else None,
+            )
+        except Exception as error:
+            raise self._damaged(f"{type(error).__name__}: {error}", number) from None
+        if packed.checksum() != self._checksums[number].tobytes():
+            raise self._damaged("its checksum does not fit", number)
+        key = record_key(self.manifest, packed.prompt_ids, packed.completion_ids)
+        if key != packed.key:
+            raise self._damaged("its ids are not those of its key", number)
+        return packed
+
+    def _span(self, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        prompt, completion = self._prompt_offsets, self._completion_offsets
+        return (
+            (int(prompt[number]), int(prompt[number + 1])),
+            (int(completion[number]), int(completion[number + 1])),
+        )
+
+    def _rows(self, name: str, span: tuple[int, int]) -> np.ndarray:
+        begin, end = span
+        if begin == end:
+            # safetensors refuses an empty slice
+            shape = (0, self.manifest.row_bytes) if name == "codes" else (0,)
+            return np.zeros(shape, _DTYPES[name])
+        return self._file.get_slice(name)[begin:end]
+
+    def _check(self, metadata: dict[str, str]) -> None:
+        if metadata.get("format") != FORMAT:
+            raise self._damaged("it is not a shard of a teacher store")
+        if metadata.get("version") != VERSION:
+            raise self._damaged(
+                f"it is of version {metadata.get('version')!r}, and this opd reads {VERSION}"
+            )
+        names = set(self._file.keys())
+        if names != set(_DTYPES):
+            raise self._damaged(f"its tensors are {', '.join(sorted(names))}")
+        shapes: dict[str, list[int]] = {}
+        for name in names:
+            found = self._file.get_slice(name)
+            shapes[name] = list(found.get_shape())
+            if found.get_dtype() != _NAMES[_DTYPES[name]]:
+                raise self._damaged(f"{name} is {found.get_dtype()}")
+        index = {name: self._file.get_tensor(name) for name in _INDEX}
+        if metadata.get("checksum") != _index_checksum(metadata, index):
+            raise self._damaged("the checksum of its index does not fit")
+        expected = _metadata(self.manifest)
+        for name, value in expected.items():
+            if metadata.get(name) != value:
+                raise StoreError(
+                    f"the shard '{self.path}' is of another store: {name} is "
+                    f"{metadata.get(name)!r} there and {value!r} here; move it away"
+                )
+        self._check_shapes(shapes, index)
+        self.keys = index["keys"]
+        self._flags, self._checksums = index["flags"], index["checksums"]
+        self._prompt_offsets = index["prompt_offsets"]
+        self._completion_offsets = index["completion_offsets"]
+
+    def _check_shapes(self, shapes: dict[str, list[int]], index: dict[str, np.ndarray]) -> None:
+        count = shapes["flags"][0] if len(shapes["flags"]) == 1 else -1
+        totals = {}
+        for name in ("prompt", "completion"):
+            offsets = index[f"{name}_offsets"]
+            fits = offsets.shape == (count + 1,) and offsets[0] == 0 and np.all(np.diff(offsets) >= 0)
+            if not fits:
+                raise self._damaged(f"its {name}_offsets are none")
+            totals[name] = int(offsets[-1])
+        tokens = totals["completion"]
+        wanted = {
+            "keys": [[count, _HASH_BYTES]],
+            "checksums": [[count, _HASH_BYTES]],
+            "prompt_ids": [[totals["prompt"]]],
+            "completion_ids": [[tokens]],
+            "codes": [[tokens, self.manifest.row_bytes]],
+            "entropy": [[tokens]] if np.any(index["flags"] & _HAS_ENTROPY) else [[0]],
+        }
+        for name, allowed in wanted.items():
+            if shapes[name] not in allowed:
+                raise self._damaged(f"{name} has the shape {shapes[name]}, not {allowed[0]}")
+
+    def _damaged(self, why: str, number: int | None = None) -> StoreError:
+        which = "the shard" if number is None else f"record {number} of the shard"
+        return StoreError(
+            f"{which} '{self.path}' is damaged: {why}; `opd cache verify` lists all damage, and "
+            "without the file the store has all records but those in it"
+        )
+
+
+_DTYPES: dict[str, Any] = {
+    "keys": np.uint8,
+    "flags": np.uint8,
+    "prompt_offsets": np.int64,
+    "completion_offsets": np.int64,
+    "checksums": np.uint8,
+    "prompt_ids": np.int32,
+    "completion_ids": np.int32,
+    "codes": np.uint8,
+    "entropy": np.float32,
+}
+_NAMES = {np.uint8: "U8", np.int64: "I64", np.int32: "I32", np.float32: "F32"}
+
+
+def _open(path: Path) -> Any:
+    from safetensors import safe_open
+
+    try:
+        return safe_open(path, framework="np")
+    except Exception as error:
+        raise StoreError(
+            f"the shard '{path}' is damaged: {type(error).__name__}: {error}; without the file the "
+            "store has all records but those in it"
+        ) from None
+
+
+def _metadata(manifest: Manifest) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "teacher": manifest.fingerprint.digest(),
+        "vocab_size": str(manifest.vocab_size),
+        "num_topk": str(manifest.num_topk),
+        "bits": str(manifest.bits),
+    }
+
+
+def _index_checksum(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
+    values = sorted(item for item in metadata.items() if item[0] != "checksum")
+    words = [f"{name}={value}".encode() for name, value in values]
+    return _hash(b"index", *words, *(tensors[name].tobytes() for name in _INDEX)).hex()
+
+
+def _hash(*parts: bytes) -> bytes:
+    """Of the parts and where each ends."""
+    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()

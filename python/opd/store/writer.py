@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records into shards: encoded at once, kept in memory until there is a shard of them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import opd_kernels as opk
+from opd.store.files import StoreError, remove_dead_partials
+from opd.store.manifest import Manifest
+from opd.store.shard import Packed, record_key, write_shard
+
+_log = logging.getLogger(__name__)
+SHARD_BYTES = 64 << 20
+_MAX_ID = 2**31 - 1
+
+
+class StoreWriter:
+    """A context manager that appends records; what is whole is written when it ends.
+
+    Several writers may be at work on one store, in one process or many: each writes shards of its
+    own. A process that is killed loses the records since its last shard, and no others.
+
+    Args:
+        path: of the store.
+        manifest: of the store.
+        shard_bytes: a shard is written when there is so much for it.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, *, shard_bytes: int = SHARD_BYTES) -> None:
+        if shard_bytes < 1:
+            raise ValueError(f"shard_bytes: must be at least 1, got {shard_bytes}")
+        self.path = path
+        self.manifest = manifest
+        self.num_records = 0
+        self.num_tokens = 0
+        self._shard_bytes = shard_bytes
+        self._pending: list[Packed] = []
+        self._pending_keys: set[bytes] = set()
+        self.pending_bytes = 0
+        remove_dead_partials(path)
+
+    def append(
+        self,
+        prompt_ids: Tensor,
+        completion_ids: Tensor,
+        ids: Tensor,
+        logprobs: Tensor,
+        tail_logprob: Tensor | None,
+        entropy: Tensor | None = None,
+    ) -> None:
+        """Add the laws of one completion.
+
+        Args:
+            prompt_ids: [P] integers.
+            completion_ids: [C] integers.
+            ids: [C, K] integers, best first, K at most that of the store; -1 is none.
+            logprobs: [C, K] floating, nats.
+            tail_logprob: [C] floating, nats; None: log(1 - sum of the probabilities).
+            entropy: [C] floating, nats, kept as float32.
+
+        Raises:
+            ValueError: shapes that do not fit each other, ids that are none, rows that are no laws.
+            StoreError: a shard could not be written; its records are kept, and are tried again.
+        """
+        prompt = _token_ids("prompt_ids", prompt_ids)
+        completion = _token_ids("completion_ids", completion_ids)
+        num_tokens = len(completion)
+        for name, value in (("ids", ids), ("logprobs", logprobs)):
+            if value.dim() != 2 or len(value) != num_tokens:
+                raise ValueError(
+                    f"append: {name} must have one row for each of the {num_tokens} completion "
+                    f"tokens, got shape {tuple(value.shape)}."
+                )
+        if entropy is not None and entropy.shape != (num_tokens,):
+            raise ValueError(
+                f"append: entropy must have the shape ({num_tokens},), got {tuple(entropy.shape)}."
+            )
+        ids, logprobs = self._padded(ids.detach().cpu(), logprobs.detach().cpu())
+        codes = opk.encode_topk(
+            ids,
+            logprobs,
+            vocab_size=self.manifest.vocab_size,
+            tail_logprob=None if tail_logprob is None else tail_logprob.detach().cpu(),
+            bits=self.manifest.bits,
+            backend="cpu",
+        )
+        packed = Packed(
+            key=record_key(self.manifest, prompt, completion),
+            prompt_ids=prompt,
+            completion_ids=completion,
+            codes=codes.codes.numpy(),
+            entropy=None if entropy is None else entropy.detach().cpu().float().numpy().copy(),
+        )
+        self._pending.append(packed)
+        self._pending_keys.add(packed.key)
+        self.pending_bytes += packed.num_bytes
+        self.num_records += 1
+        self.num_tokens += num_tokens
+        if self.pending_bytes >= self._shard_bytes:
+            self.flush()
+
+    def has_pending(self, prompt_ids: Tensor, completion_ids: Tensor) -> bool:
+        """Whether such a record waits for its shard."""
+        prompt = _token_ids("prompt_ids", prompt_ids)
+        completion = _token_ids("completion_ids", completion_ids)
+        return record_key(self.manifest, prompt, completion) in self._pending_keys
+
+    def flush(self) -> Path | None:
+        """Write what is pending as a shard; afterwards it survives everything but the disk.
+
+        Raises:
+            StoreError: it could not be written; nothing is lost, call it again.
+        """
+        if not self._pending:
+            return None
+        try:
+            shard = write_shard(self.path, self.manifest, self._pending)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {self.pending_bytes:,} bytes to the store '{self.path}': "
+                f"{error.strerror or error}; make room, and run again. What was written before is "
+                f"whole, the {len(self._pending)} records since are not written"
+            ) from error
+        self._pending.clear()
+        self._pending_keys.clear()
+        self.pending_bytes = 0
+        return shard
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.flush()
+        except StoreError as failure:
+            if error is None:
+                raise
+            # the first error is the one to see
+            _log.warning("%s", failure)
+
+    def _padded(self, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        missing = self.manifest.num_topk - ids.shape[1]
+        if missing < 0 or ids.shape != logprobs.shape:
+            raise ValueError(
+                f"append: ids and logprobs must have one shape of at most {self.manifest.num_topk} "
+                f"columns, got {tuple(ids.shape)} and {tuple(logprobs.shape)}."
+            )
+        pad = torch.nn.functional.pad
+        return pad(ids, (0, missing), value=-1), pad(logprobs, (0, missing), value=-torch.inf)
+
+
+def _token_ids(name: str, value: Tensor) -> np.ndarray:
+    """[N] ids as int32.
+
+    Raises:
+        ValueError: another shape, or something that is no id. TypeError: no integers.
+    """
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value, dtype=torch.int64)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: must be int64 or int32, got {value.dtype}.")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: must have one dimension, got shape {tuple(value.shape)}.")
+    if len(value) and not (0 <= int(value.min()) and int(value.max()) <= _MAX_ID):
+        raise ValueError(
+            f"{name}: must be in [0, 2^31), got {int(value.min())} to {int(value.max())}."
+        )
+    return value.detach().cpu().numpy().astype(np.int32)
