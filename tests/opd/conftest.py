@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -128,3 +129,20 @@ def build_trajectories(lengths=((4, 3), (2, 6), (4, 1), (3, 4), (1, 5)), *, voca
 def batch(trajectories):
     """The five, padded."""
     return collate(trajectories, pad_id=0)
+
+
+@pytest.fixture
+def engine(teacher, tokenizer):
+    """What a server runs, of the teacher above, with projected hidden states."""
+    from opd.server.engine import Engine
+
+    return Engine(teacher, name="tiny", tokenizer=tokenizer, hidden_rank=8)
+
+
+@pytest.fixture
+def live():
+    """A factory of servers on this machine: live(engine, **settings) -> URL."""
+    from tests.opd.server.live import running
+
+    with contextlib.ExitStack() as stack:
+        yield lambda engine, **settings: stack.enter_context(running(engine, **settings))

@@ -63,9 +63,9 @@ def canonical_topk(
     logprobs = logprobs.masked_fill(repeated, -torch.inf)
     ids = ids.masked_fill(logprobs == -torch.inf, -1)
     # two stable sorts: by id, then by value
-    by_id = ids.argsort(1, stable=True)
+    by_id = ids.argsort(dim=1, stable=True)
     ids, logprobs = ids.gather(1, by_id), logprobs.gather(1, by_id)
-    by_value = logprobs.argsort(1, descending=True, stable=True)[:, :num_topk]
+    by_value = logprobs.argsort(dim=1, descending=True, stable=True)[:, :num_topk]
     ids, logprobs = ids.gather(1, by_value), logprobs.gather(1, by_value)
     missing = num_topk - ids.shape[1]
     if missing > 0:
@@ -143,7 +143,7 @@ def tail_of(logprobs: Tensor) -> Tensor:
 
 def _repeated(ids: Tensor) -> Tensor:
     """True where an id has come before in its row."""
-    order = ids.argsort(1, stable=True)
+    order = ids.argsort(dim=1, stable=True)
     ordered = ids.gather(1, order)
     again = torch.zeros_like(ids, dtype=torch.bool)
     again[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != -1)

@@ -73,7 +73,7 @@ class Transport:
             follow_redirects=False,
             transport=transport,
         )
-        self._wait = tenacity.wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.5)
+        self._wait = tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.5)
         self._reminded = threading.Lock()
         self._last_reminder = -_REMIND_S
 

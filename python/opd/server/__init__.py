@@ -6,7 +6,6 @@ app.py       the endpoints
 requests.py  what came off the wire, checked before anything uses it
 batcher.py   requests merged up to a token budget, one worker, a bounded queue
 engine.py    sequences in, laws out: the only file that touches the model
-laws.py      hidden states to top-k and log-probabilities
 projection.py  the head on its leading singular directions
 replies.py   results as binary frames, or as JSON
 monitor.py   Prometheus metrics

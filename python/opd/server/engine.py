@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import opd_kernels as opk
 from opd.batch import Trajectory, collate
 from opd.identity import model_fingerprint, tokenizer_hash
 from opd.model import LanguageModel
-from opd.server.laws import topk_rows
 from opd.server.projection import Projection, project_head
 from opd.server.requests import Limits, ScoreRequest
 
@@ -161,13 +161,16 @@ class Engine:
         num_topk = request.num_topk if request.signal == "topk" else 1
         if not len(hidden):
             return _no_rows(request.signal, num_topk, queries.shape[1])
-        found = topk_rows(
+        head = self._model.head
+        found = opk.fused_linear_topk(
             hidden,
-            self._model.head,
+            head.weight,
             num_topk=num_topk,
             token_ids=queries.to(hidden.device),
             temperature=request.temperature,
+            **head.options(),
             vocab_size=request.vocab_size,
+            workspace_bytes=self._model.workspace_bytes,
         )
         rows = {"token_logprobs": found.token_logprobs.float(), "entropy": found.entropy.float()}
         if request.signal == "topk":

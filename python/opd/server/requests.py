@@ -175,13 +175,19 @@ def _json(body: bytes, signal: Signal, limits: Limits) -> ScoreRequest:
         raise RequestError(422, f"starts must have {len(sequences)} items, got {len(starts)}")
     queries = None
     if found.get("query_ids") is not None:
-        queries = _json_queries(found["query_ids"])
+        queries = _json_queries(found["query_ids"], sequences, starts)
     return _check(sequences, starts, queries, meta, signal, limits, zlib.crc32(body), is_json=True)
 
 
-def _json_queries(found: Any) -> Tensor:
-    if not _is_list_of(found, list):
+def _json_queries(found: Any, sequences: list[Tensor], starts: list[int]) -> Tensor:
+    if not _is_list_of(found, list) or len(found) != len(sequences):
         raise RequestError(422, "query_ids must be, for each sequence, a list of lists of ids")
+    for index, (rows, ids, start) in enumerate(zip(found, sequences, starts, strict=True)):
+        if len(rows) != len(ids) - start:
+            raise RequestError(
+                422,
+                f"query_ids of sequence {index} must have {len(ids) - start} rows, got {len(rows)}",
+            )
     rows = [_ints(row, "query_ids") for rows in found for row in rows]
     if len({len(row) for row in rows}) > 1:
         raise RequestError(422, "query_ids must have equally many ids at every position")
@@ -237,14 +243,13 @@ def _check(
         raise RequestError(422, f"projected must be true or false, got {projected!r:.100}")
     if projected and not limits.hidden_rank:
         raise RequestError(422, "projected: this server was started without --hidden-rank")
-    default_topk = min(64, vocab_size)
     most_topk = min(limits.max_topk, vocab_size)
     request = ScoreRequest(
         signal=signal,
         sequences=sequences,
         starts=starts,
         query_ids=query_ids,
-        num_topk=_number(meta, "num_topk", default_topk, 1, most_topk),
+        num_topk=_number(meta, "num_topk", min(64, most_topk), 1, most_topk),
         temperature=_temperature(meta),
         vocab_size=vocab_size,
         dtype=DTYPES[dtype],
