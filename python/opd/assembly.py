@@ -294,6 +294,7 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
     )
     if not isinstance(teacher, LanguageModel):
         teacher.check_fits(student, tokenizer)
+        _check_temperature(config, getattr(teacher, "temperature", None))
         return teacher
     ours, theirs = student.lm_head_weight.shape[0], teacher.lm_head_weight.shape[0]
     key = "teacher.model_name_or_path"
@@ -306,6 +307,15 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
     _check_same_tokens(config.teacher, tokenizer, config.vocab_size, key)
     _tell_of_other_ends(teacher, student, tokenizer)
     return teacher
+
+
+def _check_temperature(config: TrainConfig, theirs: float | None) -> None:
+    ours = getattr(config.objective, "temperature", 1.0)
+    if config.objective.needs_teacher and theirs not in (None, ours):
+        raise ConfigError(
+            f"objective.temperature: must be {theirs:g}, at which the teacher's laws were stored, "
+            f"got {ours:g}"
+        )
 
 
 def check_positions(

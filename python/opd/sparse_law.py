@@ -87,7 +87,7 @@ class SparseLaw:
             the answer.
         source: who reports it, for errors: "the store at ...", "the server at ...".
         num_topk: how many likeliest tokens it has been set up to report.
-        takes_temperature: whether it reports its law at other temperatures than 1.
+        temperature: that it reports its law at; None: at any.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class SparseLaw:
         *,
         source: str,
         num_topk: int,
-        takes_temperature: bool = False,
+        temperature: float | None = 1.0,
     ) -> None:
         self.num_topk = num_topk
         self._ask = ask
         self._source = source
-        self._takes_temperature = takes_temperature
+        self._temperature = temperature
         self._known: dict[float, TopkRows] = {}
         self._chosen: tuple[Tensor, float, TopkRows] | None = None
 
@@ -134,9 +134,10 @@ class SparseLaw:
         Raises:
             ValueError: a temperature other than 1, where that needs the whole law.
         """
-        if temperature != 1.0 and not self._takes_temperature:
+        if self._temperature not in (None, temperature):
             raise ValueError(
-                f"{self._source} reports its law at temperature 1, got temperature {temperature}"
+                f"{self._source} reports its law at temperature {self._temperature:g}, got "
+                f"temperature {temperature:g}"
             )
         if token_ids is not None:
             return self._ask(num_topk, token_ids, temperature)

@@ -78,9 +78,7 @@ def test_every_cut_is_seen():
         safetensors({"__metadata__": {"opd": "[" * 100_000}}),
         safetensors({"__metadata__": {"other": "{}"}}),
         safetensors({"a": {"dtype": "I32", "shape": [1 << 40], "data_offsets": [0, 4]}}, b"abcd"),
-        safetensors(
-            {"a": {"dtype": "I32", "shape": [1 << 62, 4], "data_offsets": [0, 0]}}, b""
-        ),
+        safetensors({"a": {"dtype": "I32", "shape": [1 << 62, 4], "data_offsets": [0, 0]}}, b""),
         safetensors({"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, b"abcd"),
         safetensors({"a": {"dtype": "I32", "shape": [1], "data_offsets": [0, 4]}}, b"abcdefgh"),
         safetensors({"a": {"dtype": "I32", "shape": [-1], "data_offsets": [0, 4]}}, b"abcd"),

@@ -8,11 +8,10 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
+from opd.identity import model_fingerprint, tokenizer_hash
 
 # of a configuration, what says where it came from and not what it is
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "architectures", "use_cache")
-_SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +59,7 @@ def fingerprint_of(
     """The fingerprint of a transformers model with its tokenizer.
 
     Args:
-        model: the weights are sampled: 64 numbers of each parameter.
+        model: its weights are sampled, see `opd.identity`.
         tokenizer: whose ids the laws are over.
         name: for people.
         temperature: of the laws.
@@ -69,24 +68,10 @@ def fingerprint_of(
     return TeacherFingerprint(
         model=name,
         config_hash=_hash(json.dumps(config, sort_keys=True, default=str).encode()),
-        weights_hash=_weights_hash(model),
-        tokenizer_hash=_hash(json.dumps(sorted(tokenizer.get_vocab().items())).encode()),
+        weights_hash=model_fingerprint(model),
+        tokenizer_hash=tokenizer_hash(tokenizer),
         temperature=float(temperature),
     )
-
-
-@torch.no_grad()
-def _weights_hash(model: Any) -> str:
-    parts = []
-    for name, value in sorted(model.named_parameters(), key=lambda item: item[0]):
-        parts.append(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        flat = value.detach().reshape(-1)
-        if flat.numel() == 0:
-            continue
-        places = torch.arange(_SAMPLES, device=flat.device) * (flat.numel() - 1) // (_SAMPLES - 1)
-        # exact in float64, whatever the dtype
-        parts.append(flat[places].double().cpu().numpy().tobytes())
-    return _hash(b"\0".join(parts))
 
 
 def _hash(data: bytes) -> str:

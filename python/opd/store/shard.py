@@ -269,7 +269,9 @@ class Shard:
         totals = {}
         for name in ("prompt", "completion"):
             offsets = index[f"{name}_offsets"]
-            fits = offsets.shape == (count + 1,) and offsets[0] == 0 and np.all(np.diff(offsets) >= 0)
+            fits = (
+                offsets.shape == (count + 1,) and offsets[0] == 0 and np.all(np.diff(offsets) >= 0)
+            )
             if not fits:
                 raise self._damaged(f"its {name}_offsets are none")
             totals[name] = int(offsets[-1])

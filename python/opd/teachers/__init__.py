@@ -5,12 +5,13 @@ from typing import Protocol
 
 from opd.batch import Batch, Law
 from opd.sparse_law import SparseLaw
+from opd.teachers.cached import CachedConfig, CachedTeacher
 from opd.teachers.local import LocalConfig, LocalTeacher
 from opd.teachers.server import ServerConfig, ServerTeacher
 
-TEACHERS = {"local": LocalConfig, "server": ServerConfig}
+TEACHERS = {"local": LocalConfig, "server": ServerConfig, "cached": CachedConfig}
 
-TeacherConfig = LocalConfig | ServerConfig
+TeacherConfig = LocalConfig | ServerConfig | CachedConfig
 
 
 class Teacher(Protocol):
@@ -35,6 +36,8 @@ class Teacher(Protocol):
 
 __all__ = [
     "TEACHERS",
+    "CachedConfig",
+    "CachedTeacher",
     "LocalConfig",
     "LocalTeacher",
     "ServerConfig",

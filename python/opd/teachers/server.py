@@ -179,7 +179,7 @@ class ServerTeacher:
             ),
             source=f"the server at {self._config.url}",
             num_topk=self._config.teacher_top_k,
-            takes_temperature=self._config.takes_temperature,
+            temperature=None if self._config.takes_temperature else 1.0,
         )
 
     def _head(self) -> Any:

@@ -210,9 +210,7 @@ class FakeTrl(Fake):
         if path == "/health/":
             return {"status": "ok"}
         k, starts = body["top_logprobs"], body["prompt_lengths"]
-        laws = [
-            self.law(ids)[start:] for ids, start in zip(body["sequences"], starts, strict=True)
-        ]
+        laws = [self.law(ids)[start:] for ids, start in zip(body["sequences"], starts, strict=True)]
         tails = [ids[start:] for ids, start in zip(body["sequences"], starts, strict=True)]
         if body["response_format"] == "json":
             ids, values = [], []

@@ -109,10 +109,10 @@ def test_duplicates_and_short_rows(fake):
         ),
         (
             "the rows of the two lists are shifted",
-            lambda m: m["input_token_logprobs"][3].__setitem__(
-                0, m["input_top_logprobs"][3][0][0] - 5
-            )
-            or m["input_top_logprobs"][3][0].__setitem__(1, 2),
+            lambda m: (
+                m["input_token_logprobs"][3].__setitem__(0, m["input_top_logprobs"][3][0][0] - 5)
+                or m["input_top_logprobs"][3][0].__setitem__(1, 2)
+            ),
         ),
     ],
 )

@@ -32,7 +32,7 @@ def _reported(law):
             token_logprobs=found.token_logprobs,
         )
 
-    return SparseLaw(ask, source="the server at nowhere", num_topk=8, takes_temperature=True)
+    return SparseLaw(ask, source="the server at nowhere", num_topk=8, temperature=None)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation"])

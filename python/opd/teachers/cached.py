@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A teacher that has spoken already: its laws come out of a store that `opd cache build` filled."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from opd.batch import Batch
+from opd.schema import ConfigError, Section
+from opd.sparse_law import SparseLaw, TopkRows
+from opd.store import StoreError, TeacherStore, TopkRecord
+
+
+class CachedConfig(Section):
+    """Laws from disk; no teacher is loaded.
+
+    Attributes:
+        path: of the store.
+    """
+
+    tells: ClassVar[frozenset[str]] = frozenset({"topk"})
+    # at the one that the store was built at, which is checked when it is open
+    takes_temperature: ClassVar[bool] = True
+
+    kind: Literal["cached"] = "cached"
+    path: str
+
+    def build(
+        self, tokenizer: Any, *, device: str, vocab_size: int | None, workspace_bytes: int
+    ) -> CachedTeacher:
+        """Open the store.
+
+        Raises:
+            StoreError: there is none.
+        """
+        return CachedTeacher(TeacherStore.open(self.path, vocab_size=vocab_size), device=device)
+
+
+class CachedTeacher:
+    """Laws as a store has them.
+
+    Args:
+        store: of the completions that are trained.
+        device: where the laws are wanted.
+    """
+
+    name = "teacher"
+    # only those that it was asked about
+    judges_any_state: ClassVar[bool] = False
+    num_parameters: ClassVar[int] = 0
+    max_positions: ClassVar[int | None] = None
+
+    def __init__(self, store: TeacherStore, *, device: str = "cpu") -> None:
+        from opd.model import resolve_device
+
+        self.store = store
+        self._device = resolve_device(device)
+
+    @property
+    def temperature(self) -> float:
+        """That the store's laws are at."""
+        return self.store.manifest.fingerprint.temperature
+
+    def check_fits(self, student: Any, tokenizer: Any) -> None:
+        """Compare the store's vocabulary with the student's.
+
+        Raises:
+            ConfigError: they differ in size or in tokens.
+        """
+        from opd.identity import tokenizer_hash
+
+        theirs, ours = self.store.manifest.fingerprint.tokenizer_hash, tokenizer_hash(tokenizer)
+        if theirs != ours:
+            raise ConfigError(
+                f"teacher.path: the store '{self.store.path}' is of a tokenizer with the hash "
+                f"{theirs} and the student's has {ours}; token-by-token losses need one vocabulary"
+            )
+        size, rows = self.store.manifest.vocab_size, student.lm_head_weight.shape[0]
+        wanted = student.vocab_size or rows
+        if size != wanted:
+            raise ConfigError(
+                f"teacher.path: the laws in '{self.store.path}' are over {size} tokens and the "
+                f"student's over {wanted}; set vocab_size={min(size, rows)} if only the padding "
+                "differs, and build the store with it"
+            )
+
+    def law(self, batch: Batch) -> SparseLaw:
+        """Its next-token law at the trained positions, read when first asked for."""
+        return SparseLaw(
+            lambda num_topk, token_ids, temperature: self._read(batch, num_topk),
+            source=f"the store '{self.store.path}'",
+            num_topk=self.store.manifest.num_topk,
+            temperature=self.temperature,
+        )
+
+    def _read(self, batch: Batch, num_topk: int) -> TopkRows:
+        known = self.store.manifest.num_topk
+        if num_topk > known:
+            raise ConfigError(
+                f"objective.teacher_top_k: must be at most the {known} that the store "
+                f"'{self.store.path}' has of every law, got {num_topk}"
+            )
+        records = [
+            self._record(ids[:prompt_length], ids[prompt_length:])
+            for ids, prompt_length in zip(batch.sequences(), batch.prompt_lengths, strict=True)
+        ]
+        kept = batch.completion_rows()
+
+        def rows(name: str) -> torch.Tensor | None:
+            values = [getattr(record, name) for record in records]
+            if any(value is None for value in values):
+                return None
+            return torch.cat([value[k] for value, k in zip(values, kept, strict=True)])
+
+        return TopkRows(
+            ids=rows("ids"),
+            logprobs=rows("logprobs"),
+            tail_logprob=rows("tail_logprob"),
+            entropy=rows("entropy"),
+        ).to(self._device)
+
+    def _record(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> TopkRecord:
+        record = self.store.get(prompt_ids, completion_ids)
+        if record is None:
+            raise StoreError(
+                f"the store '{self.store.path}' has no laws of a prompt of {len(prompt_ids)} tokens "
+                f"with a completion of {len(completion_ids)}; it has {len(self.store)} others. It "
+                "must have been filled by `opd cache build` with this run's data, rollouts, seed "
+                "and max_completion_length, and completions that the student samples while it "
+                "trains are never in it: take rollouts.kind=dataset, or a teacher at hand"
+            )
+        return record

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run learns the same whatever brings the teacher's laws: memory, a server, or a store."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+
+from opd.config import parse_config
+from opd.metrics import read_jsonl
+from opd.server.engine import Engine
+from opd.store.build import build
+from opd.tasks import TASKS
+from opd.teachers import LocalTeacher
+from opd.train import train
+from tests.opd.server.live import running
+
+VOCAB_SIZE = 45
+TOPK = {"kind": "topk", "divergence": "forward_kl", "teacher_top_k": VOCAB_SIZE}
+DATASET = {"kind": "dataset", "max_completion_length": 60}
+
+
+@pytest.fixture
+def model_path(tmp_path, hf_model):
+    """A teacher on the disk."""
+    path = tmp_path / "teacher"
+    hf_model(seed=2, hidden_size=24).save_pretrained(path)
+    TASKS["chain_repair"]().load_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def url(model_path, tokenizer):
+    """The same teacher behind a port."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    engine = Engine(LocalTeacher(model, name="teacher"), tokenizer, name="tiny")
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context(running(engine))
+
+
+@pytest.fixture
+def run(values, tmp_path, model_path):
+    """A factory: losses and the last weights of a short run with a teacher and changes."""
+
+    def start(name, **changes):
+        local = {"kind": "local", "model_name_or_path": model_path}
+        mine = {**copy.deepcopy(values), "teacher": local, **changes}
+        mine["output_dir"] = str(tmp_path / name)
+        mine["max_steps"] = 3
+        result = train(parse_config(mine), quiet=True)
+        rows = read_jsonl(result.output_dir / "metrics.jsonl")
+        from safetensors.torch import load_file
+
+        weights = load_file(result.checkpoint / "model.safetensors")
+        losses = [row["loss"] for row in rows if "loss" in row]
+        return losses, torch.cat([weights[key].flatten() for key in sorted(weights)])
+
+    return start
+
+
+def _same(ours, theirs, *, rel):
+    losses, weights = ours
+    expected_losses, expected = theirs
+    assert losses == pytest.approx(expected_losses, rel=rel)
+    # what one step of Adam does to a weight is learning_rate, 1e-2: the sign of a gradient near 0
+    # may differ, on few weights
+    assert (weights - expected).abs().mean() < 1e-2 * rel
+    assert expected.abs().mean() > 0.01
+
+
+def test_hidden_states_from_a_server(run, url):
+    local = run("local")
+    served = run(
+        "served", teacher={"kind": "server", "url": url, "hidden_dtype": "float32"}
+    )
+    _same(served, local, rel=1e-4)
+
+
+@pytest.mark.parametrize("support", ["teacher", "student", "union"])
+def test_top_k_from_a_server(run, url, support):
+    objective = {**TOPK, "teacher_top_k": 6, "support": support}
+    local = run("local", objective=objective)
+    teacher = {"kind": "server", "url": url, "signal": "topk"}
+    served = run("served", objective=objective, teacher=teacher)
+    _same(served, local, rel=1e-3)
+
+
+def test_sampled_tokens_from_a_server(run, url):
+    objective = {"kind": "sampled_token"}
+    local = run("local", objective=objective)
+    teacher = {"kind": "server", "url": url, "signal": "topk"}
+    _same(run("served", objective=objective, teacher=teacher), local, rel=1e-3)
+
+
+def test_a_store_is_the_teacher_of_an_offline_stage(run, values, tmp_path, model_path):
+    local = run("local", objective=TOPK, rollouts=DATASET)
+    config = parse_config(
+        {
+            **copy.deepcopy(values),
+            "teacher": {"kind": "local", "model_name_or_path": model_path},
+            "objective": TOPK,
+            "rollouts": DATASET,
+        }
+    )
+    build(config, tmp_path / "store", num_topk=VOCAB_SIZE, bits=16, quiet=True)
+    teacher = {"kind": "cached", "path": str(tmp_path / "store")}
+    cached = run("cached", objective=TOPK, rollouts=DATASET, teacher=teacher)
+    _same(cached, local, rel=1e-3)
+
+
+@pytest.mark.parametrize("transport", ["local", "hidden", "topk", "store"])
+def test_a_student_that_is_the_teacher_has_no_loss(
+    run, values, tmp_path, model_path, url, transport
+):
+    twin = {"model_name_or_path": model_path}
+    rollouts = DATASET if transport == "store" else values["rollouts"]
+    changes = {"student": twin, "rollouts": rollouts, "learning_rate": 1e-12}
+    if transport == "local":
+        losses, _ = run("run", **changes)
+    elif transport == "hidden":
+        teacher = {"kind": "server", "url": url, "hidden_dtype": "float32"}
+        losses, _ = run("run", teacher=teacher, **changes)
+    elif transport == "topk":
+        teacher = {"kind": "server", "url": url, "signal": "topk"}
+        losses, _ = run("run", teacher=teacher, objective={**TOPK, "teacher_top_k": 6}, **changes)
+    else:
+        config = {**copy.deepcopy(values), **changes, "objective": TOPK}
+        config["teacher"] = {"kind": "local", **twin}
+        path = tmp_path / "store"
+        build(parse_config(config), path, num_topk=8, bits=16, quiet=True)
+        teacher = {"kind": "cached", "path": str(path)}
+        losses, _ = run("run", teacher=teacher, objective={**TOPK, "teacher_top_k": 8}, **changes)
+    assert max(abs(loss) for loss in losses) < 1e-6
