@@ -38,7 +38,7 @@ def url(model_path, tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_path)
-    engine = Engine(LocalTeacher(model, name="teacher"), tokenizer, name="tiny")
+    engine = Engine(LocalTeacher(model, name="teacher"), name="tiny", tokenizer=tokenizer, max_request_tokens=4096)
     with contextlib.ExitStack() as stack:
         yield stack.enter_context(running(engine))
 
