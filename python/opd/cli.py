@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -95,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="default: report.html in the first run's directory")
     command.set_defaults(run=_report)
 
+    _add_cache(commands)
+
     command = commands.add_parser("recipes", help="list the recipes that come with opd")
     command.set_defaults(run=_recipes)
 
@@ -160,6 +163,97 @@ def _add_serving(command: argparse.ArgumentParser) -> None:
     options("--ssl-certfile", help="serve https")
     options("--ssl-keyfile", help="serve https")
     options("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _add_cache(commands: argparse._SubParsersAction) -> None:
+    cache = commands.add_parser(
+        "cache", help="keep a teacher's laws on disk", description=_cache_build.__doc__
+    )
+    actions = cache.add_subparsers(required=True, metavar="ACTION")
+    command = actions.add_parser(
+        "build", help="score completions", description=_cache_build.__doc__, allow_abbrev=False
+    )
+    _add_config(command)
+    command.add_argument("--store", help="the directory; default: teacher_store in output_dir")
+    command.add_argument("--num-topk", type=int, default=64, help="entries of a law; default 64")
+    command.add_argument("--bits", type=int, default=10, help="of each log-prob; default 10")
+    command.add_argument("--quiet", action="store_true", help="show no progress")
+    command.set_defaults(run=_cache_build)
+    command = actions.add_parser("info", help="say what a store holds")
+    command.add_argument("path")
+    command.set_defaults(run=_cache_info)
+    command = actions.add_parser("verify", help="read all of a store and list what is damaged")
+    command.add_argument("path")
+    command.add_argument("--quiet", action="store_true", help="show no progress")
+    command.set_defaults(run=_cache_verify)
+
+
+def _cache_build(options: argparse.Namespace) -> int:
+    """Score the data's completions, or the student's, with the teacher; run it again to go on."""
+    from opd.config import load_config
+    from opd.store.build import build
+
+    config = load_config(options.config, options.overrides)
+    path = options.store or Path(config.output_dir) / "teacher_store"
+    built = build(
+        config, path, num_topk=options.num_topk, bits=options.bits, quiet=options.quiet
+    )
+    print(
+        f"{built.num_new:,} completions of {built.num_tokens:,} tokens scored, {built.num_known:,} "
+        f"known, {built.seconds:,.1f} s",
+        file=sys.stderr,
+    )
+    print(built.path)
+    return 0
+
+
+def _cache_info(options: argparse.Namespace) -> int:
+    """What a store holds, as a table; only what finds the records is read."""
+    from opd.store import verify
+
+    found = verify(options.path, records=False)
+    _print_table(["", ""], _cache_rows(found))
+    return _cache_damage(found)
+
+
+def _cache_verify(options: argparse.Namespace) -> int:
+    """Read every record of a store; 1 if one is damaged."""
+    from rich.console import Console
+
+    from opd.store import verify
+
+    console = Console(stderr=True, quiet=options.quiet)
+    with console.status(f"reading {options.path}") as status:
+        found = verify(
+            options.path,
+            progress=lambda done, count: status.update(f"read {done} of {count} shards"),
+        )
+    if not found.damage:
+        print(f"{found.num_records:,} records in {found.num_shards:,} shards are whole")
+    return _cache_damage(found)
+
+
+def _cache_damage(found: Any) -> int:
+    for sentence in found.damage:
+        print(sentence)
+    return 1 if found.damage else 0
+
+
+def _cache_rows(found: Any) -> list[list[str]]:
+    manifest, teacher = found.manifest, found.manifest.fingerprint
+    per_token = found.num_bytes / found.num_tokens if found.num_tokens else 0.0
+    return [
+        ["teacher", teacher.model],
+        ["temperature", f"{teacher.temperature:g}"],
+        ["fingerprint", teacher.digest()],
+        ["vocabulary", f"{manifest.vocab_size:,}"],
+        ["entries of a law", f"{manifest.num_topk:,}, {manifest.bits} bits each"],
+        ["shards", f"{found.num_shards:,}"],
+        ["records", f"{found.num_records:,}, {found.num_keys:,} different"],
+        ["tokens", f"{found.num_tokens:,}"],
+        ["bytes", f"{found.num_bytes:,}, {per_token:.0f} a token"],
+        ["unfinished files", f"{found.unfinished:,}"],
+    ]
 
 
 def _train(options: argparse.Namespace) -> int:

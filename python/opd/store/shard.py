@@ -87,8 +87,13 @@ def record_key(manifest: Manifest, prompt_ids: np.ndarray, completion_ids: np.nd
     return _hash(b"key", teacher, prompt_ids.tobytes(), completion_ids.tobytes())
 
 
-def write_shard(directory: Path, manifest: Manifest, records: Sequence[Packed]) -> Path:
-    """Write records as a new shard, whole or not at all.
+def shard_name() -> str:
+    """Of a new shard: names ascend with time, and nobody else has this one."""
+    return f"shard-{time.time_ns():020d}-{secrets.token_hex(8)}.safetensors"
+
+
+def write_shard(path: Path, manifest: Manifest, records: Sequence[Packed]) -> Path:
+    """Write records as a shard, whole or not at all.
 
     Raises:
         OSError: the disk is full, or cannot be written to.
@@ -101,11 +106,7 @@ def write_shard(directory: Path, manifest: Manifest, records: Sequence[Packed]) 
     def table(rows: list[bytes]) -> np.ndarray:
         return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, _HASH_BYTES)
 
-    entropies = [
-        np.full(len(r.codes), np.nan, np.float32) if r.entropy is None else r.entropy
-        for r in records
-    ]
-    has_entropy = any(record.flags & _HAS_ENTROPY for record in records)
+    entropies = [record.entropy for record in records if record.entropy is not None]
     tensors = {
         "keys": table([record.key for record in records]),
         "flags": np.array([record.flags for record in records], dtype=np.uint8),
@@ -115,14 +116,12 @@ def write_shard(directory: Path, manifest: Manifest, records: Sequence[Packed]) 
         "prompt_ids": np.concatenate([record.prompt_ids for record in records]),
         "completion_ids": np.concatenate([record.completion_ids for record in records]),
         "codes": np.concatenate([record.codes for record in records]),
-        "entropy": np.concatenate(entropies if has_entropy else [np.zeros(0, np.float32)]),
+        "entropy": np.concatenate([np.zeros(0, np.float32), *entropies]),
     }
     metadata = _metadata(manifest)
     metadata["checksum"] = _index_checksum(metadata, tensors)
-    # names ascend with time; nobody else has this one
-    name = f"shard-{time.time_ns():020d}-{secrets.token_hex(8)}.safetensors"
-    write_atomically(directory / name, save(tensors, metadata=metadata))
-    return directory / name
+    write_atomically(path, save(tensors, metadata=metadata))
+    return path
 
 
 class Shard:
@@ -157,14 +156,22 @@ class Shard:
         return int(self._completion_offsets[-1])
 
     def matches(self, number: int, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bool:
-        """Whether the ids of a record are these, int32."""
+        """Whether the ids of a record are these, int32.
+
+        Raises:
+            StoreError: they are not, because the record is damaged.
+        """
         prompt, completion = self._span(number)
         lengths = prompt[1] - prompt[0], completion[1] - completion[0]
-        if lengths != (len(prompt_ids), len(completion_ids)):
-            return False
-        return np.array_equal(self._rows("prompt_ids", prompt), prompt_ids) and np.array_equal(
-            self._rows("completion_ids", completion), completion_ids
+        is_same = (
+            lengths == (len(prompt_ids), len(completion_ids))
+            and np.array_equal(self._rows("prompt_ids", prompt), prompt_ids)
+            and np.array_equal(self._rows("completion_ids", completion), completion_ids)
         )
+        if not is_same:
+            # two pairs of one key are next to impossible: rather, these are not the ids it had
+            self.packed(number)
+        return is_same
 
     def record(self, number: int) -> TopkRecord:
         """A record, decoded.
@@ -200,13 +207,14 @@ class Shard:
         """
         prompt, completion = self._span(number)
         has_entropy = bool(self._flags[number] & _HAS_ENTROPY)
+        entropy = int(self._entropy_offsets[number]), int(self._entropy_offsets[number + 1])
         try:
             packed = Packed(
                 key=self.keys[number].tobytes(),
                 prompt_ids=self._rows("prompt_ids", prompt),
                 completion_ids=self._rows("completion_ids", completion),
                 codes=self._rows("codes", completion),
-                entropy=self._rows("entropy", completion) if has_entropy else None,
+                entropy=self._rows("entropy", entropy) if has_entropy else None,
             )
         except Exception as error:
             raise self._damaged(f"{type(error).__name__}: {error}", number) from None
@@ -263,6 +271,7 @@ class Shard:
         self._flags, self._checksums = index["flags"], index["checksums"]
         self._prompt_offsets = index["prompt_offsets"]
         self._completion_offsets = index["completion_offsets"]
+        self._entropy_offsets = _entropy_offsets(index)
 
     def _check_shapes(self, shapes: dict[str, list[int]], index: dict[str, np.ndarray]) -> None:
         count = shapes["flags"][0] if len(shapes["flags"]) == 1 else -1
@@ -276,17 +285,18 @@ class Shard:
                 raise self._damaged(f"its {name}_offsets are none")
             totals[name] = int(offsets[-1])
         tokens = totals["completion"]
+        entropies = int(_entropy_offsets(index)[-1])
         wanted = {
-            "keys": [[count, _HASH_BYTES]],
-            "checksums": [[count, _HASH_BYTES]],
-            "prompt_ids": [[totals["prompt"]]],
-            "completion_ids": [[tokens]],
-            "codes": [[tokens, self.manifest.row_bytes]],
-            "entropy": [[tokens]] if np.any(index["flags"] & _HAS_ENTROPY) else [[0]],
+            "keys": [count, _HASH_BYTES],
+            "checksums": [count, _HASH_BYTES],
+            "prompt_ids": [totals["prompt"]],
+            "completion_ids": [tokens],
+            "codes": [tokens, self.manifest.row_bytes],
+            "entropy": [entropies],
         }
-        for name, allowed in wanted.items():
-            if shapes[name] not in allowed:
-                raise self._damaged(f"{name} has the shape {shapes[name]}, not {allowed[0]}")
+        for name, shape in wanted.items():
+            if shapes[name] != shape:
+                raise self._damaged(f"{name} has the shape {shapes[name]}, not {shape}")
 
     def _damaged(self, why: str, number: int | None = None) -> StoreError:
         which = "the shard" if number is None else f"record {number} of the shard"
@@ -320,6 +330,12 @@ def _open(path: Path) -> Any:
             f"the shard '{path}' is damaged: {type(error).__name__}: {error}; without the file the "
             "store has all records but those in it"
         ) from None
+
+
+def _entropy_offsets(index: dict[str, np.ndarray]) -> np.ndarray:
+    """Records without an entropy take no place in it."""
+    lengths = np.diff(index["completion_offsets"]) * (index["flags"] & _HAS_ENTROPY)
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _metadata(manifest: Manifest) -> dict[str, str]:

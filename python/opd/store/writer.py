@@ -15,7 +15,7 @@ from torch import Tensor
 import opd_kernels as opk
 from opd.store.files import StoreError, remove_dead_partials
 from opd.store.manifest import Manifest
-from opd.store.shard import Packed, record_key, write_shard
+from opd.store.shard import Packed, record_key, shard_name, write_shard
 
 _log = logging.getLogger(__name__)
 SHARD_BYTES = 64 << 20
@@ -43,6 +43,8 @@ class StoreWriter:
         self.num_tokens = 0
         self._shard_bytes = shard_bytes
         self._pending: list[Packed] = []
+        # the name and the records of a shard that is being written
+        self._sealed: tuple[str, list[Packed]] | None = None
         self._pending_keys: set[bytes] = set()
         self.pending_bytes = 0
         remove_dead_partials(path)
@@ -119,19 +121,25 @@ class StoreWriter:
         Raises:
             StoreError: it could not be written; nothing is lost, call it again.
         """
-        if not self._pending:
-            return None
-        try:
-            shard = write_shard(self.path, self.manifest, self._pending)
-        except OSError as error:
-            raise StoreError(
-                f"cannot write {self.pending_bytes:,} bytes to the store '{self.path}': "
-                f"{error.strerror or error}; make room, and run again. What was written before is "
-                f"whole, the {len(self._pending)} records since are not written"
-            ) from error
-        self._pending.clear()
-        self._pending_keys.clear()
-        self.pending_bytes = 0
+        shard = None
+        while self._sealed is not None or self._pending:
+            if self._sealed is None:
+                # under this name for good: when a write is tried again after an interruption that
+                # came too late to stop it, there are no two shards of the same records
+                self._sealed, self._pending = (shard_name(), self._pending), []
+            name, records = self._sealed
+            try:
+                shard = write_shard(self.path / name, self.manifest, records)
+            except OSError as error:
+                raise StoreError(
+                    f"cannot write {self.pending_bytes:,} bytes to the store '{self.path}': "
+                    f"{error.strerror or error}; make room, and run again. What was written before "
+                    f"is whole, the {len(records) + len(self._pending)} records since are not "
+                    "written"
+                ) from error
+            self._sealed = None
+            self._pending_keys.difference_update(record.key for record in records)
+            self.pending_bytes = sum(record.num_bytes for record in self._pending)
         return shard
 
     def __enter__(self) -> Self:

@@ -202,8 +202,7 @@ def test_damage_gives_an_error_and_never_a_wrong_law(store, rounds):
 def is_harmless(good, bad):
     """Only the spaces that pad the header differ, or white space inside it."""
     length = int.from_bytes(good[:8], "little")
-    is_longer_or_shorter = len(good) != len(bad)
-    return not is_longer_or_shorter and good[8 + length :] == bad[8 + length :]
+    return len(good) == len(bad) and good[8 + length :] == bad[8 + length :]
 
 
 def test_damage_of_one_record_leaves_the_others(store):

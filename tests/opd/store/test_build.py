@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""opd cache: what it scores, that it goes on after a stop, and what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+from opd.assembly import load_run_tokenizer, load_student, load_teacher
+from opd.batch import Trajectory, collate
+from opd.cli import main
+from opd.config import parse_config
+from opd.store import TeacherStore
+from opd.store.build import build as build_store
+from opd.store.writer import StoreWriter
+
+TOPK = 6
+DATA = {"kind": "dataset", "max_completion_length": 8}
+
+
+@pytest.fixture
+def settings(values):
+    """A run on the data's completions."""
+    objective = {"kind": "full_vocab", "divergence": "forward_kl", "temperature": 2.0}
+    return {**values, "rollouts": dict(DATA), "objective": objective}
+
+
+@pytest.fixture
+def run_file(settings, tmp_path):
+    """The same as a file."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def truth(config, record):
+    """Log-probs [C, V] of a record's laws from the dense logits."""
+    tokenizer = load_run_tokenizer(config)
+    teacher = load_teacher(config, tokenizer, load_student(config, tokenizer))
+    ids = torch.cat([record.prompt_ids, record.completion_ids])
+    prompt = len(record.prompt_ids)
+    mask = torch.arange(len(ids)) >= prompt
+    batch = collate([Trajectory(ids=ids, prompt_length=prompt, loss_mask=mask)], pad_id=0)
+    law = teacher.law(batch)
+    logits = law.head.logits(law.hidden()).double() / config.objective.temperature
+    return torch.log_softmax(logits, 1)
+
+
+def test_build_keeps_the_teachers_laws_of_every_completion(settings, tmp_path):
+    config = parse_config(settings)
+    built = build_store(config, tmp_path / "store", num_topk=TOPK, quiet=True)
+    store = TeacherStore.open(built.path)
+    assert built.num_new + built.num_known == 32
+    assert len(store) == built.num_new
+    assert store.manifest.fingerprint.temperature == 2.0
+    record = next(iter(store))
+    dense = truth(config, record)
+    assert len(dense) == len(record.completion_ids) > 1
+    expected = dense.topk(TOPK).values
+    torch.testing.assert_close(record.logprobs.double(), expected, rtol=0, atol=0.02)
+    inside = dense.gather(1, record.ids.long())
+    torch.testing.assert_close(record.logprobs.double(), inside, rtol=0, atol=0.02)
+    tail = torch.log(-torch.expm1(expected.logsumexp(1)))
+    torch.testing.assert_close(record.tail_logprob.double(), tail, rtol=1e-4, atol=1e-5)
+    entropy = -(dense.exp() * dense).sum(1)
+    torch.testing.assert_close(record.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_build_scores_nothing(settings, tmp_path):
+    config = parse_config(settings)
+    first = build_store(config, tmp_path / "store", num_topk=TOPK, quiet=True)
+    again = build_store(config, tmp_path / "store", num_topk=TOPK, quiet=True)
+    assert (again.num_new, again.num_known) == (0, 0)
+    # without the note of what is done, every completion is looked up
+    for note in first.path.glob("build-*.json"):
+        note.write_text("{")
+    third = build_store(config, tmp_path / "store", num_topk=TOPK, quiet=True)
+    assert (third.num_new, third.num_known) == (0, 32)
+    assert len(TeacherStore.open(first.path)) == first.num_new
+
+
+@pytest.mark.parametrize("kind", ["dataset", "hf"])
+def test_a_stopped_build_goes_on(settings, tmp_path, monkeypatch, kind):
+    config = parse_config({**settings, "rollouts": {**DATA, "kind": kind}})
+    whole = build_store(config, tmp_path / "whole", num_topk=TOPK, quiet=True)
+    append, calls = StoreWriter.append, 0
+
+    def stop(self, *arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return append(self, *arguments, **options)
+
+    monkeypatch.setattr(StoreWriter, "append", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_store(config, tmp_path / "parts", num_topk=TOPK, shard_bytes=600, quiet=True)
+    done = len(TeacherStore.open(tmp_path / "parts"))
+    assert 0 < done <= 8
+    rest = build_store(config, tmp_path / "parts", num_topk=TOPK, shard_bytes=600, quiet=True)
+    assert 0 < rest.num_new <= whole.num_new - done
+    one, two = TeacherStore.open(tmp_path / "parts"), TeacherStore.open(whole.path)
+    assert len(one) == len(two)
+    for record in two:
+        same = one[record.prompt_ids, record.completion_ids]
+        assert torch.equal(same.logprobs, record.logprobs)
+
+
+def test_student_completions_are_scored(settings, tmp_path):
+    rollouts = {"kind": "hf", "max_completion_length": 5, "num_generations": 2}
+    config = parse_config({**settings, "rollouts": rollouts})
+    built = build_store(config, tmp_path / "store", num_topk=TOPK, quiet=True)
+    assert built.num_new + built.num_known == config.max_steps * config.num_trajectories
+    assert all(1 <= len(record.completion_ids) <= 5 for record in TeacherStore.open(built.path))
+
+
+def test_another_teacher_does_not_fit_the_store(settings, tmp_path, run_file, capsys):
+    arguments = ["--config", str(run_file), "--store", str(tmp_path / "s"), "--num-topk", "6"]
+    assert main(["cache", "build", *arguments, "--quiet"]) == 0
+    assert main(["cache", "build", *arguments, "teacher.config.initializer_range=0.1"]) == 2
+    assert "differs in the model's configuration" in capsys.readouterr().err
+    assert main(["cache", "build", *arguments, "objective.temperature=1.0"]) == 2
+    assert "the temperature (2.0 there, 1.0 here)" in capsys.readouterr().err
+
+
+def test_cache_info_and_verify_say_what_is_there(tmp_path, run_file, capsys):
+    path = tmp_path / "run" / "teacher_store"
+    assert main(["cache", "build", "--config", str(run_file), "--num-topk", "6"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(path)
+    assert "step 8/8" in captured.err and "completions of" in captured.err
+    assert main(["cache", "info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "random weights" in out and "6, 10 bits each" in out
+    assert main(["cache", "verify", str(path)]) == 0
+    assert "records in 1 shards are whole" in capsys.readouterr().out
+    shard = next(path.glob("shard-*"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.unlink()
+    shard.write_bytes(bytes(data))
+    assert main(["cache", "verify", str(path)]) == 1
+    assert "is damaged" in capsys.readouterr().out
+    assert main(["cache", "info", str(tmp_path)]) == 2
+    assert "no teacher store at" in capsys.readouterr().err
+
+
+def test_what_cannot_be_cached_is_refused_in_words(settings, run_file, capsys, tmp_path):
+    arguments = ["--config", str(run_file), "--store", str(tmp_path / "s")]
+    assert main(["cache", "build", *arguments, "--num-topk", "46"]) == 2
+    assert "--num-topk: must be in [1, 45]" in capsys.readouterr().err
+    assert main(["cache", "build", *arguments, "--num-topk", "6", "--bits", "3"]) == 2
+    assert "bits must be in [4, 16]" in capsys.readouterr().err
+    evaluation = "evaluation={eval_steps: 2}"
+    assert main(["cache", "build", *arguments, "rollouts={kind: replay}", evaluation]) == 2
+    assert "follows a student that trains" in capsys.readouterr().err
