@@ -2,8 +2,8 @@
 """10,000 damaged replies and requests: an error in words each time, or the right law.
 
 A damaged reply of ours is always seen, by its checksum. The formats of others have none, so a digit
-that became another digit is a law like any other; what is held there is that whatever passes is a law
-of the right shape, and that nothing but the package's own errors is raised.
+that became another digit is a law like any other; what is held there is that whatever passes is a
+law of the right shape, and that nothing but the package's own errors is raised.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def record(build, path):
 
 def replay(client, bodies):
     """What the client makes of each body, in place of the network."""
-    items = [Item(i, ids, start, None) for i, (ids, start) in enumerate(zip(IDS, STARTS))]
+    items = [
+        Item(i, ids, start, None) for i, (ids, start) in enumerate(zip(IDS, STARTS, strict=True))
+    ]
     for body in bodies:
 
         def call(method, path, *, parse, body=body, **rest):

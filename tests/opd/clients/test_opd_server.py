@@ -142,7 +142,9 @@ def test_laws_over_the_shared_prefix_of_padded_heads(url, sequences, starts, tea
     with pytest.raises(TeacherRefused, match="over 45 tokens and the student has 40"):
         connect("opd", url, vocab_size=40).info()
     client = connect("opd", url, vocab_size=40, law_size=40)
-    for found, ids, start in zip(client.score(texts, starts, num_topk=40), texts, starts):
+    for found, ids, start in zip(
+        client.score(texts, starts, num_topk=40), texts, starts, strict=True
+    ):
         logits = teacher.model(ids[None]).logits[0, start - 1 : len(ids) - 1].detach()
         best = logits[:, :40].log_softmax(-1).topk(40)
         torch.testing.assert_close(found.logprobs, best.values, rtol=0, atol=1e-5)
@@ -205,14 +207,13 @@ def answering(engine, change, path="/v1/topk"):
     def handle(request):
         async def once():
             inner = httpx2.ASGITransport(app)
-            async with app.router.lifespan_context(app), httpx2.AsyncClient(
-                transport=inner, base_url="http://127.0.0.1"
-            ) as client:
+            async with (
+                app.router.lifespan_context(app),
+                httpx2.AsyncClient(transport=inner, base_url="http://127.0.0.1") as client,
+            ):
                 headers = {"content-type": request.headers.get("content-type", "")}
                 method, where = request.method, request.url.path
-                return await client.request(
-                    method, where, content=request.content, headers=headers
-                )
+                return await client.request(method, where, content=request.content, headers=headers)
 
         reply = asyncio.run(once())
         if request.url.path != path:

@@ -82,7 +82,7 @@ def test_the_comparison_of_numbers_names_a_shift_too(fake, teacher, shift, monke
 
 def test_another_temperature_is_named(fake, teacher):
     client, _ = fake("vllm", temperature=0.7)
-    with pytest.raises(ProbeFailed, match="those of temperature 0.7"):
+    with pytest.raises(ProbeFailed, match=r"those of temperature 0.7"):
         probe(client, teacher, vocab_size=VOCAB_SIZE)
 
 
@@ -112,7 +112,7 @@ def test_constant_replies(fake):
         return rows
 
     server.prompt_logprobs = same
-    with pytest.raises(Exception, match="shifted by one|every reply|entries"):
+    with pytest.raises(Exception, match=r"shifted by one|every reply|entries"):
         probe(client, vocab_size=VOCAB_SIZE, sequence=ids)
 
 

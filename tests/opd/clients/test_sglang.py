@@ -109,10 +109,10 @@ def test_duplicates_and_short_rows(fake):
         ),
         (
             "the rows of the two lists are shifted",
-            lambda m: m["input_token_logprobs"][3].__setitem__(
-                0, m["input_top_logprobs"][3][0][0] - 5
-            )
-            or m["input_top_logprobs"][3][0].__setitem__(1, 2),
+            lambda m: (
+                m["input_token_logprobs"][3].__setitem__(0, m["input_top_logprobs"][3][0][0] - 5)
+                or m["input_top_logprobs"][3][0].__setitem__(1, 2)
+            ),
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_arrays_that_are_no_law(fake, message, change):
 )
 def test_replies_of_another_form(fake, reply):
     client, _ = fake("sglang", edit=lambda _: reply)
-    with pytest.raises(BadReply, match="must have 1 results|no meta_info"):
+    with pytest.raises(BadReply, match=r"must have 1 results|no meta_info"):
         client.score([IDS], [1], num_topk=K)
 
 

@@ -89,8 +89,11 @@ def test_defaults():
         (422, "num_topk must be", {"meta": {"num_topk": True}}),
         (422, "num_topk must be", {"meta": {"num_topk": 3.0}}),
         (422, "vocab_size must be", {"meta": {"vocab_size": 41}}),
-        (422, r"num_topk must be an integer in \[1, 5\]", {"meta": {"vocab_size": 5, "num_topk": 6},
-          "ids": torch.ones(7, dtype=torch.int32)}),
+        (
+            422,
+            r"num_topk must be an integer in \[1, 5\]",
+            {"meta": {"vocab_size": 5, "num_topk": 6}, "ids": torch.ones(7, dtype=torch.int32)},
+        ),
         (422, "temperature must be", {"meta": {"temperature": 0}}),
         (422, "temperature must be", {"meta": {"temperature": "1"}}),
         (422, "temperature must be", {"meta": {"temperature": 1e300}}),
