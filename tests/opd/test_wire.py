@@ -85,7 +85,7 @@ def test_every_cut_is_seen():
     ],
 )
 def test_well_framed_nonsense_is_refused(body):
-    with pytest.raises(WireError, match="body is not what opd writes|metadata must be"):
+    with pytest.raises(WireError, match=r"body is not what opd writes|metadata must be"):
         unpack(frame(body))
 
 
@@ -100,7 +100,7 @@ def test_other_versions_and_no_frames_are_told_apart():
 def test_take_says_what_was_expected():
     message = unpack(pack(TENSORS, {}))
     assert message.take("ids", torch.int32, (2, None)).shape == (2, 3)
-    with pytest.raises(WireError, match="must be torch.int32 of shape \\[3xany\\], got.*\\[2x3\\]"):
+    with pytest.raises(WireError, match=r"must be torch.int32 of shape \[3xany\], got.*\[2x3\]"):
         message.take("ids", torch.int32, (3, None))
     with pytest.raises(WireError, match="'other' is missing, the message has half, hidden"):
         message.take("other", torch.int32, ())

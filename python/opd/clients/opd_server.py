@@ -91,12 +91,13 @@ class OpdClient(HttpClient):
         """As `HttpClient.check`: by the hash of all tokens."""
         from opd.identity import tokenizer_hash
 
-        theirs, ours = self.info().tokenizer_hash, tokenizer_hash(tokenizer)
+        theirs = self.info().tokenizer_hash
         if theirs is None:
             return [
                 f"teacher {self.url}: its model came without a tokenizer, so nothing checks that "
                 "its tokens are the student's"
             ]
+        ours = tokenizer_hash(tokenizer)
         if theirs != ours:
             raise TeacherRefused(
                 f"teacher {self.url}: its tokenizer has the hash {theirs} and the student's "

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,15 +77,20 @@ class Engine:
         config = model.model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or 1 << 20
         length = min(limits.pop("max_length", 0) or positions, positions)
-        tokens = limits.pop("max_request_tokens", 0) or Limits.max_request_tokens
-        self.limits = Limits(
-            vocab_size=model.vocab_size or weight.shape[0],
+        vocab_size = model.vocab_size or weight.shape[0]
+        given = Limits(
+            vocab_size=vocab_size,
             input_size=model.model.get_input_embeddings().weight.shape[0],
             max_length=length,
-            max_request_tokens=max(length, tokens),
             hidden_rank=hidden_rank,
             hidden_size=weight.shape[1],
             **limits,
+        )
+        self.limits = replace(
+            given,
+            max_topk=min(given.max_topk, vocab_size),
+            # the longest sequence must fit into a request
+            max_request_tokens=max(given.max_request_tokens, length),
         )
 
     def head_tensors(self, *, projected: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

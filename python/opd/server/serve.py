@@ -150,7 +150,7 @@ def load_engine(config: ServeConfig) -> Engine:
             hidden_rank=config.hidden_rank,
             max_length=config.max_length or 0,
             max_request_tokens=config.max_request_tokens,
-            max_topk=min(config.max_topk, config.vocab_size or rows),
+            max_topk=config.max_topk,
         )
     except ValueError as error:
         raise ConfigError(f"--hidden-rank: {error}") from None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers that answer as vLLM, SGLang and TRL do, from a tiny model in this process.
 
-The shapes are those of research on their sources and issue threads: see docs/teacher_server.md. Each
+The shapes are those of their sources and issue threads, as docs/teacher_server.md lists them. Each
 takes `edit`, which changes a reply before it is sent, and keeps the requests it got.
 """
 
@@ -220,7 +220,9 @@ class FakeTrl(Fake):
                     for row, token in zip(law, tail, strict=True)
                 ]
                 ids.append(picked)
-                values.append([[float(row[i]) for i in p] for row, p in zip(law, picked)])
+                values.append(
+                    [[float(row[i]) for i in p] for row, p in zip(law, picked, strict=True)]
+                )
             return {"logprobs": values, "logprob_token_ids": ids}
         longest = max(map(len, tails))
         shape = [len(tails), longest, k]

@@ -196,7 +196,7 @@ def test_a_cut_reply_is_asked_for_again_and_then_refused(fake, variant, sequence
     server.edit = once
     assert len(client.score(sequences[:1], starts[:1], num_topk=K)) == 1
     cut[:] = [True] * 20
-    with pytest.raises(BadReply, match="is not JSON.*three times"):
+    with pytest.raises(BadReply, match=r"is not JSON.*three times"):
         client.score(sequences[:1], starts[:1], num_topk=K)
 
 

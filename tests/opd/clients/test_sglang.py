@@ -165,7 +165,7 @@ def test_arrays_that_are_no_law(fake, message, change):
 )
 def test_replies_of_another_form(fake, reply):
     client, _ = fake("sglang", edit=lambda _: reply)
-    with pytest.raises(BadReply, match="must have 1 results|no meta_info"):
+    with pytest.raises(BadReply, match=r"must have 1 results|no meta_info"):
         client.score([IDS], [1], num_topk=K)
 
 

@@ -124,20 +124,20 @@ def test_shifted_rows_show_by_the_tokens_own_id(fake):
         return reply
 
     client, _ = fake("vllm", edit=shift)
-    with pytest.raises(BadReply, match="no log-probability of its own token.*shifted"):
+    with pytest.raises(BadReply, match=r"no log-probability of its own token.*shifted"):
         client.score([IDS], [1], num_topk=2)
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "generate"])
 def test_the_servers_limits_are_explained(fake, endpoint):
     client, _ = fake("vllm", client={"endpoint": endpoint})
-    with pytest.raises(TeacherRefused, match="num_topk is 21.*start it with --max-logprobs 21"):
+    with pytest.raises(TeacherRefused, match=r"num_topk is 21.*start it with --max-logprobs 21"):
         client.score([IDS], [1], num_topk=21)
     with pytest.raises(TeacherRefused, match="64 tokens, and the server takes at most 63"):
         client.score([torch.ones(64, dtype=torch.int64)], [1], num_topk=2)
     client.info = lambda: None
     client._info = type(client._info)(model="tiny")
-    with pytest.raises(TeacherRefused, match="larger --max-model-len.*maximum context length"):
+    with pytest.raises(TeacherRefused, match=r"larger --max-model-len.*maximum context length"):
         client.score([torch.ones(64, dtype=torch.int64)], [1], num_topk=2)
 
 
