@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The best entries of a law whose vocabulary is cut over ranks, from the best of each part.
 
-With P a part, Z_P = e^lse_P its sum, H_P its entropy and R_P the mass beyond its K best, relative to
-Z_P: lse = log sum_P Z_P, entropy = sum_P w_P (H_P + lse - lse_P) with w_P = Z_P e^-lse, and the tail
-is sum_P w_P R_P and what the merge of the K best of each part leaves out. Every term is positive.
+Of a part P, Z_P = e^lse_P is the sum, H_P the entropy and R_P the share of Z_P beyond its K best.
+lse = log sum_P Z_P, entropy = sum_P w_P (H_P + lse - lse_P) with w_P = Z_P e^-lse, and the tail is
+sum_P w_P R_P plus what the merge of the K best of all parts leaves out. Every term is positive.
 """
 
 from __future__ import annotations

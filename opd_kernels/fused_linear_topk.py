@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The largest entries of log softmax(z_t), z_t made of hidden[t] @ W.T; no [T, V] is ever formed."""
+"""The best tokens of softmax(z_t), z_t made of hidden[t] @ W.T; no [T, V] is ever formed."""
 
 from __future__ import annotations
 

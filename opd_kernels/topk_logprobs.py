@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The num_topk largest entries of log softmax(z_t), and the mass of the rest; z_t from logits[t]."""
+"""The num_topk best tokens of softmax(z_t) and the mass of the rest, z_t made of logits[t]."""
 
 from __future__ import annotations
 
