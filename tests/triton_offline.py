@@ -25,7 +25,13 @@ from triton.backends.compiler import GPUTarget
 from opd_kernels import divergences as D
 from opd_kernels import targets
 from opd_kernels.divergence import FINISH, LSE, ROW_SUMS, TERMS
-from opd_kernels.triton import _divergence_phases, divergence, sparse_gradient, token_logprobs
+from opd_kernels.triton import (
+    _divergence_phases,
+    divergence,
+    sparse_gradient,
+    token_logprobs,
+    topk_logprobs,
+)
 from opd_kernels.triton._divergences import DIVERGENCES
 from tests.checks import laws_of
 
@@ -71,7 +77,8 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
             }
         )
 
-    for module in (divergence, _divergence_phases, sparse_gradient, token_logprobs):
+    modules = (divergence, _divergence_phases, sparse_gradient, token_logprobs, topk_logprobs)
+    for module in modules:
         module.launch = launch
     described = []
     for chosen, call in calls(names):
@@ -102,6 +109,7 @@ def calls(names: Sequence[str]):
         for options in (PLAIN, EVERYTHING):
             chosen = {"options": options, "divergence": None, "dtype": _name(dtype)}
             yield chosen, partial(_token_logprobs, dtype, options)
+            yield chosen, partial(_topk_logprobs, dtype, options)
     yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
@@ -169,6 +177,15 @@ def _token_logprobs(dtype: torch.dtype, options: str) -> None:
     token_logprobs.token_logprobs_bwd(*grads, logits, ids, lse, entropy, *law)
     if dtype == torch.float32:
         token_logprobs.token_logprobs_bwd_(*grads, logits, ids, lse, entropy, *law, 2)
+
+
+def _topk_logprobs(dtype: torch.dtype, options: str) -> None:
+    logits = torch.empty(2, VOCAB_SIZE, dtype=dtype)
+    law = (None, None, [1.0, 0.0, 1.0], VOCAB_SIZE)
+    topk_logprobs.topk_logprobs_fwd(logits, None, *law, 64)
+    if options == EVERYTHING:
+        law = (torch.empty(VOCAB_SIZE), torch.ones(2), [0.5, 30.0, 1.0], VOCAB_SIZE)
+        topk_logprobs.topk_logprobs_fwd(logits, torch.zeros(2, 4, dtype=torch.int64), *law, 4096)
 
 
 def _sparse_gradient() -> None:
