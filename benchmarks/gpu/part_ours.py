@@ -13,11 +13,12 @@ from benchmarks import laws
 from benchmarks.gpu import cases, part_ceilings
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.device import Device, Run, Time
-from benchmarks.gpu.goals import TOLERANT
+from benchmarks.gpu.goals import FUSED_TOPK, TOLERANT, TOPK
 from benchmarks.gpu.results import RowKernel, Timing
 from opd_kernels import _dispatch, _gemms, _laws
 
 TOKEN_LOGPROBS = "token_logprobs"
+NUM_TOPK = 64
 # calls of a row kernel between two events: one alone would be timed with its launch
 CALLS = 10
 
@@ -51,6 +52,11 @@ def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
     """A call of it, to be timed."""
     kernel, arguments = row_kernel(name, backend, student, teacher)
     return lambda: kernel(*arguments)
+
+
+def topk_call(backend: str, logits: Tensor) -> Run:
+    """Top-k, log-sum-exp, tail and entropy of the rows."""
+    return lambda: opk.topk_logprobs(logits, NUM_TOPK, backend=backend)
 
 
 def logits_pairs(device: Device, sizes: cases.Sizes, count: int = 2) -> list[tuple[Tensor, Tensor]]:
@@ -98,6 +104,11 @@ def row_kernels(device: Device, context: Context, backends: list[str]) -> None:
             for pair in pairs
         ]
         variants[TOKEN_LOGPROBS] = in_rotation(runs), size
+        for dtype in (torch.float32, torch.bfloat16):
+            runs = [topk_call(backend, pair[0].to(dtype)) for pair in pairs]
+            name = f"{TOPK} K={NUM_TOPK} {str(dtype).removeprefix('torch.')}"
+            # one read of the logits
+            variants[name] = in_rotation(runs), size * dtype.itemsize // 4
         times = device.turns({name: run for name, (run, _) in variants.items()}, sizes.rounds)
         for name, time in times.items():
             ms = time.median / CALLS
@@ -219,6 +230,30 @@ def token_logprobs(device: Device, context: Context, shape: cases.Shape) -> None
     context.row(row)
 
 
+def topk(device: Device, context: Context, shape: cases.Shape) -> None:
+    """`fused_linear_topk` over the teacher's GEMM alone."""
+    sizes = context.sizes
+    inputs = cases.inputs_of(device, shape, sizes.dtype)
+    gemms = cases.Gemms(device, inputs, cases.cut_of(inputs, sizes.workspace_bytes, context.lead))
+
+    def floor() -> None:
+        for rows in gemms.chunks():
+            gemms.teacher(rows)
+
+    def run() -> None:
+        opk.fused_linear_topk(
+            inputs.teacher_hidden,
+            inputs.teacher_lm_head_weight,
+            num_topk=NUM_TOPK,
+            workspace_bytes=sizes.workspace_bytes,
+            backend=context.lead,
+        )
+
+    times = device.turns({"floor": floor, "ours": run}, sizes.rounds)
+    label = f"{FUSED_TOPK} K={NUM_TOPK}"
+    context.row(timing(str(shape), label, "", "frozen", times["ours"], times["floor"]))
+
+
 def each(context: Context, what: str, shapes: tuple, case: Callable[[cases.Shape], None]) -> None:
     """A case after the other while there is time; one that fails does not stop the rest."""
     device = context.device()
@@ -245,6 +280,7 @@ def run(context: Context) -> None:
     some = tuple(dict.fromkeys((sizes.shapes[0], sizes.shapes[min(2, len(sizes.shapes) - 1)])))
     each(context, "tolerance", some, lambda shape: tolerant(device, context, shape))
     each(context, "logprobs", some[:1], lambda shape: token_logprobs(device, context, shape))
+    each(context, "top-k", some, lambda shape: topk(device, context, shape))
     for backend in others:
         each(
             context,

@@ -52,7 +52,7 @@ def _id_of(keys):
 
 @triton.jit
 def _add_to_tail(values, largest, total, moment):
-    """Lanes of (largest, sum of e^x, sum of x e^x), x relative to the largest, with values added."""
+    """Lanes of (largest, sum of e^x, sum of x e^x), x = value - largest, with more values."""
     decay = tl.where(values == float("-inf"), 0.0, exp_minus_distance(values, largest))
     is_larger = values > largest
     size = tl.abs(values - largest)
@@ -150,9 +150,7 @@ def _bound(keys_ptr, count, wanted, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _split_list(
-    keys_ptr, best_ptr, count, bound, largest, total, moment, BLOCK_V: tl.constexpr
-):
+def _split_list(keys_ptr, best_ptr, count, bound, largest, total, moment, BLOCK_V: tl.constexpr):
     """Moves the keys from `bound` on to best_ptr, adds the others to the tail."""
     lanes = tl.arange(0, BLOCK_V)
     moved = tl.full((), 0, tl.int32)
@@ -304,6 +302,8 @@ def topk_logprobs_fwd(
     token_logprobs = logprobs.new_empty((num_tokens, num_ids))
     block_v, num_warps = tile(vocab_size)
     lanes = max(block_v, triton.next_power_of_2(2 * num_topk))
+    # a column has a key, a place and three sums, for which half of the registers would be too few
+    block_v = min(block_v, 1024)
     # fewer than num_topk lanes hold more than the threshold, each at most this many
     list_size = min(vocab_size, num_topk * (triton.cdiv(vocab_size, lanes) + 1))
     programs = min(num_tokens, _MOST_PROGRAMS, max(_LIST_BYTES // (8 * (list_size + num_topk)), 1))

@@ -86,7 +86,11 @@ def test_every_part_measures_what_it_is_for(whole):
     assert all(row.floor_ms > 0 and row.ratio_to_floor == row.ms / row.floor_ms for row in ours)
     lead = [row for row in ours if row.contestant == "opd_kernels cpu"]
     assert all(0 < row.peak_bytes <= 1.05 * row.allowed_bytes for row in lead)
-    assert {row.name for row in rows_of(results, "ours", RowKernel)} >= {"divergence jsd"}
+    topk = {f"topk_logprobs K=64 {dtype}" for dtype in ("float32", "bfloat16")}
+    assert {row.name for row in rows_of(results, "ours", RowKernel)} >= {"divergence jsd", *topk}
+    assert [row.case for row in ours if row.contestant == "fused_linear_topk K=64"] == [
+        str(shape) for shape in cases.DRY_SHAPES
+    ]
     peers = rows_of(results, "peers", Timing)
     eager = [row for row in peers if row.contestant == "eager"]
     assert len(eager) == len(cases.DRY_SHAPES) * len(cases.HEADS) * len(cases.DIVERGENCES)
@@ -109,6 +113,11 @@ def test_goals_name_what_was_measured(whole):
         == found["GPU tests that fail"]
     )
     assert found["sanitizer runs with findings"]["met"] is None
+    assert (
+        "topk_logprobs K=64"
+        in found["top-k, lse, tail and entropy, of the copy's bandwidth"]["note"]
+    )
+    assert found["fused_linear_topk over the teacher's GEMM"]["measured"] > 0
     assert "GPU tests that fail: 0.000" in output
 
 
