@@ -70,3 +70,12 @@ def correctness_gate():
         )
         if abs(got - truth) > 1e-5 * abs(truth):
             pytest.exit(f"correctness gate: {name} must be {truth}, got {got}", returncode=1)
+    mine, truth = (
+        opk.fused_linear_topk(*arguments[:2], num_topk=20, backend=backend)
+        for backend in ("cpu", "reference")
+    )
+    off = max(
+        float((one - two).abs().max()) for one, two in zip(mine[1:5], truth[1:5], strict=True)
+    )
+    if off > 1e-4:
+        pytest.exit(f"correctness gate: fused_linear_topk is off by {off}", returncode=1)

@@ -32,6 +32,7 @@ from opd_kernels.triton import (
     sparse_gradient,
     token_logprobs,
     topk_divergence,
+    topk_logprobs,
 )
 from opd_kernels.triton._divergences import DIVERGENCES
 from tests.checks import laws_of
@@ -78,9 +79,15 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
             }
         )
 
-    for module in (
-        divergence, _divergence_phases, sparse_gradient, token_logprobs, topk_divergence,
-    ):  # fmt: skip
+    modules = (
+        divergence,
+        _divergence_phases,
+        sparse_gradient,
+        token_logprobs,
+        topk_divergence,
+        topk_logprobs,
+    )
+    for module in modules:
         module.launch = launch
     described = []
     for chosen, call in calls(names):
@@ -113,6 +120,7 @@ def calls(names: Sequence[str]):
             yield chosen, partial(_token_logprobs, dtype, options)
             for num_ids in (64, MAX_IDS):
                 yield chosen, partial(_topk_divergence, dtype, options, num_ids)
+            yield chosen, partial(_topk_logprobs, dtype, options)
     yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
@@ -194,6 +202,15 @@ def _topk_divergence(dtype: torch.dtype, options: str, num_ids: int) -> None:
     topk_divergence.topk_divergence_bwd(*arguments)
     if dtype == torch.float32:
         topk_divergence.topk_divergence_bwd_(*arguments, 2)
+
+
+def _topk_logprobs(dtype: torch.dtype, options: str) -> None:
+    logits = torch.empty(2, VOCAB_SIZE, dtype=dtype)
+    law = (None, None, [1.0, 0.0, 1.0], VOCAB_SIZE)
+    topk_logprobs.topk_logprobs_fwd(logits, None, *law, 64)
+    if options == EVERYTHING:
+        law = (torch.empty(VOCAB_SIZE), torch.ones(2), [0.5, 30.0, 1.0], VOCAB_SIZE)
+        topk_logprobs.topk_logprobs_fwd(logits, torch.zeros(2, 4, dtype=torch.int64), *law, 4096)
 
 
 def _sparse_gradient() -> None:

@@ -17,7 +17,14 @@ from opd_kernels import targets
 SHAPES = (Shape(5, 1003, 24, 40), Shape(3, 40_000, 16, 24))
 DRY_SHAPES = (Shape(3, 67, 8, 16),)
 STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
-OPS = ("divergence", "fused", "token_logprobs", "topk_divergence", "segment_scan")
+OPS = (
+    "divergence",
+    "fused",
+    "token_logprobs",
+    "topk_divergence",
+    "topk_logprobs",
+    "segment_scan",
+)
 
 
 def divergence(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
@@ -85,6 +92,20 @@ def topk_divergence(shape: Shape, dev: device.Device, backend: str, dtype: torch
             *inputs[:2], *teacher, tail=tail, student_softcap=softcap, token_weights=weights,
             backend=backend,
         ).loss.backward()  # fmt: skip
+
+
+def topk_logprobs(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """With a sample and without one; ids; a row that is masked, one of equals, one that ascends."""
+    inputs = cases.inputs_of(dev, shape, dtype)
+    hidden, head = inputs.teacher_hidden, inputs.teacher_lm_head_weight
+    logits = hidden @ head.t()
+    logits[0, 7:] = -torch.inf
+    logits[1] = 1.0
+    logits[2] = torch.arange(shape.vocab_size, device=dev.kind).to(dtype)
+    ids = torch.arange(2 * shape.num_tokens, device=dev.kind).reshape(-1, 2) - 1
+    for num_topk in (1, min(64, shape.vocab_size), min(600, shape.vocab_size)):
+        opk.topk_logprobs(logits, num_topk, token_ids=ids, backend=backend)
+    opk.fused_linear_topk(hidden, head, num_topk=9, token_ids=ids, softcap=5.0, backend=backend)
 
 
 def segment_scan(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:

@@ -13,6 +13,8 @@ from benchmarks.gpu.results import Check, Goal, Precision, RowKernel, Timing, ro
 OURS = "opd_kernels"
 TOLERANT = "gradient_tolerance"
 SPARSE = "fused_linear_topk_divergence"
+TOPK = "topk_logprobs"
+FUSED_TOPK = "fused_linear_topk"
 # the two whose lead is promised in numbers
 NAMED = ("trl", "liger")
 
@@ -66,11 +68,29 @@ def _peak(results: dict) -> Worst | None:
     return _largest([Worst(row.peak_bytes / row.allowed_bytes, _where(row)) for row in rows])
 
 
-def _row_kernel(results: dict) -> Worst | None:
+def _row_kernels(results: dict, is_topk: bool) -> Worst | None:
     rows = rows_of(results, "ours", RowKernel)
     return _smallest(
-        [Worst(row.of_copy, row.name) for row in rows if row.backend == rows[0].backend]
+        [
+            Worst(row.of_copy, row.name)
+            for row in rows
+            if row.backend == rows[0].backend and row.name.startswith(TOPK) == is_topk
+        ]
     )
+
+
+def _row_kernel(results: dict) -> Worst | None:
+    return _row_kernels(results, is_topk=False)
+
+
+def _topk(results: dict) -> Worst | None:
+    return _row_kernels(results, is_topk=True)
+
+
+def _fused_topk(results: dict) -> Worst | None:
+    rows = rows_of(results, "ours", Timing)
+    rows = [row for row in rows if row.contestant.startswith(FUSED_TOPK)]
+    return _largest([Worst(row.ratio_to_floor, f"{row.contestant}: {row.case}") for row in rows])
 
 
 def _is_peer(row: Timing) -> bool:
@@ -134,6 +154,8 @@ PROMISES = (
     Promise("time over the bare GEMMs, every case", "at most", 1.15, _floor),
     Promise("time over the bare GEMMs, every case (the aim)", "at most", 1.10, _floor),
     Promise("row kernel, of the copy's bandwidth", "at least", 0.85, _row_kernel),
+    Promise("top-k, lse, tail and entropy, of the copy's bandwidth", "at least", 0.80, _topk),
+    Promise("fused_linear_topk over the teacher's GEMM", "at most", 1.15, _fused_topk),
     Promise("time of every peer over ours", "at least", 1.0, _every_peer),
     Promise("time of TRL and Liger over ours", "at least", 1.5, _named_peers),
     Promise("gradient error over that of eager float32 logits", "at most", 1.0, _precision),

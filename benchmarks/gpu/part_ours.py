@@ -14,13 +14,14 @@ from benchmarks import laws
 from benchmarks.gpu import cases, part_ceilings, sparse_teacher
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.device import Device, Run, Time
-from benchmarks.gpu.goals import SPARSE, TOLERANT
+from benchmarks.gpu.goals import FUSED_TOPK, SPARSE, TOLERANT, TOPK
 from benchmarks.gpu.results import RowKernel, Timing
 from opd_kernels import _dispatch, _gemms, _laws
 
 TOKEN_LOGPROBS = "token_logprobs"
 # of the same cost: one to see, and one whose gradient is not that of a weighted likelihood
 SPARSE_DIVERGENCES = ("forward_kl", "reverse_kl")
+NUM_TOPK = 64
 # calls of a row kernel between two events: one alone would be timed with its launch
 CALLS = 10
 
@@ -54,6 +55,11 @@ def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
     """A call of it, to be timed."""
     kernel, arguments = row_kernel(name, backend, student, teacher)
     return lambda: kernel(*arguments)
+
+
+def topk_call(backend: str, logits: Tensor) -> Run:
+    """Top-k, log-sum-exp, tail and entropy of the rows."""
+    return lambda: opk.topk_logprobs(logits, NUM_TOPK, backend=backend)
 
 
 def logits_pairs(device: Device, sizes: cases.Sizes, count: int = 2) -> list[tuple[Tensor, Tensor]]:
@@ -102,6 +108,11 @@ def row_kernels(device: Device, context: Context, backends: list[str]) -> None:
         ]
         variants[TOKEN_LOGPROBS] = in_rotation(runs), size
         variants |= sparse_rows(device, backend, pairs)
+        for dtype in (torch.float32, torch.bfloat16):
+            runs = [topk_call(backend, pair[0].to(dtype)) for pair in pairs]
+            name = f"{TOPK} K={NUM_TOPK} {str(dtype).removeprefix('torch.')}"
+            # one read of the logits
+            variants[name] = in_rotation(runs), size * dtype.itemsize // 4
         times = device.turns({name: run for name, (run, _) in variants.items()}, sizes.rounds)
         for name, time in times.items():
             ms = time.median / CALLS
@@ -282,6 +293,30 @@ def sparse(device: Device, context: Context, shape: cases.Shape) -> None:
         )
 
 
+def topk(device: Device, context: Context, shape: cases.Shape) -> None:
+    """`fused_linear_topk` over the teacher's GEMM alone."""
+    sizes = context.sizes
+    inputs = cases.inputs_of(device, shape, sizes.dtype)
+    gemms = cases.Gemms(device, inputs, cases.cut_of(inputs, sizes.workspace_bytes, context.lead))
+
+    def floor() -> None:
+        for rows in gemms.chunks():
+            gemms.teacher(rows)
+
+    def run() -> None:
+        opk.fused_linear_topk(
+            inputs.teacher_hidden,
+            inputs.teacher_lm_head_weight,
+            num_topk=NUM_TOPK,
+            workspace_bytes=sizes.workspace_bytes,
+            backend=context.lead,
+        )
+
+    times = device.turns({"floor": floor, "ours": run}, sizes.rounds)
+    label = f"{FUSED_TOPK} K={NUM_TOPK}"
+    context.row(timing(str(shape), label, "", "frozen", times["ours"], times["floor"]))
+
+
 def each(context: Context, what: str, shapes: tuple, case: Callable[[cases.Shape], None]) -> None:
     """A case after the other while there is time; one that fails does not stop the rest."""
     device = context.device()
@@ -309,6 +344,7 @@ def run(context: Context) -> None:
     each(context, "tolerance", some, lambda shape: tolerant(device, context, shape))
     each(context, "logprobs", some[:1], lambda shape: token_logprobs(device, context, shape))
     each(context, "sparse teacher", some, lambda shape: sparse(device, context, shape))
+    each(context, "top-k", some, lambda shape: topk(device, context, shape))
     for backend in others:
         each(
             context,

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <string>
@@ -70,11 +71,11 @@ template <class T>
 struct Register;
 template <>
 struct Register<float> {
-  typedef float Type __attribute__((vector_size(kRegisterBytes), aligned(4), may_alias));
+  typedef float Type __attribute__((vector_size(kRegisterBytes)));
 };
 template <>
 struct Register<double> {
-  typedef double Type __attribute__((vector_size(kRegisterBytes), aligned(8), may_alias));
+  typedef double Type __attribute__((vector_size(kRegisterBytes)));
 };
 
 // The largest of `count` values, a multiple of kLanes; a NaN counts as none.
@@ -87,7 +88,8 @@ OPD_ELEMENTWISE T lane_max(const T* values, int count) {
   for (Vector& part : largest) part = Vector{} - std::numeric_limits<T>::infinity();
   for (int i = 0; i < count; i += kLanes) {
     for (int r = 0; r < kRegisters; ++r) {
-      const Vector value = *reinterpret_cast<const Vector*>(values + i + r * kSize);
+      Vector value;
+      std::memcpy(&value, values + i + r * kSize, sizeof(value));
       largest[r] = value > largest[r] ? value : largest[r];
     }
   }

@@ -169,7 +169,7 @@ class Best {
  private:
   static constexpr int kFewestWaiting = 64;
 
-  void cut(Tail<T>& tail) {
+  OPD_ELEMENTWISE void cut(Tail<T>& tail) {
     Entry<T>* const end = entries_ + count_;
     Entry<T>* const kept_end = entries_ + wanted_;
     std::nth_element(entries_, kept_end - 1, end, IsBefore());

@@ -93,6 +93,11 @@ def test_every_part_measures_what_it_is_for(whole):
     assert kernels["topk_divergence backward"] == 2 * logits_bytes
     sparse = {(row.contestant, row.head) for row in ours if row.contestant.startswith(goals.SPARSE)}
     assert sparse == {(f"{goals.SPARSE}, K = 64", head) for head in cases.HEADS}
+    topk = {f"topk_logprobs K=64 {dtype}" for dtype in ("float32", "bfloat16")}
+    assert kernels.keys() >= topk
+    assert [row.case for row in ours if row.contestant == "fused_linear_topk K=64"] == [
+        str(shape) for shape in cases.DRY_SHAPES
+    ]
     peers = rows_of(results, "peers", Timing)
     eager = [row for row in peers if row.contestant == "eager"]
     assert len(eager) == len(cases.DRY_SHAPES) * len(cases.HEADS) * len(cases.DIVERGENCES)
@@ -115,6 +120,11 @@ def test_goals_name_what_was_measured(whole):
         == found["GPU tests that fail"]
     )
     assert found["sanitizer runs with findings"]["met"] is None
+    assert (
+        "topk_logprobs K=64"
+        in found["top-k, lse, tail and entropy, of the copy's bandwidth"]["note"]
+    )
+    assert found["fused_linear_topk over the teacher's GEMM"]["measured"] > 0
     assert "GPU tests that fail: 0.000" in output
 
 

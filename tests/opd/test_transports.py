@@ -38,7 +38,12 @@ def url(model_path, tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_path)
-    engine = Engine(LocalTeacher(model, name="teacher"), name="tiny", tokenizer=tokenizer, max_request_tokens=4096)
+    engine = Engine(
+        LocalTeacher(model, name="teacher"),
+        name="tiny",
+        tokenizer=tokenizer,
+        max_request_tokens=4096,
+    )
     with contextlib.ExitStack() as stack:
         yield stack.enter_context(running(engine))
 
@@ -75,9 +80,7 @@ def _same(ours, theirs, *, rel):
 
 def test_hidden_states_from_a_server(run, url):
     local = run("local")
-    served = run(
-        "served", teacher={"kind": "server", "url": url, "hidden_dtype": "float32"}
-    )
+    served = run("served", teacher={"kind": "server", "url": url, "hidden_dtype": "float32"})
     _same(served, local, rel=1e-4)
 
 

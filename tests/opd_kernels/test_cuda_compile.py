@@ -56,6 +56,7 @@ EXCEPTIONS = [
     Exemption(
         r"topk_divergence_forward<.*>", WIDE_STORES, "writes three numbers per row and one per id"
     ),
+    Exemption(r"topk_logprobs_forward<.*>", WIDE_STORES, "writes num_topk numbers per row"),
     Exemption(r"sparse_gradient_mark", WIDE_STORES, "writes one byte per column, after all rows"),
     Exemption(r"sparse_gradient_pack", WIDE_STORES, "gathers: each value comes from elsewhere"),
 ]
