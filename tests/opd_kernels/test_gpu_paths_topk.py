@@ -181,7 +181,7 @@ def run_fused(gpu, inputs, dtype, **keywords):
     return out.loss.detach(), hidden.grad, head.grad, out.statistics
 
 
-@every_width
+@pytest.mark.parametrize("dtype", [BF16], ids=dtype_id)
 def test_masked_tokens_that_are_not_taken_out_change_nothing(gpu, dtype):
     inputs = fused_of(CASE, dtype)
     keywords = {"token_weights": inputs.token_weights, "statistics": ("student_entropy",)}
@@ -195,7 +195,7 @@ def test_masked_tokens_that_are_not_taken_out_change_nothing(gpu, dtype):
         torch.testing.assert_close(one, two, **tolerance)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [F16], ids=dtype_id)
 def test_head_gradients_go_to_a_float32_sum(gpu, dtype):
     inputs = fused_of(CASE, dtype)
     keywords = {"token_weights": inputs.token_weights, "workspace_bytes": SEVERAL}
