@@ -164,25 +164,32 @@ def logit_gradients(
     logprobs: Tensor,
     tail_logprob: Tensor,
     lse: Tensor,
+    *,
+    only_ratios: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_ids, grad_rest, lse) of topk_divergence_bwd, from d / d log-mass of each cell.
 
     With G their sum, d / dz_v = g_v - q_v G at the ids, and (g_tail / q_tail - G) q_v off them,
     where q_v = q_tail exp(z_v - lse - log q_tail): g_tail - q_tail G, divided among the tail.
+    `only_ratios` of the masses matter: G is 0 but for its rounding, and so is all off the ids.
     """
+    real = logprobs.dtype
+    if only_ratios:
+        return grad_logprobs.to(real).contiguous(), torch.zeros_like(lse, dtype=real), lse
     total = grad_logprobs.sum(1, dtype=torch.float64)
     if grad_tail is not None:
         total = total + grad_tail
-    # 0 of what there is no id for, whose -inf has a gradient of 0
-    at_ids = grad_logprobs - logprobs.to(torch.float64).exp() * total.unsqueeze(1)
+    # of rows that do not count nothing may come back, not even NaN
+    is_zero = total == 0
+    pull = logprobs.to(torch.float64).exp() * total.unsqueeze(1)
+    at_ids = grad_logprobs - torch.where(is_zero.unsqueeze(1), 0.0, pull)
     has_tail = tail_logprob != -math.inf
-    rest = -tail_logprob.exp() * total
+    rest = torch.where(is_zero, 0.0, -tail_logprob.exp() * total)
     if grad_tail is not None:
         rest = rest + grad_tail
     # without a tail its entries are -inf and get 0
     rest = torch.where(has_tail, rest, -total)
     relative = torch.where(has_tail, lse + tail_logprob, lse)
-    real = logprobs.dtype
     return at_ids.to(real).contiguous(), rest.to(real), relative
 
 

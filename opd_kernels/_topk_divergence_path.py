@@ -261,7 +261,12 @@ class _Run:
             self.rows.topk_divergence_bwd_(
                 logits,
                 ids,
-                *_cells.logit_gradients(at_ids, tail, *masses[:3]),
+                *_cells.logit_gradients(
+                    at_ids,
+                    tail,
+                    *masses[:3],
+                    only_ratios=target.tail == _cells.RENORMALIZE_BOTH,
+                ),
                 *law,
                 self.grad_dtype,
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _cells, _checks, _dispatch, _drop, _laws, _linear, reference
 from ._registration import register
-from .token_logprobs import pack_law
+from .token_logprobs import Law, pack_law
 
 _OP = "topk_divergence"
 
@@ -117,6 +117,11 @@ def topk_divergence(
         ).to(rows.real)
     _checks.no_forward_mode(_OP, student_logits)
     ids, cells = target.cells(vocab_size, rows.real)
+    if target.tail == _cells.RENORMALIZE_BOTH:
+        # ratios of what is at the ids: the rest of a row is not even read
+        student = _logits_at(student_logits, ids, law)
+        laws = target.laws(student.shape[1])
+        return _dispatch.row_ops(chosen).divergence_fwd(student, cells, None, *laws, False)[0]
     logprobs, tail_mass, *_ = _dispatch.row_ops(chosen).topk_divergence_fwd(
         _checks.unit_stride(student_logits), ids, *law
     )
@@ -125,6 +130,20 @@ def topk_divergence(
         return torch.ops.opd.topk_divergence_drop(cells, student, *target.summands)[0]
     laws = target.laws(student.shape[1])
     return _dispatch.row_ops(chosen).divergence_fwd(student, cells, None, *laws, False)[0]
+
+
+def _logits_at(logits: Tensor, ids: Tensor, law: Law) -> Tensor:
+    """What the law is the softmax of, at the ids, [T, K]; -inf where there is none."""
+    scale, cap, temperature = law.numbers
+    is_none = ids < 0
+    values = logits.gather(1, ids.clamp_min(0)).to(_checks.real_dtype(logits))
+    # before anything: a row that does not count may hold anything
+    values = scale * values.masked_fill(is_none, 0.0)
+    if cap:
+        values = cap * torch.tanh(values / cap)
+    if law.temperatures is not None:
+        temperature = law.temperatures.unsqueeze(1)
+    return (values / temperature).masked_fill(is_none, -torch.inf)
 
 
 def topk_support(student_ids: Tensor | None, teacher_ids: Tensor | None, support: str) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse teachers on a GPU: rows and gradients at real sizes against float64, captured, in place."""
+"""Sparse teachers on a GPU: rows and gradients at real sizes against float64, graphs, no sync."""
 
 from __future__ import annotations
 

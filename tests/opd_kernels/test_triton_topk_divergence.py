@@ -18,6 +18,10 @@ from tests.twins.topk_divergence import (  # noqa: F401
     test_rows_with_strides,
     test_the_tail_is_a_sum_and_no_difference,
     test_the_tail_is_nothing_exactly_where_nothing_is_off_the_ids,
+    test_topk_divergence_compiles_without_a_graph_break,
+    test_topk_divergence_matches_reference,
+    test_topk_divergence_of_every_kind_matches_reference,
+    test_topk_divergence_refuses_float64_in_words,
     test_what_has_no_gradient_is_not_read,
 )
 
