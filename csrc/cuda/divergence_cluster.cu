@@ -29,6 +29,7 @@ RowNeeds needs_of(bool with_statistics) {
   needs.lse_values = with_statistics ? 6 : 4;
   needs.term_values = with_statistics ? 6 : 2;
   needs.row_sum_values = F::kRowSums;
+  needs.again_values = kAgainValues<F>;
   needs.functor_bytes = F::kRowSums > 0 ? static_cast<int>(sizeof(F)) : 0;
   return needs;
 }

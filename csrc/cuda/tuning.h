@@ -19,13 +19,13 @@ constexpr int kPass = 128;  // columns that a warp takes at once
 // registers of a multiprocessor, and what a thread of the kernel may have
 constexpr int kRegisters = 65536, kRegistersPerThread = 168;
 constexpr int kBarrierBytes = 8;
-constexpr int kExchangeKinds = 3;  // log-sum-exps, row sums, terms
+constexpr int kExchangeKinds = 4;  // log-sum-exps, row sums, row sums again, terms
 
 // What a divergence makes the blocks exchange, in doubles per block and row, and keep.
 struct RowNeeds {
-  int lse_values = 4, row_sum_values = 0, term_values = 2;
+  int lse_values = 4, row_sum_values = 0, again_values = 0, term_values = 2;
   int functor_bytes = 0;
-  int values() const { return lse_values + row_sum_values + term_values; }
+  int values() const { return lse_values + row_sum_values + again_values + term_values; }
 };
 
 // Byte offsets into a block's shared memory; the ring begins at 0.
