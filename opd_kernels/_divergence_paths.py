@@ -123,6 +123,7 @@ def plan_of(
         # teacher logits were
         in_parts=not options.process_group and not options.gradient_tolerance,
         low_rank=0 if inputs.student_lora_a is None else inputs.student_lora_a.shape[0],
+        packs_columns=bool(options.gradient_tolerance),
     )
     if group is None:
         return plan

@@ -81,4 +81,5 @@ def _plan_of(
         whole_rows=whole_rows,
         in_parts=in_parts,
         low_rank=0 if lora is None else lora[0].shape[0],
+        packs_columns=bool(options.get("gradient_tolerance")),
     )

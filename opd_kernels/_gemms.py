@@ -48,11 +48,6 @@ def gradient_of(logits: Tensor, head: Tensor, number: int) -> Tensor:
     return logits.view(head.dtype)[:, : logits.shape[1]]
 
 
-def beside(gradient: Tensor, operand: Tensor) -> Tensor:
-    """dZ as a product with `operand` takes it: in its dtype, or as it is where they may differ."""
-    return gradient if is_own(gradient) else gradient.to(operand.dtype)
-
-
 def _multiply_batches_into(out: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype != out.dtype and not left.is_cuda:
         left, right = left.to(out.dtype), right.to(out.dtype)

@@ -35,6 +35,8 @@ _MOST_PARTS, _MOST_PARTS_OF_SHORT_CHUNKS = 4, 2
 # per token of a chunk: what is gathered of its laws, its loss and statistics; its row of state
 _LAW_BYTES = 256
 _STATE_BYTES = 8 * (20 + 4 * 16)
+# per column, of a tolerance: its mark, its id
+_COLUMN_BYTES = 1 + 8
 # a product tile of the GEMM, the fewest columns that are worth a slice, and an H200's rates
 _TILE_TOKENS, _TILE_HIDDEN = 128, 256
 _FEWEST_SPLIT_COLUMNS = 2048
@@ -115,6 +117,7 @@ def plan(
     whole_rows: str | None = None,
     in_parts: bool = True,
     low_rank: int = 0,
+    packs_columns: bool = False,
 ) -> Plan:
     """The cut whose buffers fit into `workspace_bytes`.
 
@@ -126,12 +129,13 @@ def plan(
         heads: student's first; only their shapes, dtypes and device are read.
         in_parts: on a GPU, the other models may have fewer tokens at a time than the student.
         low_rank: r of a low-rank pair; counted on a GPU.
+        packs_columns: a gradient_tolerance lists the columns that count; counted on a GPU.
 
     Raises:
         ValueError: the workspace does not even hold one token.
     """
     if _gemms.on_gpu(heads[0]):
-        costs = _costs(vocab_size, heads, low_rank)
+        costs = _costs(vocab_size, heads, low_rank, packs_columns)
         return _gpu_plan(op, num_tokens, costs, workspace_bytes, whole_rows, in_parts)
     _checks.byte_count(op, workspace_bytes)
     itemsize = _checks.real_dtype(heads[0]).itemsize
@@ -257,14 +261,16 @@ class _Costs:
         return max(1, min(wanted, part * columns // (max(1, tokens) * self.hidden_size)))
 
 
-def _costs(vocab_size: int, heads: Sequence[Tensor], low_rank: int) -> _Costs:
+def _costs(
+    vocab_size: int, heads: Sequence[Tensor], low_rank: int, packs_columns: bool
+) -> _Costs:
     real = _checks.real_dtype(heads[0]).itemsize
     hidden_sizes = [head.shape[1] for head in heads]
     sizes = [head.dtype.itemsize * head.shape[1] for head in heads]
     # dX of the chunk beside the gathered hidden states
     student = sizes[0] + real * hidden_sizes[0] + _LAW_BYTES
     # the column sums of dZ, for a bias
-    call = real * vocab_size
+    call = (real + _COLUMN_BYTES * packs_columns) * vocab_size
     if low_rank:
         # float32 hidden states, their projection and its halves, and what comes back through B
         student += real * hidden_sizes[0] + 6 * real * low_rank

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd_kernels import _gemms, _linear, _plan, reference
+from opd_kernels import _gemms, _linear, _plan, gemm, reference, sparse_gradient
 from tests import eager
 from tests.cases import BF16, F16, F32, FusedCase, fused_of, spec, token_ids_of
 from tests.checks import check_fused_divergence, check_token_logprobs, dtype_id, leaf
@@ -240,6 +240,61 @@ def test_gradient_tolerance_keeps_its_certificate(dtype, tolerance):
     assert bool(((sparse[0].double() - truth[0]).norm(dim=1) <= bound).all())
     bound = (weights * dropped * hidden.norm(dim=1)).sum() + rounding * truth[1].norm(dim=1).sum()
     assert bool((sparse[1].double() - truth[1]).norm(dim=1).sum() <= bound)
+
+
+class _Memory:
+    """Where a buffer begins and ends."""
+
+    def __init__(self, buffer):
+        self.begin = buffer.data_ptr()
+        self.end = self.begin + buffer.nbytes
+
+    def holds(self, tensor):
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        end = tensor.data_ptr() + (last + 1) * tensor.itemsize
+        return self.begin <= tensor.data_ptr() and end <= self.end
+
+
+@every_width
+@pytest.mark.parametrize("tokens", [1, 7, 12])
+@pytest.mark.parametrize("kept", [1, 5, 150])
+def test_gemms_of_packed_columns_take_the_buffer_s_memory(monkeypatch, dtype, tokens, kept):
+    vocab_size, width = 301, 16
+    monkeypatch.setattr(sparse_gradient, "is_own", lambda _: False, raising=False)
+    monkeypatch.setattr(_gemms, "is_own", lambda _: False)
+    torch.manual_seed(tokens)
+    dz = torch.zeros(tokens, vocab_size)
+    dz[:, torch.randperm(vocab_size)[:kept]] = torch.randn(tokens, kept)
+    head, hidden = torch.randn(vocab_size, width).to(dtype), torch.randn(tokens, width).to(dtype)
+    buffer = torch.full((tokens * vocab_size,), torch.nan)
+    packed, _ = sparse_gradient.pack(
+        torch.ops.opd, dz, None, 1e-6, buffer.view(dz.shape), head, 0
+    )
+    if tokens == 1 and packed is None:
+        return  # a buffer of 301 numbers
+    memory, operands = _Memory(buffer), []
+
+    def spy(out, a, b, **more):
+        operands.extend([a, b, out])
+        assert a.dtype == b.dtype == dtype
+        return gemm.gemm(out, a, b, **more)
+
+    monkeypatch.setattr(sparse_gradient, "gemm", spy)
+    monkeypatch.setattr(gemm, "OWN", False)
+    for rows_at_a_time in (packed.rows_at_a_time, 16):
+        some = packed._replace(rows_at_a_time=min(rows_at_a_time, packed.rows_at_a_time))
+        operands.clear()
+        got = sparse_gradient.grad_hidden(some, head)
+        assert all(memory.holds(x) for x in operands if x.data_ptr() != got.data_ptr())
+        assert len(operands) == 3 * -(-kept // some.rows_at_a_time)
+        rounded = dz.to(dtype).double()
+        torch.testing.assert_close(got.double(), rounded @ head.double(), rtol=1e-5, atol=1e-5)
+        operands.clear()
+        target = torch.ones(vocab_size, width)
+        sparse_gradient.add_grad_weight(torch.ops.opd, target, some, hidden)
+        assert all(memory.holds(x) for x in operands if x.data_ptr() != hidden.data_ptr())
+        exact = 1 + rounded.T @ hidden.double()
+        torch.testing.assert_close(target.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 # -- float16 -------------------------------------------------------------------------------------
