@@ -28,12 +28,14 @@ every_half = pytest.mark.parametrize("dtype", [BF16, F16], ids=dtype_id)
 def gpu(monkeypatch, interpreted_triton):
     """Cuts as on a GPU, at a hundredth of its sizes."""
     monkeypatch.setattr(_gemms, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(_gemms, "_ALIGNMENT", 8)
+    monkeypatch.setattr(_gemms, "_ALIGNMENTS", (8, 4))
     for name, value in (
         ("_TILE", 4),
         ("_FEWEST_TOKENS_GPU", 6),
+        ("_FEWEST_TOKENS_FROZEN", 6),
         ("_ENOUGH_TOKENS", 8),
         ("_FEWEST_SPLIT_COLUMNS", 64),
+        ("_LAUNCH_SECONDS", 0.0),
     ):
         monkeypatch.setattr(_plan, name, value)
 
@@ -408,23 +410,6 @@ def test_grad_hidden_of_slices_is_the_plain_product(splits, vocab_size, dtype):
         product = _gemms.grad_hidden(gradient, head, 0, splits, spare)
         torch.testing.assert_close(product.double(), exact, rtol=1e-5, atol=1e-4)
         assert bool((spare[-3:] == 7.0).all())
-
-
-def test_grad_hidden_splits_can_be_set_for_comparisons(monkeypatch):
-    gradient, head = torch.randn(5, 301), torch.randn(301, 16)
-    batches = []
-    multiply = _gemms._multiply_batches_into
-    monkeypatch.setattr(
-        _gemms,
-        "_multiply_batches_into",
-        lambda out, *rest: (batches.append(out.shape[0]), multiply(out, *rest)),
-    )
-    _gemms.grad_hidden(gradient, head, 0, 4)
-    monkeypatch.setattr(_gemms, "GRAD_HIDDEN_SPLITS", 1)
-    _gemms.grad_hidden(gradient, head, 0, 4)
-    monkeypatch.setattr(_gemms, "GRAD_HIDDEN_SPLITS", 6)
-    _gemms.grad_hidden(gradient, head, 0, 4)
-    assert batches == [4, 6]
 
 
 def test_halves_keep_what_rounding_would_lose():
