@@ -97,4 +97,6 @@ def _plan_of(
         in_parts=in_parts,
         low_rank=0 if lora is None else lora[0].shape[0],
         per_token=per_token,
+        packs_columns=bool(options.get("gradient_tolerance")),
+        frozen_head=tensors[0].requires_grad and not tensors[1].requires_grad,
     )

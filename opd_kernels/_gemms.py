@@ -20,10 +20,9 @@ from .gemm import gemm, is_own
 # opd_dtype_t of the 16-bit dtypes, and that of dZ in the dtype of its logits
 _NARROW = {torch.bfloat16: 2, torch.float16: 3}
 AS_LOGITS = -1
-# columns of a slice of a split sum are a multiple of this
-_ALIGNMENT = 128
-# None: what _plan.grad_hidden_splits says. A number: that many everywhere, to compare them
-GRAD_HIDDEN_SPLITS: int | None = None
+# columns of a slice of a split sum are a multiple of the first of these that leaves none over: the
+# GEMMs read 64 columns of 16 bits at a time, and 16 bytes at an address
+_ALIGNMENTS = (128, 64, 32, 16, 8)
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -46,11 +45,6 @@ def gradient_of(logits: Tensor, head: Tensor, number: int) -> Tensor:
     if number == AS_LOGITS:
         return logits
     return logits.view(head.dtype)[:, : logits.shape[1]]
-
-
-def beside(gradient: Tensor, operand: Tensor) -> Tensor:
-    """dZ as a product with `operand` takes it: in its dtype, or as it is where they may differ."""
-    return gradient if is_own(gradient) else gradient.to(operand.dtype)
 
 
 def _multiply_batches_into(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -95,10 +89,9 @@ def grad_hidden(
     """
     num_tokens, vocab_size = grad_logits.shape
     result = new_buffer(weight, num_tokens, weight.shape[1])
-    splits = splits if GRAD_HIDDEN_SPLITS is None else GRAD_HIDDEN_SPLITS
     if spare is not None:
         splits = min(splits, spare.numel() // max(1, result.numel()))
-    width = vocab_size // max(1, splits) // _ALIGNMENT * _ALIGNMENT
+    width = split_width(vocab_size, splits)
     if splits > 1 and width > 0 and not widens(weight):
         _add_up_slices(result, grad_logits, weight, splits, width, spare)
         return result
@@ -106,6 +99,18 @@ def grad_hidden(
         gemm(result, grad_logits[:, columns], piece, accumulate=columns.start > 0)
         del piece
     return result
+
+
+def split_width(vocab_size: int, splits: int) -> int:
+    """Columns of each of so many slices; what they leave over is a GEMM more.
+
+    All columns where an alignment allows it, else all but fewer than 128 for each slice.
+    """
+    splits = max(1, splits)
+    for alignment in _ALIGNMENTS:
+        if vocab_size % (splits * alignment) == 0:
+            return vocab_size // splits
+    return vocab_size // splits // _ALIGNMENTS[0] * _ALIGNMENTS[0]
 
 
 def _add_up_slices(

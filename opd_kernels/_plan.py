@@ -21,8 +21,10 @@ from . import _buffers, _checks, _gemms, gemm
 _HEAD_SLICE_SHARE = 8
 _MAX_HEAD_SLICE_ROWS = 8192
 # with fewer tokens than these in a chunk of whole rows, reading the heads costs more than cutting
-# the vocabulary and forming its logits again
-_FEWEST_TOKENS, _FEWEST_TOKENS_GPU = 16, 256
+# the vocabulary and forming its logits again. On a GPU that is where 5S + 3T of path B, in GEMMs of
+# full speed, takes as long as 3S + T in chunks that mostly read the heads and the float32 sum of
+# dW, or the heads alone if the student's is frozen: tests/cut_model.py counts both
+_FEWEST_TOKENS, _FEWEST_TOKENS_GPU, _FEWEST_TOKENS_FROZEN = 16, 104, 48
 _FEWEST_COLUMNS = 64
 NO_PATH_B = "this op needs whole rows"
 # a GPU multiplies tiles of this many tokens (or columns of path B)
@@ -35,13 +37,15 @@ _MOST_PARTS, _MOST_PARTS_OF_SHORT_CHUNKS = 4, 2
 # per token of a chunk: what is gathered of its laws, its loss and statistics; its row of state
 _LAW_BYTES = 256
 _STATE_BYTES = 8 * (20 + 4 * 16)
+# per column, of a tolerance: its mark, its id
+_COLUMN_BYTES = 1 + 8
 # a product tile of the GEMM, the fewest columns that are worth a slice, and an H200's rates
 _TILE_TOKENS, _TILE_HIDDEN = 128, 256
 _FEWEST_SPLIT_COLUMNS = 2048
 _MOST_SPLITS = 8
 # of the fastest count's time: what a smaller count may take instead
 _WORTH_A_SPLIT = 1.1
-_FLOPS, _BYTES_PER_SECOND = 790e12, 4.3e12
+_FLOPS, _BYTES_PER_SECOND, _LAUNCH_SECONDS = 790e12, 4.3e12, 4e-6
 _MULTIPROCESSORS = 132
 
 
@@ -116,6 +120,8 @@ def plan(
     in_parts: bool = True,
     low_rank: int = 0,
     per_token: int = 0,
+    packs_columns: bool = False,
+    frozen_head: bool = False,
 ) -> Plan:
     """The cut whose buffers fit into `workspace_bytes`.
 
@@ -128,13 +134,16 @@ def plan(
         in_parts: on a GPU, the other models may have fewer tokens at a time than the student.
         low_rank: r of a low-rank pair; counted on a GPU.
         per_token: bytes that the caller holds per token of a chunk besides.
+        frozen_head: gradients are formed, but not the student head's.
+        packs_columns: a gradient_tolerance lists the columns that count; counted on a GPU.
 
     Raises:
         ValueError: the workspace does not even hold one token.
     """
     if _gemms.on_gpu(heads[0]):
-        costs = _costs(vocab_size, heads, low_rank, per_token)
-        return _gpu_plan(op, num_tokens, costs, workspace_bytes, whole_rows, in_parts)
+        costs = _costs(vocab_size, heads, low_rank, per_token, packs_columns)
+        fewest = _FEWEST_TOKENS_FROZEN if frozen_head else _FEWEST_TOKENS_GPU
+        return _gpu_plan(op, num_tokens, costs, workspace_bytes, whole_rows, in_parts, fewest)
     _checks.byte_count(op, workspace_bytes)
     itemsize = _checks.real_dtype(heads[0]).itemsize
     fixed_bytes, row_bytes = _cpu_bytes(heads)
@@ -263,14 +272,20 @@ class _Costs:
         return max(1, min(wanted, part * columns // (max(1, tokens) * self.hidden_size)))
 
 
-def _costs(vocab_size: int, heads: Sequence[Tensor], low_rank: int, per_token: int) -> _Costs:
+def _costs(
+    vocab_size: int,
+    heads: Sequence[Tensor],
+    low_rank: int,
+    per_token: int,
+    packs_columns: bool,
+) -> _Costs:
     real = _checks.real_dtype(heads[0]).itemsize
     hidden_sizes = [head.shape[1] for head in heads]
     sizes = [head.dtype.itemsize * head.shape[1] for head in heads]
     # dX of the chunk beside the gathered hidden states
     student = sizes[0] + real * hidden_sizes[0] + _LAW_BYTES + per_token
     # the column sums of dZ, for a bias
-    call = real * vocab_size
+    call = (real + _COLUMN_BYTES * packs_columns) * vocab_size
     if low_rank:
         # float32 hidden states, their projection and its halves, and what comes back through B
         student += real * hidden_sizes[0] + 6 * real * low_rank
@@ -302,6 +317,7 @@ def _gpu_plan(
     workspace_bytes: int,
     whole_rows: str | None,
     in_parts: bool,
+    fewest: int,
 ) -> Plan:
     vocab_size = costs.vocab_size
     budget = workspace_bytes - costs.call
@@ -313,7 +329,7 @@ def _gpu_plan(
     counts = range(1, (_MOST_PARTS if in_parts and costs.num_others else 1) + 1)
     of_short = [m for m in counts if m <= _MOST_PARTS_OF_SHORT_CHUNKS]
     fits = max(m * (budget // (m * student + other)) for m in of_short)
-    is_long = fits >= max(1, min(num_tokens, _FEWEST_TOKENS_GPU))
+    is_long = fits >= max(1, min(num_tokens, fewest))
     if whole_rows is None and not is_long:
         return _gpu_slices(op, num_tokens, costs, workspace_bytes, fits)
     _checks.workspace(op, workspace_bytes, costs.call + student + other, whole_rows)
@@ -404,7 +420,8 @@ def grad_hidden_splits(tokens: int, hidden_size: int, vocab_size: int, multiproc
 
     dX has tokens x hidden_size / (128 x 256) tiles, each a sum over the whole vocabulary: 64 for
     1,024 tokens and a hidden size of 2,048, on 132 multiprocessors. k slices make k times as many,
-    each 1/k as long; writing and reading the partial sums is what they cost. 1 is a plain GEMM.
+    each 1/k as long; writing and reading the partial sums is what they cost, and one more product
+    where k does not divide the columns. 1 is a plain GEMM.
     """
     tiles = -(-tokens // _TILE_TOKENS) * -(-hidden_size // _TILE_HIDDEN)
     tile_flops = 2 * _TILE_TOKENS * _TILE_HIDDEN * vocab_size
@@ -413,8 +430,16 @@ def grad_hidden_splits(tokens: int, hidden_size: int, vocab_size: int, multiproc
 
     def seconds(splits: int) -> float:
         waves = -(-tiles * splits // multiprocessors)
-        extra = splits * partial_seconds if splits > 1 else 0.0
-        return waves * tile_seconds / splits + extra
+        if splits == 1:
+            return waves * tile_seconds
+        width = _gemms.split_width(vocab_size, splits)
+        left = vocab_size - splits * width
+        extra = splits * partial_seconds
+        if left:
+            whole_waves = -(-tiles // multiprocessors)
+            extra += whole_waves * tile_seconds * left / vocab_size
+            extra += partial_seconds + _LAUNCH_SECONDS
+        return waves * tile_seconds * width / vocab_size + extra
 
     most = max(1, min(_MOST_SPLITS, vocab_size // _FEWEST_SPLIT_COLUMNS))
     times = [seconds(splits) for splits in range(1, most + 1)]

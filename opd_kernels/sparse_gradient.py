@@ -12,6 +12,8 @@ in any norm, up to the rounding of the GEMMs; docs/numerics.md has the proof.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -64,13 +66,15 @@ register("sparse_gradient_add_", fake=_add_fake, triton=_triton_add_)
 
 
 class Packed(NamedTuple):
-    """dZ [C, K] of the columns that count, their ids [K], and a buffer that the GEMMs may use."""
+    """dZ [C, K] of the columns that count, their ids [K], and memory for the GEMMs' operands."""
 
     grad_logits: Tensor
     columns: Tensor
     spare: Tensor
-    # rows of the head, or of its gradient, that fit into `spare`
+    # rows of the head, or of its gradient, whose operands fit into `spare`
     rows_at_a_time: int
+    # what the GEMMs take of dZ
+    dtype: torch.dtype
 
 
 def pack(
@@ -92,7 +96,8 @@ def pack(
         grad_logits: dZ, with its token weights in it.
         token_weights: [C]; None for ones. Rows of weight 0 need no column.
         tolerance: of |dZ| / |weight|.
-        buffer: [C, V] of the dtype of dZ, overwritten: packing takes no memory of its own.
+        buffer: [C, V] of the dtype of dZ, overwritten: packing, and the GEMMs after it, take no
+            memory of their own but for the marks and ids of the columns.
         head: [V, D], the rows that dZ's columns belong to.
         head_slice_rows: how many of them may be widened at a time, where they must be.
         largest_share: of the columns that are packed.
@@ -103,8 +108,14 @@ def pack(
     columns = torch.nonzero(kept).squeeze(1)
     flat, size = buffer.view(-1), num_tokens * columns.shape[0]
     # GEMMs like aligned operands
-    spare = flat[-(-size // _ALIGNMENT) * _ALIGNMENT :]
-    rows_at_a_time = spare.shape[0] // head.shape[1]
+    spare = flat[_aligned(size) :]
+    dtype = _dtype_of_operand(grad_logits, head)
+    row, more = head.shape[1], 0
+    if dtype != grad_logits.dtype:
+        # 16 bits of dZ beside each row, and what aligning them takes
+        row += -(-num_tokens // 2)
+        more = _ALIGNMENT * (num_tokens // 2 + 2)
+    rows_at_a_time = max(0, spare.shape[0] - more) // row
     if _gemms.widens(head):
         rows_at_a_time = min(rows_at_a_time, head_slice_rows)
     fewest = min(_FEWEST_ROWS, columns.shape[0])
@@ -112,31 +123,57 @@ def pack(
         return None, grad_logits.new_zeros(num_tokens)
     packed = flat[:size].view(num_tokens, columns.shape[0])
     dropped = rows.sparse_gradient_pack_(packed, grad_logits, token_weights, columns, kept)
-    return Packed(packed, columns, spare, max(1, rows_at_a_time)), dropped
+    return Packed(packed, columns, spare, max(1, rows_at_a_time), dtype), dropped
 
 
-def _pieces(packed: Packed, width: int):
-    """(positions among the columns, their ids, a [positions, width] view of the spare buffer)."""
-    for begin in range(0, packed.columns.shape[0], packed.rows_at_a_time):
-        piece = slice(begin, begin + packed.rows_at_a_time)
-        columns = packed.columns[piece]
-        yield piece, columns, packed.spare[: columns.shape[0] * width].view(-1, width)
+def _dtype_of_operand(grad_logits: Tensor, head: Tensor) -> torch.dtype:
+    """What dZ is rounded to for a product with the head: its width, where it multiplies as it is."""
+    if _gemms.is_own(grad_logits) or _gemms.grad_dtype(head) == _gemms.AS_LOGITS:
+        return grad_logits.dtype
+    return head.dtype
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
+
+
+class _Piece(NamedTuple):
+    """Some of the columns: dZ [C, k] as the GEMMs take it, ids [k], memory for k rows."""
+
+    grad_logits: Tensor
+    columns: Tensor
+    rows: Tensor
+
+
+def _pieces(packed: Packed, width: int) -> Iterator[_Piece]:
+    """All that the GEMMs read and write lies in the spare memory: nothing is allocated."""
+    num_tokens, num_columns = packed.grad_logits.shape
+    for begin in range(0, num_columns, packed.rows_at_a_time):
+        columns = packed.columns[begin : begin + packed.rows_at_a_time]
+        count = columns.shape[0]
+        gradient = packed.grad_logits[:, begin : begin + count]
+        rows, rest = packed.spare[: count * width], packed.spare[_aligned(count * width) :]
+        if packed.dtype != gradient.dtype:
+            # rows that begin aligned
+            stride = _aligned(count)
+            memory = rest.view(packed.dtype)[: num_tokens * stride].view(num_tokens, stride)
+            gradient = memory[:, :count].copy_(gradient)
+        yield _Piece(gradient, columns, rows)
 
 
 def grad_hidden(packed: Packed, head: Tensor) -> Tensor:
     """dX [C, D] in float32 (float64), from the columns that count."""
     real = packed.grad_logits.dtype
     result = packed.grad_logits.new_zeros(packed.grad_logits.shape[0], head.shape[1])
-    for piece, columns, out in _pieces(packed, head.shape[1]):
-        gradient = packed.grad_logits[:, piece]
-        if head.dtype == real:
-            weight = torch.index_select(head, 0, columns, out=out)
-        elif _gemms.widens(head):
-            weight = out.copy_(head[columns])
+    for piece in _pieces(packed, head.shape[1]):
+        size = piece.columns.shape[0], head.shape[1]
+        if _gemms.widens(head):
+            weight = piece.rows.view(size).copy_(head[piece.columns])
         else:
-            weight = head[columns]
-        gemm(result, _gemms.beside(gradient, weight), weight, accumulate=True)
-        del weight
+            memory = piece.rows if head.dtype == real else piece.rows.view(head.dtype)
+            memory = memory[: math.prod(size)].view(size)
+            weight = torch.index_select(head, 0, piece.columns, out=memory)
+        gemm(result, piece.grad_logits, weight, accumulate=True)
     return result
 
 
@@ -144,7 +181,7 @@ def add_grad_weight(
     rows, target: Tensor, packed: Packed, hidden: Tensor, factor: float = 1.0
 ) -> None:
     """target [V, D] += factor * dW, on the rows whose columns count."""
-    for piece, columns, out in _pieces(packed, target.shape[1]):
-        gradient = _gemms.beside(packed.grad_logits[:, piece].t(), hidden)
-        gemm(out, gradient, hidden, factor=factor)
-        rows.sparse_gradient_add_(target, columns, out)
+    for piece in _pieces(packed, target.shape[1]):
+        out = piece.rows.view(-1, target.shape[1])
+        gemm(out, piece.grad_logits.t(), hidden, factor=factor)
+        rows.sparse_gradient_add_(target, piece.columns, out)

@@ -44,10 +44,12 @@ inline void expect_bytes(MemoryBarrier* barrier, uint32_t bytes) {
   arrive(barrier);
 }
 inline void copy_bulk(void* shared, const void* global, uint32_t bytes, MemoryBarrier* barrier) {
-  emulation::copy_later(shared, global, bytes, barrier);
+  barrier->bytes -= static_cast<int32_t>(emulation::copy_bulk(shared, global, bytes, barrier));
 }
 inline void store_in_block(double* shared, double value, MemoryBarrier* barrier, unsigned rank) {
-  emulation::store_later(in_block(shared, rank), value, in_block(barrier, rank));
+  barrier = in_block(barrier, rank);
+  const size_t landed = emulation::store_value(in_block(shared, rank), value, barrier);
+  barrier->bytes -= static_cast<int32_t>(landed);
 }
 inline void wait(MemoryBarrier* barrier, uint32_t parity) {
   while (barrier->parity == parity) {

@@ -3,7 +3,8 @@
 //
 // Of each kind of exchange there is one buffer: a block sends its log-sum-exps of a row only after
 // every block has sent its terms of the row before, and so has read the log-sum-exps of that row;
-// likewise for the terms, and for the warps within a block.
+// likewise for the other kinds, and for the warps within a block. A row does no exchange of a kind
+// twice: a fast block's second one would reach a slow block that has not read the first.
 #pragma once
 
 namespace opd {
@@ -113,25 +114,30 @@ class Reducer {
   __device__ void reduce_row_sums() {
     constexpr double kZeros[F::kRowSums] = {};
     double sums[F::kRowSums];
-    const auto add = [](double* v) {
+    exchange<kRowSumExchange>(sums, kZeros, [](double* v) {
 #pragma unroll
       for (int k = 0; k < F::kRowSums; ++k) v[k] = reduce_warp(v[k], Sum());
-    };
-    exchange<kRowSumExchange>(sums, kZeros, add);
+    });
     if constexpr (std::is_same_v<F, Renyi>) {
       // a mass that float32 cannot hold still has a logarithm; NaN stays, it is no matter of range
       const bool out_of_range = sums[1] < 1e-25 || sums[1] > 1e37;
       if (out_of_range) {
         if (lane_ == 0) *block_.again() = 1;
         publish(kRowSumExchange);
-        const double divergence = sums[0];
-        exchange<kRowSumExchange>(sums, kZeros, add);
-        sums[0] = divergence;
+        exchange<kAgainExchange>(sums + 1, kZeros,
+                                 [](double* mass) { *mass = reduce_warp(*mass, Sum()); });
+        publish_functor(sums, kAgainExchange);
+        return;
       }
     }
+    if (lane_ == 0) *block_.again() = 0;
+    publish_functor(sums, kRowSumExchange);
+  }
+
+  __device__ void publish_functor(const double* sums, Exchange kind) {
     functor_ = base_.with_row_sums(sums);
-    if (lane_ == 0) *block_.functor() = functor_, *block_.again() = 0;
-    publish(kRowSumExchange);
+    if (lane_ == 0) *block_.functor() = functor_;
+    publish(kind);
   }
 
   __device__ void reduce_terms() {

@@ -52,7 +52,7 @@ class Sweeper {
       wait(block_.published(kLseExchange), parity);
       const RowLaws laws = *block_.laws();
       if constexpr (F::kRowSums > 0) {
-        send_row_sums(row_slot, laws);
+        send_row_sums(row_slot, laws, parity);
         const F functor = *block_.functor();
         if constexpr (F::kHasTextbook) {
           functor.barely_overlaps() ? send_terms<true>(row_slot, laws, functor)
@@ -213,7 +213,8 @@ class Sweeper {
     if (lane_ == 0) arrive(block_.gathered(kKind));
   }
 
-  __device__ __forceinline__ void send_row_sums(int row_slot, const RowLaws& laws) {
+  __device__ __forceinline__ void send_row_sums(int row_slot, const RowLaws& laws,
+                                                uint32_t parity) {
     float sums[3] = {};
     for_chunks(row_slot, [&](int slot, int chunk) {
       for_quads<1, false>(slot, chunk, [&](const float4& s, const float4& t, int) {
@@ -229,23 +230,22 @@ class Sweeper {
     });
     const double wide[3] = {sums[0], sums[1], sums[2]};
     send<kRowSumExchange, F::kRowSums>(wide);
-    wait(block_.published(kRowSumExchange), row_sum_parity_);
-    row_sum_parity_ ^= 1;
+    wait(block_.published(kRowSumExchange), parity);
     if constexpr (std::is_same_v<F, Renyi>) {
       if (*block_.again() == 0) return;
-      double mass[2] = {};
+      double mass = 0;
       for_chunks(row_slot, [&](int slot, int chunk) {
         for_quads<1, false>(slot, chunk, [&](const float4& s, const float4& t, int) {
           const float student[kQuad] = {s.x, s.y, s.z, s.w}, teacher[kQuad] = {t.x, t.y, t.z, t.w};
 #pragma unroll 1
           for (int j = 0; j < kQuad; ++j) {
-            mass[1] += mass_in_double(base_.alpha, student[j], teacher[j], block_.laws());
+            mass += mass_in_double(base_.alpha, student[j], teacher[j], block_.laws());
           }
         });
       });
-      send<kRowSumExchange, F::kRowSums>(mass);
-      wait(block_.published(kRowSumExchange), row_sum_parity_);
-      row_sum_parity_ ^= 1;
+      send<kAgainExchange, 1>(&mass);
+      wait(block_.published(kAgainExchange), again_parity_);
+      again_parity_ ^= 1;
     }
   }
 
@@ -361,7 +361,7 @@ class Sweeper {
   const int columns_;  // of the block's slice, from this warp's first on
   int most_;           // of a chunk
   LaneLse<kStatistics> student_lse_, teacher_lse_;
-  uint32_t row_sum_parity_ = 0;
+  uint32_t again_parity_ = 0;
 };
 
 }  // namespace cuda

@@ -155,7 +155,8 @@ opd_status_t opd_divergence_fwd_grad_cuda(const opd_divergence_args_t* args, voi
     opd::check_pointers(opd::kOp, "loss and grad", {args->loss, args->grad.data});
     check_grad(*args);
     const Device device = current_device();
-    if (cluster_takes(*args, device)) return forward_grad_cluster(*args, device, stream);
+    RowLaunch rows;
+    if (cluster_takes(*args, device, &rows)) return forward_grad_cluster(*args, rows, stream);
     Call call = call_of(*args, kForward | kGradient);
     call.state = nullptr;
     run(call, device, stream);

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "divergence_cluster.h"
 
+#include <algorithm>
+
 #include "divergence_cluster.cuh"
+#include "occupancy.h"
 #include "vectorized.cuh"
 
 namespace opd {
@@ -29,6 +32,7 @@ RowNeeds needs_of(bool with_statistics) {
   needs.lse_values = with_statistics ? 6 : 4;
   needs.term_values = with_statistics ? 6 : 2;
   needs.row_sum_values = F::kRowSums;
+  needs.again_values = kAgainValues<F>;
   needs.functor_bytes = F::kRowSums > 0 ? static_cast<int>(sizeof(F)) : 0;
   return needs;
 }
@@ -72,50 +76,43 @@ ClusterArgs cluster_args(const opd_divergence_args_t& args) {
   return out;
 }
 
-template <class Kernel>
-int active_clusters(Kernel kernel, const RowPlan& plan, void* stream) {
-  const Shape shape{plan.cluster, plan.threads(), plan.shared_bytes(), plan.cluster};
-  allow(kernel, shape);
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = config_of(shape, stream, &attribute);
-  int count = 0;
-  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
-    // a part of a GPU may have no room for a cluster of this size
-    cudaGetLastError();
-    return 0;
-  }
-  return count;
+// Of one kernel, what devices have said.
+template <class F, bool kStatistics>
+KnownNumbers& known_clusters() {
+  static KnownNumbers known;
+  return known;
 }
 
 template <class F, bool kStatistics>
-void launch_rows(ClusterArgs args, const F& functor, const Device& device, void* stream) {
-  const auto kernel = &forward_grad_cluster_kernel<F, kStatistics>;
+int64_t resident_clusters_of(const RowPlan& plan, const Device& device) {
+  const Shape shape{plan.cluster, plan.threads(), plan.shared_bytes(), plan.cluster};
+  return resident_clusters(&forward_grad_cluster_kernel<F, kStatistics>, shape, device,
+                           &known_clusters<F, kStatistics>());
+}
+
+// The rows' layout and the clusters that the device holds of it; false if it has no room for one.
+// A part whose groups of multiprocessors are cut small holds few large clusters, or none: then
+// smaller ones take the row, if it fits into them.
+template <class F, bool kStatistics>
+bool choose_launch(int64_t vocab_size, const Device& device, RowLaunch* best) {
   const RowNeeds needs = needs_of<F>(kStatistics);
+  const int64_t shared_bytes = device.shared_bytes_per_block;
   RowPlan plan;
-  choose_rows(args.vocab_size, device.shared_bytes_per_block, kMaxClusterBlocks, needs, &plan);
-  int64_t clusters = device.multiprocessors * plan.resident;
-  if (plan.cluster > 1) {
-    clusters = active_clusters(kernel, plan, stream);
-    // a part whose groups of multiprocessors are cut small holds few large clusters
-    constexpr int kPortable = 8;
-    RowPlan smaller;
-    if (plan.cluster > kPortable &&
-        plan_rows(args.vocab_size, device.shared_bytes_per_block, kPortable, needs, &smaller)) {
-      const int64_t count = active_clusters(kernel, smaller, stream);
-      if (4 * clusters * plan.cluster < 3 * count * kPortable) plan = smaller, clusters = count;
-    }
-    OPD_CHECK(clusters > 0, "divergence: this device holds no cluster of ", plan.cluster,
-              " blocks; use logits that are not aligned to 16 bytes, or another backend");
+  if (!choose_rows(vocab_size, shared_bytes, kMaxClusterBlocks, needs, &plan)) return false;
+  *best = {plan, resident_clusters_of<F, kStatistics>(plan, device)};
+  for (int cluster = plan.cluster / 2; cluster >= 1; cluster /= 2) {
+    // a larger cluster has more of the next row on chip, which is worth a quarter of the device
+    if (4 * best->blocks() >= 3 * device.multiprocessors) break;
+    if (!plan_rows(vocab_size, shared_bytes, cluster, needs, &plan)) break;
+    const RowLaunch other{plan, resident_clusters_of<F, kStatistics>(plan, device)};
+    if (4 * best->blocks() < 3 * other.blocks()) *best = other;
   }
-  if (clusters > args.num_tokens) clusters = args.num_tokens;
-  args.plan = plan;
-  launch({clusters * plan.cluster, plan.threads(), plan.shared_bytes(), plan.cluster}, stream,
-         kernel, args, functor);
+  return best->clusters > 0;
 }
 
 }  // namespace
 
-bool cluster_takes(const opd_divergence_args_t& args, const Device& device) {
+bool cluster_takes(const opd_divergence_args_t& args, const Device& device, RowLaunch* launch) {
   // the architectures with clusters that this library is built for
   if (device.capability != 90 && device.capability != 100) return false;
   if (args.num_components != 1 || args.target != OPD_TARGET_TEACHER) return false;
@@ -123,22 +120,23 @@ bool cluster_takes(const opd_divergence_args_t& args, const Device& device) {
   if ((args.statistics != nullptr) != (args.with_statistics != 0)) return false;
   bool fits = false;
   visit_cluster_divergence(args.components[0], [&](auto functor) {
-    RowPlan plan;
-    fits = choose_rows(args.vocab_size, device.shared_bytes_per_block, kMaxClusterBlocks,
-                       needs_of<decltype(functor)>(args.statistics != nullptr), &plan);
+    using F = decltype(functor);
+    fits = args.statistics ? choose_launch<F, true>(args.vocab_size, device, launch)
+                           : choose_launch<F, false>(args.vocab_size, device, launch);
   });
   return fits;
 }
 
-void forward_grad_cluster(const opd_divergence_args_t& args, const Device& device, void* stream) {
-  if (args.num_tokens == 0) return;
-  const ClusterArgs out = cluster_args(args);
+void forward_grad_cluster(const opd_divergence_args_t& args, const RowLaunch& rows, void* stream) {
+  const RowPlan& plan = rows.plan;
+  const int64_t clusters = std::min(rows.clusters, args.num_tokens);
+  const Shape shape{clusters * plan.cluster, plan.threads(), plan.shared_bytes(), plan.cluster};
+  ClusterArgs out = cluster_args(args);
+  out.plan = plan;
   visit_cluster_divergence(args.components[0], [&](auto functor) {
-    if (out.statistics) {
-      launch_rows<decltype(functor), true>(out, functor, device, stream);
-    } else {
-      launch_rows<decltype(functor), false>(out, functor, device, stream);
-    }
+    using F = decltype(functor);
+    out.statistics ? launch(shape, stream, &forward_grad_cluster_kernel<F, true>, out, functor)
+                   : launch(shape, stream, &forward_grad_cluster_kernel<F, false>, out, functor);
   });
 }
 

@@ -14,7 +14,11 @@
 namespace opd {
 namespace cuda {
 
-enum Exchange { kLseExchange, kRowSumExchange, kTermExchange };
+enum Exchange { kLseExchange, kRowSumExchange, kAgainExchange, kTermExchange };
+
+// Row sums that some rows need once more, in double.
+template <class F>
+constexpr int kAgainValues = std::is_same_v<F, Renyi> ? 1 : 0;
 
 struct SideArgs {
   const float* logits;
@@ -119,7 +123,7 @@ template <class F, bool kStatistics>
 struct BlockView {
   static constexpr int kLseValues = kStatistics ? 6 : 4;
   static constexpr int kTermValues = kStatistics ? 6 : 2;
-  static constexpr int kValues = kLseValues + F::kRowSums + kTermValues;
+  static constexpr int kValues = kLseValues + F::kRowSums + kAgainValues<F> + kTermValues;
 
   const ClusterArgs& args;
   unsigned char* const shared = shared_memory();
@@ -129,12 +133,15 @@ struct BlockView {
   __device__ explicit BlockView(const ClusterArgs& args) : args(args) {}
 
   __device__ static constexpr int count_of(Exchange kind) {
-    return kind == kLseExchange ? kLseValues : kind == kTermExchange ? kTermValues : F::kRowSums;
+    return kind == kLseExchange      ? kLseValues
+           : kind == kRowSumExchange ? F::kRowSums
+           : kind == kAgainExchange  ? kAgainValues<F>
+                                     : kTermValues;
   }
   __device__ static constexpr int first_of(Exchange kind) {
-    return kind == kLseExchange      ? 0
-           : kind == kRowSumExchange ? kLseValues
-                                     : kLseValues + F::kRowSums;
+    int first = 0;
+    for (int before = 0; before < kind; ++before) first += count_of(static_cast<Exchange>(before));
+    return first;
   }
   // when the chunk in a slot is there; when every warp has done with it
   __device__ MemoryBarrier* full(int slot) const {
@@ -167,7 +174,7 @@ struct BlockView {
   __device__ GradScalars* grad_scalars() const {
     return reinterpret_cast<GradScalars*>(shared + args.plan.layout.scalars + kScalarBytes - 16);
   }
-  // 1: the row sums are wanted once more, in double
+  // 1: the sweeps are to do an exchange of kAgainExchange
   __device__ int* again() const {
     return reinterpret_cast<int*>(shared + args.plan.layout.scalars + kScalarBytes - 32);
   }
@@ -210,7 +217,8 @@ __global__ void __launch_bounds__(32 * (kMaxRowWarps + kOtherWarps), 1)
       init(block.full(slot));
       init(block.empty(slot), args.plan.warps);
     }
-    for (const Exchange kind : {kLseExchange, kRowSumExchange, kTermExchange}) {
+    for (int i = 0; i < kExchangeKinds; ++i) {
+      const Exchange kind = static_cast<Exchange>(i);
       init(block.gathered(kind), args.plan.warps);
       init(block.received(kind));
       init(block.published(kind));

@@ -6,6 +6,9 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
+
 #include "check.h"
 #include "opd/opd.h"
 
@@ -29,9 +32,10 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 }
 #endif
 
-// What the choice of a kernel depends on, of the current device.
+// What the choice of a kernel depends on, of a device.
 struct Device {
   int multiprocessors, capability, shared_bytes_per_block;
+  int ordinal = 0;
 };
 
 inline int device_attribute(cudaDeviceAttr attribute, int device) {
@@ -40,13 +44,32 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+inline Device ask_device(int ordinal) {
+  return {device_attribute(cudaDevAttrMultiProcessorCount, ordinal),
+          10 * device_attribute(cudaDevAttrComputeCapabilityMajor, ordinal) +
+              device_attribute(cudaDevAttrComputeCapabilityMinor, ordinal),
+          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal), ordinal};
+}
+
+// The current one; asked once.
 inline Device current_device() {
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  return {device_attribute(cudaDevAttrMultiProcessorCount, device),
-          10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
-              device_attribute(cudaDevAttrComputeCapabilityMinor, device),
-          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+  constexpr int kMostDevices = 64, kFieldBits = 21;
+  constexpr uint64_t kField = (uint64_t{1} << kFieldBits) - 1;
+  static std::atomic<uint64_t> known[kMostDevices] = {};
+  int ordinal = 0;
+  check_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
+  if (ordinal >= kMostDevices) return ask_device(ordinal);
+  uint64_t fields = known[ordinal].load(std::memory_order_relaxed);
+  if (fields == 0) {
+    const Device device = ask_device(ordinal);
+    fields = static_cast<uint64_t>(device.multiprocessors) << 2 * kFieldBits |
+             static_cast<uint64_t>(device.capability) << kFieldBits |
+             static_cast<uint64_t>(device.shared_bytes_per_block);
+    known[ordinal].store(fields, std::memory_order_relaxed);
+  }
+  return {static_cast<int>(fields >> 2 * kFieldBits),
+          static_cast<int>(fields >> kFieldBits & kField), static_cast<int>(fields & kField),
+          ordinal};
 }
 
 struct Shape {
@@ -81,31 +104,13 @@ inline cudaLaunchConfig_t config_of(const Shape& shape, void* stream,
   return config;
 }
 
-// Lets a kernel have this shape's shared memory and cluster.
-template <class Kernel>
-void allow(Kernel kernel, const Shape& shape) {
-  // above these a kernel has to be asked for
-  constexpr int64_t kSharedByDefault = 48 * 1024;
-  constexpr int kPortableCluster = 8;
-  if (shape.shared_bytes > kSharedByDefault) {
-    // all that a block may have: the attribute is the kernel's, and another thread's launch or a
-    // graph that has been captured may need more than this one
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    current_device().shared_bytes_per_block),
-               "shared memory");
-  }
-  if (shape.cluster > kPortableCluster) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-               "cluster size");
-  }
-}
-
+// More than 48 KiB of shared memory, or more than 8 blocks in a cluster, a kernel has to be allowed
+// first: occupancy.h.
 template <class... Parameters, class... Arguments>
 void launch(const Shape& shape, void* stream, void (*kernel)(Parameters...),
             Arguments&&... arguments) {
   if (shape.blocks == 0) return;
   OPD_CHECK(shape.blocks <= 0x7fffffff, "a launch has at most 2^31 - 1 blocks, got ", shape.blocks);
-  allow(kernel, shape);
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = config_of(shape, stream, &attribute);
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");

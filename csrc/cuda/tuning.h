@@ -16,16 +16,14 @@ constexpr int kMaxClusterBlocks = 16;
 constexpr int kMaxRowWarps = 8;
 constexpr int kOtherWarps = 2;
 constexpr int kPass = 128;  // columns that a warp takes at once
-// registers of a multiprocessor, and what a thread of the kernel may have
-constexpr int kRegisters = 65536, kRegistersPerThread = 168;
 constexpr int kBarrierBytes = 8;
-constexpr int kExchangeKinds = 3;  // log-sum-exps, row sums, terms
+constexpr int kExchangeKinds = 4;  // log-sum-exps, row sums, row sums again, terms
 
 // What a divergence makes the blocks exchange, in doubles per block and row, and keep.
 struct RowNeeds {
-  int lse_values = 4, row_sum_values = 0, term_values = 2;
+  int lse_values = 4, row_sum_values = 0, again_values = 0, term_values = 2;
   int functor_bytes = 0;
-  int values() const { return lse_values + row_sum_values + term_values; }
+  int values() const { return lse_values + row_sum_values + again_values + term_values; }
 };
 
 // Byte offsets into a block's shared memory; the ring begins at 0.
@@ -41,7 +39,6 @@ struct RowPlan {
   int chunk = 0;            // columns
   int chunks = 0;           // of a row
   int ring = 0;             // chunks in shared memory
-  int resident = 1;         // blocks that a multiprocessor holds at once
   RowLayout layout{};
   int threads() const { return 32 * (warps + kOtherWarps); }
   int shared_bytes() const { return layout.end; }
@@ -107,14 +104,7 @@ inline bool plan_rows(int64_t vocab_size, int64_t shared_bytes, int cluster, con
       found = true;
     }
   }
-  if (!found) return false;
-  if (cluster == 1) {
-    const int64_t by_registers = kRegisters / (best->threads() * kRegistersPerThread);
-    const int64_t by_memory = shared_bytes / (best->shared_bytes() + 1024);
-    const int64_t resident = by_registers < by_memory ? by_registers : by_memory;
-    best->resident = static_cast<int>(resident < 1 ? 1 : resident > 16 ? 16 : resident);
-  }
-  return true;
+  return found;
 }
 
 // The fewest blocks that keep two whole rows on chip, else those that keep most; false if a row

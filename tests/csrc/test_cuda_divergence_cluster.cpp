@@ -6,14 +6,19 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
+#include <string>
+#include <thread>
 #include <vector>
 
 #include "divergence_cluster.h"
+#include "emulated.h"
 #include "expect.h"
 #include "half.h"
+#include "occupancy.h"
 #include "tuning.h"
 
 namespace {
@@ -174,8 +179,12 @@ Result emulated(const Problem& problem, const Kind& kind, const Device& device,
   args.loss = loss.data();
   if (problem.with_statistics) args.statistics = statistics.data();
   args.grad = {student.data, problem.stride * (dtype == OPD_FLOAT32 ? 1 : 2), dtype};
-  expect::that(opd::cuda::cluster_takes(args, device), "a call that the cluster kernel takes");
-  opd::cuda::forward_grad_cluster(args, device, nullptr);
+  opd::cuda::RowLaunch rows;
+  Device here = device;
+  here.ordinal = opd::cuda::current_device().ordinal;
+  const bool taken = opd::cuda::cluster_takes(args, here, &rows);
+  expect::that(taken, "a call that the cluster kernel takes");
+  if (taken) opd::cuda::forward_grad_cluster(args, rows, nullptr);
   Result out;
   out.loss.assign(loss.begin(), loss.end());
   out.statistics.assign(statistics.begin(), statistics.end());
@@ -282,6 +291,37 @@ Device device_for(int64_t vocab_size, int cluster, double rows, int multiprocess
 }
 
 constexpr Device kSmallH200 = {4, 90, 227 * 1024};
+
+// Through the entry point, with a gradient of its own.
+Result by_entry_point(const Problem& problem, const Kind& kind) {
+  Matrix student = padded(problem.student, problem), teacher = padded(problem.teacher, problem);
+  const opd_divergence_component_t component = {kind.divergence, kind.param0, kind.param1, nullptr};
+  opd_divergence_args_t args = make_args(problem, &component);
+  std::vector<float> loss(problem.num_tokens);
+  args.student.matrix = {student.data, problem.stride, OPD_FLOAT32};
+  args.teacher.matrix = {teacher.data, problem.stride, OPD_FLOAT32};
+  args.loss = loss.data();
+  args.grad = {student.data, problem.stride, OPD_FLOAT32};
+  expect::that(opd_divergence_fwd_grad_cuda(&args, nullptr) == OPD_OK, opd_last_error());
+  Result out;
+  out.loss.assign(loss.begin(), loss.end());
+  for (int64_t t = 0; t < problem.num_tokens; ++t) {
+    const float* const row = student.data + t * problem.stride;
+    out.gradient.insert(out.gradient.end(), row, row + problem.grad_width);
+  }
+  return out;
+}
+
+void compare(const Problem& problem, const Kind& kind, const Result& got) {
+  const Result truth = on_cpu<double>(problem, kind), cpu = on_cpu<float>(problem, kind);
+  const double eps = std::numeric_limits<float>::epsilon();
+  for (int64_t t = 0; t < problem.num_tokens; ++t) {
+    const int64_t at = t * problem.grad_width;
+    compare("loss", kind, t, &got.loss[t], &cpu.loss[t], &truth.loss[t], 1, 4 * eps);
+    compare("gradient", kind, t, &got.gradient[at], &cpu.gradient[at], &truth.gradient[at],
+            problem.vocab_size, 4 * eps);
+  }
+}
 
 // -- cases ---------------------------------------------------------------------------------------
 
@@ -405,14 +445,83 @@ void check_special_values() {
   }
 }
 
-// Renyi's mass in double, where float32 has no number for it.
+// Renyi's mass in double, where float32 has no number for it: some rows exchange it once more, and
+// their blocks may be far apart in time.
 void check_mass_out_of_range() {
-  Problem problem = make_problem(3, 1000, 41);
-  for (int64_t v = 0; v < 1000; ++v) {
-    problem.student[v] = v < 500 ? 120.0f : 0.0f;
-    problem.teacher[v] = v < 500 ? 0.0f : 120.0f;
+  const char* const seed = std::getenv("OPD_EMULATION_SEED");
+  const std::string before = seed ? seed : "";
+  for (const int cluster : {2, 4}) {
+    Problem problem = make_problem(6, 1000, 41);
+    for (const int64_t row : {0, 1, 3, 5}) {
+      for (int64_t v = 0; v < 1000; ++v) {
+        problem.student[row * 1000 + v] = v < 500 ? 120.0f : 0.0f;
+        problem.teacher[row * 1000 + v] = v < 500 ? 0.0f : 120.0f;
+      }
+    }
+    check(problem, {OPD_RENYI, 0.5, 0}, device_for(1000, cluster, 2.3, cluster));
+    for (int other = 1; other <= 6; ++other) {
+      emulated::shuffle_threads(other);
+      check(problem, {OPD_RENYI, 0.5, 0}, device_for(1000, cluster, 2.3, cluster));
+    }
+    setenv("OPD_EMULATION_SEED", before.c_str(), 1);
   }
-  check(problem, {OPD_RENYI, 0.5, 0}, device_for(1000, 2, 2.3, 2));
+}
+
+// A device without room for the cluster of choice takes smaller ones, or the kernel that streams.
+void check_parts_of_a_gpu() {
+  struct Case {
+    int64_t vocab_size;
+    int largest, expected;  // blocks of a cluster; 1 of the kernel that streams
+  };
+  emulated_multiprocessors() = 16;
+  for (const Case& part : {Case{20000, 16, 2}, Case{20000, 1, 1}, Case{60000, 4, 4},
+                           Case{60000, 2, 1}, Case{120000, 16, 16}, Case{120000, 8, 8},
+                           Case{120000, 4, 1}}) {
+    emulated_largest_cluster() = part.largest;
+    const Problem problem = make_problem(2, part.vocab_size, 51);
+    compare(problem, kReverseKl, by_entry_point(problem, kReverseKl));
+    const int used = static_cast<int>(emulation::machine().cluster_size);
+    if (used != part.expected) std::printf("%d blocks: ", used);
+    expect::that(used == part.expected, "the blocks of a cluster on a part of a GPU");
+  }
+  emulated_largest_cluster() = 16;
+}
+
+// A device is asked once, whoever launches; other shapes and devices are other questions.
+void check_questions() {
+  const Problem problem = make_problem(2, 3000, 52), other = make_problem(2, 20000, 52);
+  const Kind kind = {OPD_JEFFREYS, 0.2, 0};
+  emulated_multiprocessors() = 24;
+  by_entry_point(problem, kind);
+  const int once = emulated_questions();
+  const Result expected = by_entry_point(problem, kind);
+  expect::that(emulated_questions() == once, "nothing is asked twice");
+  by_entry_point(other, kind);
+  expect::that(emulated_questions() > once, "another vocabulary is");
+  emulated_multiprocessors() = 20;
+  const int before = emulated_questions();
+  by_entry_point(problem, kind);
+  expect::that(emulated_questions() > before, "another device is");
+  emulated_multiprocessors() = 28;
+  std::vector<std::thread> threads;
+  std::vector<Result> results(4);
+  for (Result& result : results) {
+    threads.emplace_back([&] { result = by_entry_point(problem, kind); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const Result& result : results) {
+    expect::that(result.gradient == expected.gradient, "threads that launch at once");
+  }
+  opd::cuda::KnownNumbers known;
+  for (int i = 0; i < 1000; ++i) known.put(i, 2 * i);
+  int found = 0;
+  for (int i = 0; i < 1000; ++i) {
+    int number = -1;
+    if (!known.find(i, &number)) continue;
+    ++found;
+    expect::that(number == 2 * i, "a number is that of its key");
+  }
+  expect::that(found >= 40, "what there is room for is kept");
 }
 
 void check_refusals() {
@@ -427,7 +536,10 @@ void check_refusals() {
     args.loss = loss.data();
     args.grad = {student.data, problem.stride, OPD_FLOAT32};
     change(args);
-    return opd::cuda::cluster_takes(args, device);
+    emulated_multiprocessors() = device.multiprocessors;
+    device.ordinal = opd::cuda::current_device().ordinal;
+    opd::cuda::RowLaunch rows;
+    return opd::cuda::cluster_takes(args, device, &rows);
   };
   const auto nothing = [](opd_divergence_args_t&) {};
   expect::that(takes(nothing), "the plain call is taken");
@@ -459,6 +571,8 @@ int main() {
   check_16_bit_gradients();
   check_special_values();
   check_mass_out_of_range();
+  check_parts_of_a_gpu();
+  check_questions();
   check_refusals();
   std::printf("checksum %016llx, largest error %.2f of what is allowed\n",
               static_cast<unsigned long long>(checksum), worst_ratio);

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The emulation of CUDA that the kernels are tested under: barriers, shuffles, clusters, bulk copies.
 #include <cuda_runtime.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <cstdio>
+#include <cstdlib>
+#include <string>
 #include <vector>
 
 #include "cluster.cuh"
@@ -79,6 +84,67 @@ void check_cluster() {
   }
 }
 
+// Two exchanges of a value between all blocks. With one barrier and one inbox for both, a fast block's
+// second value reaches a block that waits for the first ones; with two of each it cannot.
+__global__ void two_exchanges(int barriers, float* sums) {
+  unsigned char* const shared = shared_memory();
+  MemoryBarrier* const barrier = reinterpret_cast<MemoryBarrier*>(shared);
+  double* const inbox = reinterpret_cast<double*>(shared + 64);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < barriers; ++i) init(barrier + i);
+    fence_barrier_init();
+  }
+  sync_cluster();
+  if (threadIdx.x == 0) {
+    double value = 1.0 + cluster_rank();
+    for (int i = 0; i < 2; ++i) {
+      MemoryBarrier* const mine = barrier + i % barriers;
+      double* const from = inbox + i % barriers * cluster_size();
+      expect_bytes(mine, 8 * cluster_size());
+      for (unsigned rank = 0; rank < cluster_size(); ++rank) {
+        store_in_block(from + cluster_rank(), value, mine, rank);
+      }
+      wait_for_cluster(mine, i / barriers);
+      value = 0;
+      for (unsigned rank = 0; rank < cluster_size(); ++rank) value += from[rank];
+    }
+    sums[blockIdx.x] = static_cast<float>(value);
+  }
+  sync_cluster();
+}
+
+// Whether the right sums come of it under a seed; a race that is caught ends the process.
+bool exchanges_twice(int barriers, unsigned cluster, int seed) {
+  const pid_t child = fork();
+  if (child == 0) {
+    std::fclose(stderr);
+    setenv("OPD_EMULATION_SEED", std::to_string(seed).c_str(), 1);
+    std::vector<float> sums(cluster);
+    launch({cluster, 32, 512, static_cast<int>(cluster)}, nullptr, &two_exchanges, barriers,
+           sums.data());
+    const float expected = static_cast<float>(cluster * cluster * (cluster + 1) / 2);
+    for (float sum : sums) {
+      if (sum != expected) _exit(1);
+    }
+    _exit(0);
+  }
+  int status = 0;
+  expect::that(waitpid(child, &status, 0) == child, "the child ends");
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+void check_that_races_are_caught() {
+  constexpr int kSeeds = 12;
+  for (const unsigned cluster : {2u, 4u, 16u}) {
+    int caught = 0;
+    for (int seed = 1; seed <= kSeeds; ++seed) {
+      expect::that(exchanges_twice(2, cluster, seed), "two exchanges with a buffer each");
+      caught += !exchanges_twice(1, cluster, seed);
+    }
+    expect::that(caught >= kSeeds / 3, "two exchanges with one buffer are caught");
+  }
+}
+
 __global__ void widen(const opd::BFloat16* from, float* to, opd::BFloat16* back) {
   float values[8];
   load_16(from + 8 * threadIdx.x, values);
@@ -102,6 +168,7 @@ void check_vectors() {
 int main() {
   check_block();
   check_cluster();
+  check_that_races_are_caught();
   check_vectors();
   return expect::report("test_emulation");
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd_kernels import _gemms, _linear, _plan, reference
+from opd_kernels import _gemms, _linear, _plan, gemm, reference, sparse_gradient
 from tests import eager
 from tests.cases import BF16, F16, F32, FusedCase, fused_of, spec, token_ids_of
 from tests.checks import check_fused_divergence, check_token_logprobs, dtype_id, leaf
@@ -28,12 +28,14 @@ every_half = pytest.mark.parametrize("dtype", [BF16, F16], ids=dtype_id)
 def gpu(monkeypatch, interpreted_triton):
     """Cuts as on a GPU, at a hundredth of its sizes."""
     monkeypatch.setattr(_gemms, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(_gemms, "_ALIGNMENT", 8)
+    monkeypatch.setattr(_gemms, "_ALIGNMENTS", (8, 4))
     for name, value in (
         ("_TILE", 4),
         ("_FEWEST_TOKENS_GPU", 6),
+        ("_FEWEST_TOKENS_FROZEN", 6),
         ("_ENOUGH_TOKENS", 8),
         ("_FEWEST_SPLIT_COLUMNS", 64),
+        ("_LAUNCH_SECONDS", 0.0),
     ):
         monkeypatch.setattr(_plan, name, value)
 
@@ -242,6 +244,61 @@ def test_gradient_tolerance_keeps_its_certificate(dtype, tolerance):
     assert bool((sparse[1].double() - truth[1]).norm(dim=1).sum() <= bound)
 
 
+class _Memory:
+    """Where a buffer begins and ends."""
+
+    def __init__(self, buffer):
+        self.begin = buffer.data_ptr()
+        self.end = self.begin + buffer.nbytes
+
+    def holds(self, tensor):
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        end = tensor.data_ptr() + (last + 1) * tensor.itemsize
+        return self.begin <= tensor.data_ptr() and end <= self.end
+
+
+@every_width
+@pytest.mark.parametrize("tokens", [1, 7, 12])
+@pytest.mark.parametrize("kept", [1, 5, 150])
+def test_gemms_of_packed_columns_take_the_buffer_s_memory(monkeypatch, dtype, tokens, kept):
+    vocab_size, width = 301, 16
+    monkeypatch.setattr(sparse_gradient, "is_own", lambda _: False, raising=False)
+    monkeypatch.setattr(_gemms, "is_own", lambda _: False)
+    torch.manual_seed(tokens)
+    dz = torch.zeros(tokens, vocab_size)
+    dz[:, torch.randperm(vocab_size)[:kept]] = torch.randn(tokens, kept)
+    head, hidden = torch.randn(vocab_size, width).to(dtype), torch.randn(tokens, width).to(dtype)
+    buffer = torch.full((tokens * vocab_size,), torch.nan)
+    packed, _ = sparse_gradient.pack(
+        torch.ops.opd, dz, None, 1e-6, buffer.view(dz.shape), head, 0
+    )
+    if tokens == 1 and packed is None:
+        return  # a buffer of 301 numbers
+    memory, operands = _Memory(buffer), []
+
+    def spy(out, a, b, **more):
+        operands.extend([a, b, out])
+        assert a.dtype == b.dtype == dtype
+        return gemm.gemm(out, a, b, **more)
+
+    monkeypatch.setattr(sparse_gradient, "gemm", spy)
+    monkeypatch.setattr(gemm, "OWN", False)
+    for rows_at_a_time in (packed.rows_at_a_time, 16):
+        some = packed._replace(rows_at_a_time=min(rows_at_a_time, packed.rows_at_a_time))
+        operands.clear()
+        got = sparse_gradient.grad_hidden(some, head)
+        assert all(memory.holds(x) for x in operands if x.data_ptr() != got.data_ptr())
+        assert len(operands) == 3 * -(-kept // some.rows_at_a_time)
+        rounded = dz.to(dtype).double()
+        torch.testing.assert_close(got.double(), rounded @ head.double(), rtol=1e-5, atol=1e-5)
+        operands.clear()
+        target = torch.ones(vocab_size, width)
+        sparse_gradient.add_grad_weight(torch.ops.opd, target, some, hidden)
+        assert all(memory.holds(x) for x in operands if x.data_ptr() != hidden.data_ptr())
+        exact = 1 + rounded.T @ hidden.double()
+        torch.testing.assert_close(target.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 # -- float16 -------------------------------------------------------------------------------------
 
 
@@ -353,23 +410,6 @@ def test_grad_hidden_of_slices_is_the_plain_product(splits, vocab_size, dtype):
         product = _gemms.grad_hidden(gradient, head, 0, splits, spare)
         torch.testing.assert_close(product.double(), exact, rtol=1e-5, atol=1e-4)
         assert bool((spare[-3:] == 7.0).all())
-
-
-def test_grad_hidden_splits_can_be_set_for_comparisons(monkeypatch):
-    gradient, head = torch.randn(5, 301), torch.randn(301, 16)
-    batches = []
-    multiply = _gemms._multiply_batches_into
-    monkeypatch.setattr(
-        _gemms,
-        "_multiply_batches_into",
-        lambda out, *rest: (batches.append(out.shape[0]), multiply(out, *rest)),
-    )
-    _gemms.grad_hidden(gradient, head, 0, 4)
-    monkeypatch.setattr(_gemms, "GRAD_HIDDEN_SPLITS", 1)
-    _gemms.grad_hidden(gradient, head, 0, 4)
-    monkeypatch.setattr(_gemms, "GRAD_HIDDEN_SPLITS", 6)
-    _gemms.grad_hidden(gradient, head, 0, 4)
-    assert batches == [4, 6]
 
 
 def test_halves_keep_what_rounding_would_lose():

@@ -3,9 +3,15 @@
 // emulation.h. A .cu file compiled as C++ with this directory on its include path runs on the CPU.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
 
 #include "emulation.h"
 
@@ -92,7 +98,7 @@ struct alignas(8) uint2 {
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidClusterSize = 912;
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributeNonPortableClusterSizeAllowed
@@ -126,7 +132,6 @@ struct cudaLaunchConfig_t {
 
 inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 // an H200's figures, but for the number of multiprocessors, which a test may set: persistent kernels
 // walk more than one row only if there are fewer than rows
 inline int& emulated_multiprocessors() {
@@ -157,8 +162,37 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   }
   return cudaSuccess;
 }
+// blocks of the largest cluster that there is room for: a part of a GPU may have less than 16
+inline int& emulated_largest_cluster() {
+  static int blocks = 16;
+  return blocks;
+}
+// A device of other figures is another device, as on a machine with many.
+inline cudaError_t cudaGetDevice(int* device) {
+  static std::mutex mutex;
+  static std::vector<std::array<int, 3>> seen;
+  const std::array<int, 3> figures{emulated_multiprocessors(), emulated_capability(),
+                                   emulated_largest_cluster()};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto at = std::find(seen.begin(), seen.end(), figures);
+  *device = static_cast<int>(at - seen.begin());
+  if (at == seen.end()) seen.push_back(figures);
+  return cudaSuccess;
+}
+// what a launch should not cost: attributes that are set, occupancies that are asked for
+inline std::atomic<int>& emulated_questions() {
+  static std::atomic<int> count{0};
+  return count;
+}
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  ++emulated_questions();
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel, int, size_t shared) {
+  ++emulated_questions();
+  *count = std::max(1, 227 * 1024 / static_cast<int>(shared + 1024));
   return cudaSuccess;
 }
 template <class Kernel>
@@ -169,8 +203,9 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchC
       size = config->attrs[i].val.clusterDim.x;
     }
   }
-  *count = emulated_multiprocessors() / static_cast<int>(size);
-  if (*count < 1) *count = 1;
+  ++emulated_questions();
+  if (static_cast<int>(size) > emulated_largest_cluster()) return cudaErrorInvalidClusterSize;
+  *count = std::max(1, emulated_multiprocessors() / static_cast<int>(size));
   return cudaSuccess;
 }
 template <class... Parameters, class... Arguments>

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs CUDA kernels on the CPU, thread by thread, so that their arithmetic and their barriers are
 // tested where there is no GPU. A thread is a fiber that runs until it waits; the blocks of a cluster
-// run together, clusters one after another. What a GPU leaves open is chosen against the kernel: the
-// order of threads is shuffled by OPD_EMULATION_SEED, asynchronous copies land as late as they may,
-// and shared memory starts as NaN. A barrier that not every thread reaches is an error.
+// run together, clusters one after another. What a GPU leaves open is chosen against the kernel.
+// Shared memory starts as NaN, and asynchronous copies land as late as they may. An
+// OPD_EMULATION_SEED other than 0 shuffles the threads, keeps a block or a warp waiting until nobody
+// else can go on, and lets some of the copies land at once. A barrier that not every thread reaches is
+// an error.
 #pragma once
 
 #include <ucontext.h>
@@ -134,6 +136,7 @@ struct Machine {
   Thread* current = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::vector<std::pair<void*, Copy>> copies;  // by mbarrier
+  std::mt19937 random;
   const char* waiting_for = "";
 };
 
@@ -241,18 +244,36 @@ inline void check_shared(const void* pointer, size_t bytes) {
   }
 }
 
-inline void copy_later(void* to, const void* from, size_t bytes, void* mbarrier) {
+inline unsigned seed() {
+  const char* text = std::getenv("OPD_EMULATION_SEED");
+  return text ? static_cast<unsigned>(std::atoi(text)) : 0;
+}
+
+// Whether a copy that is issued now lands now.
+inline bool lands_at_once() { return seed() != 0 && machine().random() % 2 == 0; }
+
+inline void carry_out(const Copy& copy) {
+  std::memcpy(copy.to, copy.from ? copy.from : &copy.value, copy.bytes);
+}
+
+inline size_t issue(const Copy& copy, void* mbarrier) {
+  ++machine().progress;
+  if (lands_at_once()) return carry_out(copy), copy.bytes;
+  machine().copies.push_back({mbarrier, copy});
+  return 0;
+}
+
+// A copy of bulk, or of one value. Its bytes if it has landed: those of the others are land()'s.
+inline size_t copy_bulk(void* to, const void* from, size_t bytes, void* mbarrier) {
   check_shared(to, bytes);
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) & 15) {
     fail("a bulk copy needs 16-byte addresses and sizes");
   }
-  machine().copies.push_back({mbarrier, {to, from, bytes}});
-  ++machine().progress;
+  return issue({to, from, bytes}, mbarrier);
 }
 
-inline void store_later(double* to, double value, void* mbarrier) {
-  machine().copies.push_back({mbarrier, {to, nullptr, sizeof(double), value}});
-  ++machine().progress;
+inline size_t store_value(double* to, double value, void* mbarrier) {
+  return issue({to, nullptr, sizeof(double), value}, mbarrier);
 }
 
 // Lets the copies of this mbarrier land; their bytes.
@@ -261,7 +282,7 @@ inline size_t land(void* mbarrier) {
   size_t bytes = 0;
   for (auto& [owner, copy] : copies) {
     if (owner != mbarrier) continue;
-    std::memcpy(copy.to, copy.from ? copy.from : &copy.value, copy.bytes);
+    carry_out(copy);
     bytes += copy.bytes;
   }
   copies.erase(std::remove_if(copies.begin(), copies.end(),
@@ -283,12 +304,23 @@ inline void thread_main() {
   fail("a fiber ran on after its end");
 }
 
-inline unsigned seed() {
-  const char* text = std::getenv("OPD_EMULATION_SEED");
-  return text ? static_cast<unsigned>(std::atoi(text)) : 0;
+// The threads that are kept waiting: none, those of a block, or those of a warp.
+struct Laggards {
+  const Block* block = nullptr;
+  bool whole_block = false;
+  unsigned warp = 0;
+  bool include(const Thread& thread) const {
+    return thread.block == block && (whole_block || thread.warp == warp);
+  }
+};
+
+inline Laggards choose_laggards(Machine& m, unsigned warps) {
+  if (seed() == 0) return {};
+  const Block* const block = &m.blocks[m.random() % m.cluster_size];
+  return {block, m.random() % 2 == 0, static_cast<unsigned>(m.random() % warps)};
 }
 
-inline void run_cluster(Machine& m, unsigned first_block, size_t shared_bytes, std::mt19937& random) {
+inline void run_cluster(Machine& m, unsigned first_block, size_t shared_bytes) {
   const unsigned per_block = m.threads.x;
   const unsigned warps = (per_block + 31) / 32;
   m.blocks = std::vector<Block>(m.cluster_size);
@@ -323,15 +355,21 @@ inline void run_cluster(Machine& m, unsigned first_block, size_t shared_bytes, s
   }
   std::vector<unsigned> order(m.fibers.size());
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  Laggards laggards = choose_laggards(m, warps);
   while (m.live > 0) {
     const uint64_t before = m.progress;
-    if (seed() != 0) std::shuffle(order.begin(), order.end(), random);
+    if (seed() != 0) std::shuffle(order.begin(), order.end(), m.random);
     for (unsigned i : order) {
-      if (m.fibers[i].done) continue;
+      if (m.fibers[i].done || laggards.include(m.fibers[i])) continue;
       m.current = &m.fibers[i];
       m.scheduler.switch_to(m.current->fiber);
     }
-    if (m.progress == before) {
+    if (m.progress != before) {
+      if (laggards.block == nullptr) laggards = choose_laggards(m, warps);
+    } else if (laggards.block != nullptr) {
+      // all of them have a turn
+      laggards = {};
+    } else {
       std::fprintf(stderr, "waiting for %s: ", m.waiting_for);
       fail("no thread can go on");
     }
@@ -349,9 +387,9 @@ inline void launch(Dim grid, Dim threads, unsigned cluster_size, size_t shared_b
   m.threads = threads;
   m.cluster_size = cluster_size;
   m.kernel = &kernel;
-  std::mt19937 random(seed());
+  m.random.seed(seed());
   for (unsigned first = 0; first < grid.x; first += cluster_size) {
-    run_cluster(m, first, shared_bytes, random);
+    run_cluster(m, first, shared_bytes);
   }
 }
 
