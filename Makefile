@@ -61,12 +61,12 @@ test: build test-core
 test-core: $(VENV)/.dependencies
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF $(CORE_CUDA) >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/core
-	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/core --output-on-failure
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/core --output-on-failure -j $$(nproc)
 
 test-full: build test-core
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -G Ninja -DOPD_TORCH=OFF -DOPD_CUDA=OFF -DOPD_SANITIZE=ON >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/asan
-	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/asan --output-on-failure
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/asan --output-on-failure -j $$(nproc)
 	$(BIN)/python -m pytest tests -q -m "not cuda" -n $(WORKERS) --dist loadfile
 
 # make test compiles all of them for Hopper and a few for the others
