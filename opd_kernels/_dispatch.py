@@ -26,6 +26,8 @@ OPS = (
     "fused_linear_topk",
     "topk_divergence",
     "fused_linear_topk_divergence",
+    "sample_tokens",
+    "fused_linear_sample_tokens",
 )
 # the functions of an op that has no function of its own name
 FUNCTIONS = {"topk_codec": ("encode_topk", "decode_topk")}
@@ -113,6 +115,10 @@ def _no_triton(meta: Meta) -> str | None:
     return "it has no Triton kernel"
 
 
+def _no_kernel(meta: Meta) -> str | None:
+    return "this op has a kernel on a CPU only"
+
+
 # in order of preference; the fused_linear ops use the row kernels of the rest
 BACKENDS: dict[str, tuple[Row, ...]] = {
     op: (
@@ -123,6 +129,11 @@ BACKENDS: dict[str, tuple[Row, ...]] = {
     )
     for op in OPS
 }
+for _op in ("sample_tokens", "fused_linear_sample_tokens"):
+    BACKENDS[_op] = tuple(
+        Row(row.backend, _no_kernel) if row.backend in ("cuda", "triton") else row
+        for row in BACKENDS[_op]
+    )
 
 # never chosen by itself: it forms every [T, V] in float64
 _ONLY_ON_REQUEST = "reference"

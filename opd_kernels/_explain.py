@@ -17,6 +17,7 @@ _HEADS = {
     "fused_linear_token_logprobs": (1,),
     "fused_linear_topk": (1,),
     "fused_linear_topk_divergence": (1,),
+    "fused_linear_sample_tokens": (1,),
 }
 
 

@@ -3,12 +3,14 @@
 
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
+from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
 from .fused_linear_topk_divergence import (
     FusedLinearTopkDivergence,
     fused_linear_topk_divergence,
 )
+from .sample_tokens import TokenSamples, sample_tokens
 from .segment_scan import (
     GroupStatistics,
     group_statistics,
@@ -26,6 +28,7 @@ __all__ = [
     "FusedLinearTopkDivergence",
     "GroupStatistics",
     "TokenLogprobs",
+    "TokenSamples",
     "TopkCodes",
     "TopkLaws",
     "TopkLogprobs",
@@ -33,10 +36,12 @@ __all__ = [
     "divergence",
     "encode_topk",
     "fused_linear_divergence",
+    "fused_linear_sample_tokens",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
     "fused_linear_topk_divergence",
     "group_statistics",
+    "sample_tokens",
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",

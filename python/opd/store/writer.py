@@ -182,7 +182,7 @@ def _token_ids(name: str, value: Tensor) -> np.ndarray:
         raise TypeError(f"{name}: must be int64 or int32, got {value.dtype}.")
     if value.dim() != 1:
         raise ValueError(f"{name}: must have one dimension, got shape {tuple(value.shape)}.")
-    if len(value) and not (0 <= int(value.min()) and int(value.max()) <= _MAX_ID):
+    if len(value) and not (int(value.min()) >= 0 and int(value.max()) <= _MAX_ID):
         raise ValueError(
             f"{name}: must be in [0, 2^31), got {int(value.min())} to {int(value.max())}."
         )

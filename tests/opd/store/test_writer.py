@@ -177,7 +177,7 @@ def test_writers_and_readers_at_once_and_a_writer_killed(store, seconds, num_rea
     with reader.writer():
         pass
     assert verify(store.path).unfinished == 0
-    assert VOCAB == store.manifest.vocab_size
+    assert store.manifest.vocab_size == VOCAB
 
 
 @pytest.mark.parametrize("call", ["rename", "fsync", "write"])
