@@ -62,6 +62,8 @@ def bench_topk_divergence(benchmark, num_ids):
     def dense(values: torch.Tensor) -> torch.Tensor:
         return opk.divergence(values, logits(torch.float32)[1], divergence="forward_kl").sum()
 
+    expected = eager(student.detach().double(), *sparse)
+    torch.testing.assert_close(ours(student, *sparse).double(), expected, rtol=1e-5, atol=0)
     ratios = harness.compare(
         benchmark,
         {
