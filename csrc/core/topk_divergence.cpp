@@ -5,6 +5,7 @@
 // other: with L_on and L_off their log-sum-exps, lse = log(e^L_on + e^L_off), the tail is
 // L_off - lse, and the entropy w_on (H_on - log w_on) + w_off (H_off - log w_off).
 #include <array>
+#include <cstring>
 
 #include "parallel.h"
 #include "rows.h"
@@ -14,6 +15,37 @@ namespace opd {
 namespace {
 
 constexpr double kNothing = -std::numeric_limits<double>::infinity();
+
+// lane_sum and lane_max on vectors that GCC and clang keep in registers; the same bits.
+template <class T>
+struct Lanes {
+  typedef T Vector __attribute__((vector_size(kLanes * sizeof(T))));
+
+  static double sum(const T* values, int count) {
+    Vector lanes = {}, vector;
+    for (int i = 0; i < count; i += kLanes) {
+      std::memcpy(&vector, values + i, sizeof(vector));
+      lanes += vector;
+    }
+    double sum = 0.0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(lanes[lane]);
+    return sum;
+  }
+
+  static T max(const T* values, int count) {
+    Vector lanes, vector;
+    std::memcpy(&lanes, values, sizeof(lanes));
+    for (int i = kLanes; i < count; i += kLanes) {
+      std::memcpy(&vector, values + i, sizeof(vector));
+      lanes = vector > lanes ? vector : lanes;
+    }
+    T largest = -std::numeric_limits<T>::infinity();
+    for (int lane = 0; lane < kLanes; ++lane) {
+      largest = lanes[lane] > largest ? lanes[lane] : largest;
+    }
+    return largest;
+  }
+};
 
 // exp(d) and -d exp(d) of d = block - shift.
 template <class T>
@@ -45,7 +77,7 @@ class PartialLaw {
  public:
   // `padded` is a multiple of kLanes; entries of -inf add nothing.
   void add(const T* block, int padded) {
-    const T largest = std::max(largest_, lane_max(block, padded));
+    const T largest = std::max(largest_, Lanes<T>::max(block, padded));
     if (largest > largest_) {
       if (sum_ > 0.0) {
         const double step = static_cast<double>(largest) - static_cast<double>(largest_);
@@ -58,8 +90,8 @@ class PartialLaw {
     // a block of nothing but -inf adds zero, and a NaN in it still shows
     const T shift = largest_ == -std::numeric_limits<T>::infinity() ? T(0) : largest_;
     moments_block(block, shift, padded, exps_.values, products_.values);
-    sum_ += lane_sum(exps_.values, padded);
-    weighted_ += lane_sum(products_.values, padded);
+    sum_ += Lanes<T>::sum(exps_.values, padded);
+    weighted_ += Lanes<T>::sum(products_.values, padded);
   }
 
   double lse() const { return static_cast<double>(largest_) + std::log(sum_); }
@@ -86,14 +118,19 @@ double entropy_of_part(double log_share, double entropy) {
 // The ids of a row in ascending order, each with the column that it is first named in.
 class SortedIds {
  public:
-  SortedIds(const int64_t* ids, int64_t num_ids) {
+  SortedIds(const int64_t* ids, int64_t num_ids, int64_t vocab_size) {
     for (int64_t column = 0; column < num_ids; ++column) {
       if (ids[column] >= 0) keys_[size_++] = ids[column] << kColumnBits | column;
     }
-    std::sort(keys_.begin(), keys_.begin() + size_);
+    if (size_ > kFewIds) {
+      sort_by_digits(vocab_size);
+    } else {
+      std::sort(keys_.begin(), keys_.begin() + size_);
+    }
     int64_t distinct = 0;
     for (int64_t i = 0; i < size_; ++i) {
-      if (distinct == 0 || keys_[i] >> kColumnBits != id(distinct - 1)) keys_[distinct++] = keys_[i];
+      const bool is_new = distinct == 0 || keys_[i] >> kColumnBits != id(distinct - 1);
+      if (is_new) keys_[distinct++] = keys_[i];
     }
     size_ = distinct;
   }
@@ -102,9 +139,28 @@ class SortedIds {
   int64_t column(int64_t place) const { return keys_[place] & ((int64_t{1} << kColumnBits) - 1); }
 
  private:
-  static constexpr int kColumnBits = 13;
+  static constexpr int kColumnBits = 13, kDigitBits = 9;
+  static constexpr int64_t kFewIds = 256;
   static_assert(OPD_MAX_IDS <= 1 << kColumnBits);
-  std::array<int64_t, OPD_MAX_IDS> keys_;
+  using Keys = std::array<int64_t, OPD_MAX_IDS>;
+
+  // Least digit of the id first; stable, so that of equal ids the first column stays first.
+  void sort_by_digits(int64_t vocab_size) {
+    Keys other;
+    Keys *from = &keys_, *to = &other;
+    for (int shift = kColumnBits; (vocab_size - 1) >> (shift - kColumnBits) > 0;
+         shift += kDigitBits) {
+      const auto digit = [&](int64_t key) { return key >> shift & ((1 << kDigitBits) - 1); };
+      std::array<int32_t, (1 << kDigitBits) + 1> begin{};
+      for (int64_t i = 0; i < size_; ++i) ++begin[digit((*from)[i]) + 1];
+      for (int i = 0; i < 1 << kDigitBits; ++i) begin[i + 1] += begin[i];
+      for (int64_t i = 0; i < size_; ++i) (*to)[begin[digit((*from)[i])]++] = (*from)[i];
+      std::swap(from, to);
+    }
+    if (from != &keys_) std::copy(from->begin(), from->begin() + size_, keys_.begin());
+  }
+
+  Keys keys_;
   int64_t size_ = 0;
 };
 
@@ -123,7 +179,7 @@ void forward(const opd_topk_divergence_fwd_args_t& args) {
   const opd_topk_divergence_spec_t& spec = args.spec;
   parallel_rows(spec.parallel_for, spec.num_tokens, [&](int64_t row) {
     const LogitsRow<T> logits(spec.logits, row, spec.vocab_size);
-    const SortedIds ids(spec.token_ids + row * spec.num_ids, spec.num_ids);
+    const SortedIds ids(spec.token_ids + row * spec.num_ids, spec.num_ids, spec.vocab_size);
     constexpr T nothing = -std::numeric_limits<T>::infinity();
     // holds the logits at the ids until the log-sum-exp is known
     T* logprobs = static_cast<T*>(args.logprobs) + row * spec.num_ids;
@@ -179,7 +235,7 @@ void backward(const opd_topk_divergence_bwd_args_t& args) {
   parallel_rows(spec.parallel_for, spec.num_tokens, [&](int64_t row) {
     const T* grad_ids = static_cast<const T*>(args.grad_ids) + row * spec.num_ids;
     const T grad_rest = static_cast<const T*>(args.grad_rest)[row];
-    const SortedIds ids(spec.token_ids + row * spec.num_ids, spec.num_ids);
+    const SortedIds ids(spec.token_ids + row * spec.num_ids, spec.num_ids, spec.vocab_size);
     bool is_zero = grad_rest == T(0);
     for (int64_t i = 0; is_zero && i < ids.size(); ++i) is_zero = grad_ids[ids.column(i)] == T(0);
     if (is_zero) {

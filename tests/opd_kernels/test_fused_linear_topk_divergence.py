@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import opd_kernels as opk
+from opd_kernels import _cells, _checks, _gemms, _laws, reference
 from opd_kernels import _topk_divergence_path as path
 from opd_kernels import divergences as D
-from opd_kernels import reference
+from opd_kernels.token_logprobs import Law
+from opd_kernels.topk_divergence import pack_target
 from tests.cases import BF16, F16, F32, F64, SPECS, FusedCase, fused_of
 from tests.checks import dtype_id, leaf, upstream
 from tests.eager import _logits
@@ -353,6 +356,23 @@ def test_fused_linear_topk_divergence_reads_nothing_of_a_masked_token(reduction,
 
 
 @every_reduction
+def test_fused_linear_topk_divergence_of_an_id_the_student_rules_out(reduction):
+    # its loss is infinite, its gradient -p: as that of the logits
+    case = FusedCase("ruled_out", 3, 40, 6, 5)
+    hidden, head, ids, logprobs, *_ = sparse_of(case, F64)
+    bias = torch.zeros(40, dtype=F64)
+    bias[ids[0, 0]] = -INF
+    results = []
+    for function in (opk.fused_linear_topk_divergence, reference.fused_linear_topk_divergence):
+        leaves = leaf(hidden), leaf(bias)
+        out = function(leaves[0], head, ids, logprobs, student_bias=leaves[1], reduction=reduction)
+        out.loss.sum().backward()
+        results.append((out.loss.detach(), leaves[1].grad))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
+    assert results[0][1][ids[0, 0]].item() < -1e-3
+
+
+@every_reduction
 def test_fused_linear_topk_divergence_of_no_tokens(reduction):
     hidden, head = torch.empty(0, 8, requires_grad=True), leaf(torch.randn(40, 8))
     out = opk.fused_linear_topk_divergence(
@@ -422,6 +442,60 @@ def test_fused_linear_topk_divergence_opcheck(dtype):
         ops.fused_linear_topk_divergence_sum_,
         (torch.zeros(211, 16), 1.0, *plain, workspace, wanted, True, "", None, "cpu"),
     )
+
+
+class NothingWaits(TorchDispatchMode):
+    """Fails on what reads a value from the device, or makes a shape of one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().partition("::")[2].partition(".")[0]
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "item"), function
+        return function(*args, **(kwargs or {}))
+
+
+class Opaque:
+    """Row kernels that the dispatch mode does not look into: on a GPU they only launch."""
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            with torch.utils._python_dispatch._disable_current_modes():
+                return getattr(torch.ops.opd, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_the_loop_waits_for_nothing(tail, monkeypatch):
+    # what looks at values on a CPU alone returns at once elsewhere
+    monkeypatch.setattr(_gemms, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(_checks, "token_ids_in_range", lambda *_, **__: None)
+    monkeypatch.setattr(path, "values_in_range", lambda *_, **__: None)
+    for name in ("_check_mass", "_check_whole"):
+        monkeypatch.setattr(_cells, name, lambda *_: None)
+    monkeypatch.setattr("opd_kernels._dispatch.row_ops", lambda backend: Opaque())
+    tensors, teacher, keywords = bent(SMALL, F32)
+    hidden, head, bias, down, up = tensors
+    rows = _laws.rows_of("test", hidden)
+    target = pack_target(
+        rows,
+        *teacher[:2],
+        None,
+        divergence="jsd" if tail != "drop" else "forward_kl",
+        support="teacher",
+        tail=tail,
+        token_weights=keywords["token_weights"],
+    )
+    law = Law(bias, torch.ones(37), [1.0, 0.0, 1.0], 211)
+    inputs = path.Inputs(hidden, head, down, up)
+    options = path.Options(budget(SMALL, 40), [True] * 5, True, "", False, "cpu")
+    with NothingWaits():
+        loss, gradients, statistics = path.run(inputs, target, law, options)
+    for value in (loss, *gradients):
+        assert value.numel() and bool(value.isfinite().all())
+    # reverse_kl of a teacher without a tail is infinite
+    assert statistics.shape == (6, 37) and not bool(statistics.isnan().any())
+    with NothingWaits(), pytest.raises(AssertionError, match="nonzero"):
+        path.run(inputs, target, law, options._replace(compact_tokens=True))
 
 
 def test_explain_knows_fused_linear_topk_divergence():
