@@ -247,7 +247,8 @@ def _tail_of(logprobs: Tensor) -> Tensor:
 
 
 def _encode_fake(ids, logprobs, tail_logprob, vocab_size, bits):
-    num_bytes = topk_row_bytes(ids.shape[1], vocab_size, bits)
+    # how long a row is can be no symbol
+    num_bytes = topk_row_bytes(int(ids.shape[1]), vocab_size, bits)
     return (
         ids.new_empty(ids.shape[0], num_bytes, dtype=torch.uint8),
         ids.new_empty(ids.shape[0]),
