@@ -163,6 +163,8 @@ def decode_topk(codes: TopkCodes, *, backend: str | None = None) -> TopkLaws:
     Raises:
         ValueError: codes of another shape than their num_topk, vocab_size and bits say.
         TypeError: codes that are not uint8. UnsupportedBackendError.
+
+    Source: as `encode_topk`.
     """
     op = "decode_topk"
     if not isinstance(codes, tuple) or len(codes) != 4:
