@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What DistillKit does to a top-k law, written anew: arcee-ai/DistillKit at a61c2e7 can't be
-installed beside us. Facts from its `distillkit/compression`: the log-probs of the `exact_k` best are
-kept in a 16-bit float; the rest are a least-squares polynomial (by an SVD of the terms) plus
+installed beside us. Facts from its `distillkit/compression`: the log-probs of the `exact_k` best
+are kept in a 16-bit float; the rest are a least-squares polynomial (by an SVD of the terms) plus
 residuals that are quantised symmetrically in bins and packed bit by bit, every bit a uint8 of its
 own on the way; ids are packed with ceil(log2 V) bits in the same way. All of it is torch.
 """

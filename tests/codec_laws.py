@@ -69,3 +69,27 @@ def kl_of_codes(logprobs: Tensor, num_topk: int, bits: int) -> tuple[Tensor, Ten
 def entropy_of(logprobs: Tensor) -> Tensor:
     """[T], nats."""
     return -(logprobs.exp() * logprobs).sum(1)
+
+
+def main() -> None:
+    """The table of docs/topk_codec.md."""
+    flat = torch.log_softmax(torch.randn(48, 151_936, dtype=torch.float64), 1)
+    for num_topk in (64, 128):
+        for bits in (7, 8, 10, 12, 16):
+            found = [
+                kl_of_codes(peaked(48, 151_936, float(width)), num_topk, bits)
+                for width in (0, 5, 8, 12, 15, 20, 30)
+            ]
+            largest = max(float(kl.max()) for kl, _ in found)
+            mass = max(float(raw.abs().max()) for _, raw in found)
+            row = opk.topk_row_bytes(num_topk, 151_936, bits)
+            of_flat = float(kl_of_codes(flat, num_topk, bits)[0].max())
+            print(
+                f"K={num_topk} bits={bits} bytes={row} KL={largest:.1e} flat={of_flat:.1e} "
+                f"mass={mass:.1e}"
+            )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

@@ -163,9 +163,7 @@ def _cache_build(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     path = options.store or Path(config.output_dir) / "teacher_store"
-    built = build(
-        config, path, num_topk=options.num_topk, bits=options.bits, quiet=options.quiet
-    )
+    built = build(config, path, num_topk=options.num_topk, bits=options.bits, quiet=options.quiet)
     print(
         f"{built.num_new:,} completions of {built.num_tokens:,} tokens scored, {built.num_known:,} "
         f"known, {built.seconds:,.1f} s",

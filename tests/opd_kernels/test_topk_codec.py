@@ -8,7 +8,8 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 import opd_kernels as opk
 from opd_kernels import reference
@@ -228,7 +229,9 @@ def test_rows_that_are_no_laws_are_refused_in_words(ids, logprobs, tail, words):
 @pytest.mark.parametrize(
     "rounds", [60, pytest.param(2000, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-@pytest.mark.parametrize(("num_topk", "vocab_size", "bits"), [(5, 7, 8), (12, 9000, 10), (3, 99, 4)])
+@pytest.mark.parametrize(
+    ("num_topk", "vocab_size", "bits"), [(5, 7, 8), (12, 9000, 10), (3, 99, 4)]
+)
 def test_any_bytes_are_what_the_reference_makes_of_them(num_topk, vocab_size, bits, rounds):
     rng = random.Random(rounds)
     ids, logprobs, tail = laws_of(8, num_topk, vocab_size)
@@ -263,7 +266,12 @@ def test_shapes_and_dtypes_are_refused_in_words():
         (ValueError, "tail_logprob must have 3 rows", (ids, logprobs), {"tail_logprob": tail[:2]}),
         (TypeError, "tail_logprob must be floating", (ids, logprobs), {"tail_logprob": tail.int()}),
         (ValueError, "vocab_size=3", (ids, logprobs), {"vocab_size": 3}),
-        (ValueError, r"vocab_size must be in \[1, 2147483648\]", (ids, logprobs), {"vocab_size": 0}),
+        (
+            ValueError,
+            r"vocab_size must be in \[1, 2147483648\]",
+            (ids, logprobs),
+            {"vocab_size": 0},
+        ),
         (TypeError, "vocab_size must be an int", (ids, logprobs), {"vocab_size": 50.0}),
         (ValueError, r"bits must be in \[4, 16\]", (ids, logprobs), {"bits": 17}),
         (TypeError, "bits must be an int", (ids, logprobs), {"bits": True}),

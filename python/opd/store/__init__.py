@@ -3,8 +3,8 @@
 
 from opd.store.files import StoreError
 from opd.store.fingerprint import TeacherFingerprint, fingerprint_of
-from opd.store.teacher_store import TeacherStore
 from opd.store.shard import TopkRecord
+from opd.store.teacher_store import TeacherStore
 from opd.store.verify import verify
 from opd.store.writer import StoreWriter
 

@@ -96,7 +96,10 @@ def test_iteration_gives_every_record(store):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fingerprint": replace(FINGERPRINT, weights_hash="99")}, "the weights (22 there, 99 here)"),
+        (
+            {"fingerprint": replace(FINGERPRINT, weights_hash="99")},
+            "the weights (22 there, 99 here)",
+        ),
         ({"fingerprint": replace(FINGERPRINT, tokenizer_hash="99")}, "the tokenizer"),
         ({"fingerprint": replace(FINGERPRINT, config_hash="99")}, "the model's configuration"),
         ({"fingerprint": replace(FINGERPRINT, temperature=2.0)}, "the temperature (1.0 there, 2.0"),
