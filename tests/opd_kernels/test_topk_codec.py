@@ -229,9 +229,7 @@ def test_rows_that_are_no_laws_are_refused_in_words(ids, logprobs, tail, words):
 @pytest.mark.parametrize(
     "rounds", [60, pytest.param(2000, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-@pytest.mark.parametrize(
-    ("num_topk", "vocab_size", "bits"), [(5, 7, 8), (12, 9000, 10), (3, 99, 4)]
-)
+@pytest.mark.parametrize(("num_topk", "vocab_size", "bits"), [(5, 7, 8), (12, 900, 10), (3, 99, 4)])
 def test_any_bytes_are_what_the_reference_makes_of_them(num_topk, vocab_size, bits, rounds):
     rng = random.Random(rounds)
     ids, logprobs, tail = laws_of(8, num_topk, vocab_size)

@@ -230,7 +230,7 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("teacher: is required to build a store of its laws")
     if config.rollouts.needs_evaluation:
         raise ConfigError(
-            f"rollouts.kind: {config.rollouts.kind!r} follows a student that trains, and none trains "
+            f"rollouts.kind: {config.rollouts.kind!r} follows a student that trains, and none does "
             "here; take 'dataset' or 'hf'"
         )
 

@@ -36,7 +36,7 @@ class TeacherStore:
         self._keys = np.zeros((0, 2), dtype=np.uint64)
         self._high = self._keys[:, 0]
         self._places = np.zeros((0, 2), dtype=np.int64)
-        self._seen: tuple[int, float] | None = None
+        self._seen = (-1, 0.0)
 
     @classmethod
     def create(
@@ -157,9 +157,9 @@ class TeacherStore:
         """
         try:
             changed = self.path.stat().st_mtime_ns
-            if self._seen is not None and self._seen[0] == changed:
-                if self._seen[1] - changed / 1e9 > _SAME_TICK_S:
-                    return
+            seen, seen_at = self._seen
+            if seen == changed and seen_at - changed / 1e9 > _SAME_TICK_S:
+                return
             now = time.time()
             paths = sorted(self.path.glob(PATTERN))
         except OSError as error:

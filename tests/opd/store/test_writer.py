@@ -168,9 +168,8 @@ def test_writers_and_readers_at_once_and_a_writer_killed(store, seconds, num_rea
     assert found.damage == []
     assert found.num_records == found.num_keys > 0
     reader = TeacherStore.open(store.path)
-    numbers = [
-        int((r.completion_ids if len(r.completion_ids) else r.prompt_ids)[0]) for r in reader
-    ]
+    ids = [torch.cat([record.completion_ids, record.prompt_ids]) for record in reader]
+    numbers = [int(one[0]) for one in ids]
     # of each writer, all up to some number and none after it
     for first in (1, 2):
         mine = sorted(number for number in numbers if number % 2 == first % 2)
