@@ -4,7 +4,9 @@
 #include "topk_codec_check.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "parallel.h"
 
@@ -38,11 +40,6 @@ uint32_t get_bits(const uint8_t* row, int64_t at, int width) {
                                ((uint64_t(1) << width) - 1));
 }
 
-// The bits there are 0.
-void put_bits(uint8_t* row, int64_t at, uint64_t value) {
-  store(row + at / 8, load<uint64_t>(row + at / 8) | value << (at % 8));
-}
-
 bool is_zero(const uint8_t* row, int64_t begin, int64_t end) {
   for (; begin < end; begin += 32) {
     if (get_bits(row, begin, static_cast<int>(std::min<int64_t>(32, end - begin)))) return false;
@@ -52,57 +49,140 @@ bool is_zero(const uint8_t* row, int64_t begin, int64_t end) {
 
 // -- encode ---------------------------------------------------------------------------------------
 
+// Fields of one width side by side, from a byte on.
+class BitWriter {
+ public:
+  explicit BitWriter(uint8_t* to) : to_(to) {}
+  void put(uint64_t value, int width) {
+    pending_ |= value << num_pending_;
+    num_pending_ += width;
+    if (num_pending_ < 32) return;
+    store(to_, static_cast<uint32_t>(pending_));
+    to_ += 4;
+    pending_ >>= 32;
+    num_pending_ -= 32;
+  }
+  // After the last one: writes up to 4 bytes, and 0 beyond the fields.
+  void finish() {
+    for (; num_pending_ > 0; num_pending_ -= 8, pending_ >>= 8) {
+      *to_++ = static_cast<uint8_t>(pending_);
+    }
+  }
+
+ private:
+  uint8_t* to_;
+  uint64_t pending_ = 0;
+  int num_pending_ = 0;
+};
+
+// Whether some entry is none, or wrong; what it is, is found out one by one.
+OPD_ELEMENTWISE bool is_irregular(const int32_t* __restrict__ ids,
+                                  const float* __restrict__ logprobs, int count,
+                                  int64_t vocab_size) {
+  // ids of a vocabulary of 2^31 are all that an int32 can hold
+  const uint32_t largest = static_cast<uint32_t>(vocab_size - 1);
+  int irregular = !(logprobs[0] <= kLargestLogprob);
+  for (int k = 0; k < count; ++k) irregular |= static_cast<uint32_t>(ids[k]) > largest;
+  for (int k = 1; k < count; ++k) irregular |= !(logprobs[k] <= logprobs[k - 1]);
+  return irregular != 0;
+}
+
+// code_of() of many entries, lane by lane: the guess is at most 1 off.
+OPD_ELEMENTWISE void codes_block(const float* __restrict__ logprobs, double top, double scale,
+                                 double bend, double last, int count, int32_t* __restrict__ codes) {
+  const double inverse = 4.0 / scale;
+OPD_IVDEP
+  for (int k = 0; k < count; ++k) {
+    const double depth = top - static_cast<double>(logprobs[k]);
+    double code = static_cast<double>(
+        static_cast<int32_t>(0.5 * (std::sqrt(bend * bend + depth * inverse) - bend)));
+    code = code > last ? last : code;
+    code -= scale * (code * (code + bend)) > depth ? 1.0 : 0.0;
+    double next = code + 1.0;
+    code = code < last && scale * (next * (next + bend)) <= depth ? next : code;
+    next = code + 1.0;
+    const double both = scale * (code * (code + bend) + next * (next + bend));
+    codes[k] = static_cast<int32_t>(code < last && 2.0 * depth > both ? next : code);
+  }
+}
+
+// id and position of the entries, ascending by id; `other` is as long.
+uint64_t* sort_by_id(uint64_t* keys, uint64_t* other, int count, int64_t vocab_size) {
+  for (int shift = 0; (vocab_size - 1) >> shift != 0; shift += 8) {
+    uint16_t begins[256] = {};
+    const int at = shift + kPositionBits;
+    for (int i = 0; i < count; ++i) ++begins[keys[i] >> at & 0xff];
+    uint16_t sum = 0;
+    for (uint16_t& begin : begins) {
+      const uint16_t size = begin;
+      begin = sum;
+      sum = static_cast<uint16_t>(sum + size);
+    }
+    for (int i = 0; i < count; ++i) other[begins[keys[i] >> at & 0xff]++] = keys[i];
+    std::swap(keys, other);
+  }
+  return keys;
+}
+
 int32_t encode_row(const Layout& at, const int32_t* ids, const float* logprobs, float tail,
                    uint8_t* out) {
   uint32_t faults = value_faults(tail);
-  int count = 0, num_finite = 0;
-  for (int k = 0; k < at.num_topk; ++k) {
-    faults |= entry_faults(ids, logprobs, k, at.vocab_size);
-    count += ids[k] >= 0;
-    num_finite += ids[k] >= 0 && logprobs[k] > kNegativeInfinity;
+  int count = at.num_topk;
+  if (is_irregular(ids, logprobs, at.num_topk, at.vocab_size)) {
+    for (int k = count = 0; k < at.num_topk; ++k) {
+      faults |= entry_faults(ids, logprobs, k, at.vocab_size);
+      count += ids[k] >= 0;
+    }
   }
-  uint64_t by_id[kMaxTopk];
   uint8_t row[kRowBuffer];
-  std::memset(row, 0, static_cast<size_t>(at.row_bytes) + 8);
+  std::memset(row, 0, static_cast<size_t>(at.row_bytes));
+  uint64_t buffers[2][kMaxTopk];
+  uint64_t* by_id = buffers[0];
   if (faults == 0) {
     for (int k = 0; k < count; ++k) {
       by_id[k] = static_cast<uint64_t>(ids[k]) << kPositionBits | static_cast<uint64_t>(k);
     }
-    std::sort(by_id, by_id + count);
+    by_id = sort_by_id(by_id, buffers[1], count, at.vocab_size);
+    bool repeats = false;
     for (int i = 1; i < count; ++i) {
-      if (by_id[i] >> kPositionBits == by_id[i - 1] >> kPositionBits) {
-        faults |= fault(OPD_CODEC_DUPLICATE);
-      }
+      repeats |= by_id[i] >> kPositionBits == by_id[i - 1] >> kPositionBits;
     }
+    if (repeats) faults |= fault(OPD_CODEC_DUPLICATE);
   }
   if (faults != 0) {
     store(row, static_cast<uint16_t>(kRefused));
     std::memcpy(out, row, static_cast<size_t>(at.row_bytes));
     return status_of(faults);
   }
+  // those of probability 0 are the last ones
+  int num_finite = count;
+  while (num_finite > 0 && logprobs[num_finite - 1] == kNegativeInfinity) --num_finite;
   const float top = count > 0 ? logprobs[0] : kNegativeInfinity;
   const double range =
       num_finite > 0 ? static_cast<double>(top) - static_cast<double>(logprobs[num_finite - 1]) : 0.0;
   const uint32_t scale_bits = scale_bits_of(at, range);
-  const double scale = scale_value(scale_bits);
   store(row, static_cast<uint16_t>(count));
   store(row + 2, static_cast<uint16_t>(scale_bits));
   store(row + 4, top);
   store(row + 8, tail);
-  uint16_t codes[kMaxTopk];
-  for (int k = 0; k < count; ++k) {
-    codes[k] = static_cast<uint16_t>(
-        k < num_finite
-            ? code_of(at, scale, static_cast<double>(top) - static_cast<double>(logprobs[k]))
-            : at.absent_code);
+  int32_t codes[kMaxTopk];
+  std::fill(codes + num_finite, codes + count, at.absent_code);
+  if (scale_bits == 0) {
+    std::fill(codes, codes + num_finite, 0);
+  } else {
+    codes_block(logprobs, top, scale_value(scale_bits), at.bend, at.last_code, num_finite, codes);
   }
   const uint64_t low_mask = (uint64_t(1) << at.low_bits) - 1;
-  for (int64_t i = 0; i < count; ++i) {
+  BitWriter low(row + at.low_begin / 8), code(row + at.codes_begin / 8);
+  for (int i = 0; i < count; ++i) {
     const uint64_t id = by_id[i] >> kPositionBits;
-    put_bits(row, at.high_begin + static_cast<int64_t>(id >> at.low_bits) + i, 1);
-    put_bits(row, at.low_begin + i * at.low_bits, id & low_mask);
-    put_bits(row, at.codes_begin + i * at.bits, codes[by_id[i] & (kMaxTopk - 1)]);
+    const uint64_t bit = (id >> at.low_bits) + static_cast<uint64_t>(i);
+    row[kHeaderBytes + bit / 8] |= static_cast<uint8_t>(1u << bit % 8);
+    low.put(id & low_mask, at.low_bits);
+    code.put(static_cast<uint64_t>(codes[by_id[i] & (kMaxTopk - 1)]), at.bits);
   }
+  low.finish();
+  code.finish();
   std::memcpy(out, row, static_cast<size_t>(at.row_bytes));
   return OPD_CODEC_OK;
 }
