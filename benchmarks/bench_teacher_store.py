@@ -15,7 +15,7 @@ NUM_TOPK, LENGTH = 64, 512
 
 @pytest.fixture
 def records():
-    """(prompt ids, completion ids, ids, logprobs, tail, entropy) of completions of LENGTH tokens."""
+    """(prompt, completion, ids, logprobs, tail, entropy) of completions of LENGTH tokens."""
     ids, logprobs, tail = laws(NUM_TOPK)
     entropy = -(logprobs.exp() * logprobs).sum(1)
     made = []
@@ -29,7 +29,7 @@ def records():
 
 @pytest.mark.parametrize("way", ["append", "get"])
 def bench_teacher_store(benchmark, way, records, tmp_path):
-    """Append ends with one shard, flushed to the disk; get finds, checks and decodes each record."""
+    """Append ends with one shard, flushed to the disk; get finds, checks and decodes records."""
     store_package = pytest.importorskip("opd.store")
     fingerprint = store_package.TeacherFingerprint(
         model="bench", config_hash="1", weights_hash="2", tokenizer_hash="3", temperature=1.0
