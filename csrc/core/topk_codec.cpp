@@ -189,12 +189,6 @@ int32_t encode_row(const Layout& at, const int32_t* ids, const float* logprobs, 
 
 // -- decode ---------------------------------------------------------------------------------------
 
-// The entries of a row, ascending by id.
-struct Entries {
-  int32_t ids[kMaxTopk];
-  uint16_t codes[kMaxTopk];
-};
-
 uint32_t read_ids(const Layout& at, const uint8_t* row, int count, int32_t* ids) {
   int found = 0;
   int64_t last = -1;
@@ -215,19 +209,31 @@ uint32_t read_ids(const Layout& at, const uint8_t* row, int count, int32_t* ids)
   return found == count ? 0 : fault(OPD_CODEC_ROW_IDS);
 }
 
-// One pass of a stable counting sort of positions by 8 bits of their code. from NULL: 0 .. count - 1.
-void sort_by_digit(const uint16_t* codes, int shift, const uint16_t* from, int count, uint16_t* to) {
-  uint16_t begins[256] = {};
-  for (int i = 0; i < count; ++i) ++begins[codes[i] >> shift & 0xff];
+// One pass of a stable counting sort, by the digit of `width` bits at `shift`. counts: of each digit.
+void sort_by_digit(const uint32_t* from, int count, int shift, int width, uint16_t* counts,
+                   uint32_t* to) {
+  const uint32_t mask = (1u << width) - 1;
   uint16_t sum = 0;
-  for (uint16_t& begin : begins) {
-    const uint16_t size = begin;
-    begin = sum;
+  for (uint32_t digit = 0; digit <= mask; ++digit) {
+    const uint16_t size = counts[digit];
+    counts[digit] = sum;
     sum = static_cast<uint16_t>(sum + size);
   }
-  for (int i = 0; i < count; ++i) {
-    const uint16_t position = from == nullptr ? static_cast<uint16_t>(i) : from[i];
-    to[begins[codes[position] >> shift & 0xff]++] = position;
+  for (int i = 0; i < count; ++i) to[counts[from[i] >> shift & mask]++] = from[i];
+}
+
+// logprob_of() of many codes, lane by lane.
+OPD_ELEMENTWISE void logprobs_block(const uint32_t* __restrict__ keys, double top, double scale,
+                                    double bend, uint32_t absent, int count,
+                                    float* __restrict__ logprobs) {
+  const double smallest = -static_cast<double>(std::numeric_limits<float>::max());
+OPD_IVDEP
+  for (int k = 0; k < count; ++k) {
+    const uint32_t key = keys[k] >> kPositionBits;
+    const double code = static_cast<double>(static_cast<int32_t>(key));
+    const double value = top - scale * (code * (code + bend));
+    const float logprob = static_cast<float>(value < smallest ? smallest : value);
+    logprobs[k] = key == absent ? kNegativeInfinity : logprob;
   }
 }
 
@@ -240,17 +246,25 @@ int32_t decode_row(const Layout& at, const uint8_t* bytes, int32_t* ids, float* 
                                   load<float>(row + 4), load<float>(row + 8));
   uint32_t faults = header.faults;
   const int count = header.count;
-  Entries entries;
-  if (faults == 0) faults |= read_ids(at, row, count, entries.ids);
+  int32_t by_id[kMaxTopk];
+  uint32_t keys[2][kMaxTopk];
+  // of the two digits that a code is sorted by
+  const int low_width = at.bits / 2, high_width = at.bits - low_width;
+  uint16_t low_counts[256] = {}, high_counts[256] = {};
+  if (faults == 0) faults |= read_ids(at, row, count, by_id);
   if (faults == 0) {
-    bool has_top = false;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t code = get_bits(row, at.codes_begin + i * at.bits, at.bits);
-      entries.codes[i] = static_cast<uint16_t>(code);
+    const uint32_t low_mask = (1u << low_width) - 1;
+    bool has_top = false, is_wrong = false;
+    for (int i = 0; i < count; ++i) {
+      const uint32_t code =
+          get_bits(row, at.codes_begin + static_cast<int64_t>(i) * at.bits, at.bits);
       has_top |= code == 0;
-      if (!is_code(at, header, code)) faults |= fault(OPD_CODEC_ROW_CODES);
+      is_wrong |= !is_code(at, header, code);
+      ++low_counts[code & low_mask];
+      ++high_counts[code >> low_width];
+      keys[0][i] = code << kPositionBits | static_cast<uint32_t>(i);
     }
-    if (header.has_top != has_top) faults |= fault(OPD_CODEC_ROW_CODES);
+    if (is_wrong || header.has_top != has_top) faults |= fault(OPD_CODEC_ROW_CODES);
     if (!is_zero(row, at.high_begin + at.high_bits, at.low_begin) ||
         !is_zero(row, at.low_begin + static_cast<int64_t>(count) * at.low_bits, at.codes_begin) ||
         !is_zero(row, at.codes_begin + static_cast<int64_t>(count) * at.bits,
@@ -265,19 +279,11 @@ int32_t decode_row(const Layout& at, const uint8_t* bytes, int32_t* ids, float* 
     *tail = nan;
     return status_of(faults);
   }
-  uint16_t order[kMaxTopk], by_low_digit[kMaxTopk];
-  const uint16_t* sorted = by_low_digit;
-  sort_by_digit(entries.codes, 0, nullptr, count, by_low_digit);
-  if (at.bits > 8) {
-    sort_by_digit(entries.codes, 8, by_low_digit, count, order);
-    sorted = order;
-  }
-  const double scale = scale_value(header.scale_bits);
-  for (int k = 0; k < count; ++k) {
-    const int code = entries.codes[sorted[k]];
-    ids[k] = entries.ids[sorted[k]];
-    logprobs[k] = code == at.absent_code ? kNegativeInfinity : logprob_of(at, header.top, scale, code);
-  }
+  sort_by_digit(keys[0], count, kPositionBits, low_width, low_counts, keys[1]);
+  sort_by_digit(keys[1], count, kPositionBits + low_width, high_width, high_counts, keys[0]);
+  for (int k = 0; k < count; ++k) ids[k] = by_id[keys[0][k] & (kMaxTopk - 1)];
+  logprobs_block(keys[0], header.top, scale_value(header.scale_bits), at.bend,
+                 static_cast<uint32_t>(at.absent_code), count, logprobs);
   std::fill(ids + count, ids + at.num_topk, -1);
   std::fill(logprobs + count, logprobs + at.num_topk, kNegativeInfinity);
   *tail = header.tail;
