@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scheme:
-    """One row of DistillKit's own test script: K, kept exactly, terms, (bits, count) of bins."""
+    """A configuration of DistillKit: K, kept exactly, powers of the terms, (bits, count) of bins."""
 
     num_topk: int
     exact_k: int
