@@ -12,8 +12,8 @@ from benchmarks import harness
 
 VOCAB = 151_936
 NUM_TOKENS = 4096
-# K, bits of ours, and a scheme of theirs with the same K: k128 is one of its test script, the others
-# are made after it
+# K, bits of ours, and a scheme of theirs with the same K: k128 is one of its test script, from which
+# the others are made
 CASES = {
     "k64": (64, 10, distillkit.Scheme(64, 16, (0, 1, 2, 3, 4, 0.5))),
     "k128": (128, 10, distillkit.Scheme(128, 16, (0, 1, 2, 3, 4, 0.5))),

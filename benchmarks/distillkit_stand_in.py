@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scheme:
-    """A configuration of DistillKit: K, kept exactly, powers of the terms, (bits, count) of bins."""
+    """One of DistillKit's: K, kept exactly, powers of the terms, (bits, count) of bins."""
 
     num_topk: int
     exact_k: int
