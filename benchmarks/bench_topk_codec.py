@@ -12,7 +12,7 @@ from benchmarks import harness
 
 VOCAB = 151_936
 NUM_TOKENS = 4096
-# K, bits of ours, and a scheme of theirs with the same K: k128 is one of its test script, from which
+# K, bits of ours, a scheme of theirs with the same K: k128 is one of its test script, from which
 # the others are made
 CASES = {
     "k64": (64, 10, distillkit.Scheme(64, 16, (0, 1, 2, 3, 4, 0.5))),
