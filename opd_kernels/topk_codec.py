@@ -74,13 +74,15 @@ def encode_topk(
     With c_k the code of entry k and d_k = logprobs[0] - logprobs[k] its depth, decoding gives
     logprobs[0] - s c_k (c_k + b), b = 2^(bits - 2), the nearest there is to logprobs[k]:
 
-        error_k <= (sqrt((b s)^2 + 4 d_k s) + s) / 2,  s <= 1.008 range / (C (C + b)), C = 2^bits - 2
+        error_k <= (sqrt((b s)^2 + 4 d_k s) + s) / 2,
+        s <= 1.008 range / (C (C + b)),  C = 2^bits - 2
 
-    and half a unit in the last place of float32. The best entry is exact, steps are up to nine times
-    as fine at the top as at the bottom. Ids and the tail are exact.
+    and half a unit in the last place of float32. The best entry is exact, steps are up to nine
+    times as fine at the top as at the bottom. Ids and the tail are exact.
 
     Args:
-        ids: [T, K] int32 or int64, best first, K in [1, 4096]; -1 is none, and only behind the rest.
+        ids: [T, K] int32 or int64, best first, K in [1, 4096]; -1 is none, and stands behind the
+            rest.
         logprobs: [T, K] floating, nats, rounded to float32; never rising along a row. -inf is kept.
         vocab_size: V, up to 2^31: ids are in [0, V).
         tail_logprob: [T] floating, nats: the log of the mass outside the K entries, -inf for none.
@@ -92,9 +94,10 @@ def encode_topk(
         TopkCodes, 12 bytes plus about (2 + log2(V / K) + bits) / 8 per entry and row.
 
     Raises:
-        ValueError: shapes and numbers that do not fit; on CPU, a row that is no law: NaN, a log-prob
-            above 2^-10, an id outside the vocabulary or there twice, entries that are not best first.
-            A GPU is not waited for: such a row is marked there, and `decode_topk` says so.
+        ValueError: shapes and numbers that do not fit; on CPU, a row that is no law: NaN, a
+            log-prob above 2^-10, an id outside the vocabulary or there twice, entries that are not
+            best first. A GPU is not waited for: such a row is marked there, and `decode_topk` says
+            so; the same in a compiled graph.
         TypeError: a dtype. UnsupportedBackendError.
 
     Source: P. Elias (1974) and R. Fano (1971) for the ids; the quantiser is explained in
@@ -149,7 +152,7 @@ def decode_topk(codes: TopkCodes, *, backend: str | None = None) -> TopkLaws:
     logprobs[t, k] = largest[t] - scale[t] c (c + 2^(bits - 2)), c the code of the entry.
 
     Any bytes will do: nothing outside of them is read, and a row that encode_topk cannot have
-    written is told by its status. Not every damage shows in a row: keep a checksum of what you keep.
+    written is told by its status. Not every damage shows in a row: keep a checksum as well.
 
     Args:
         codes: from `encode_topk`, or those of its rows that you kept.
@@ -157,12 +160,14 @@ def decode_topk(codes: TopkCodes, *, backend: str | None = None) -> TopkLaws:
 
     Returns:
         TopkLaws: ids [T, K] int32 and logprobs [T, K] float32 in nats, -1 and -inf behind the last
-        entry; tail_logprob [T] float32; status [T] int32, 0 where the row is whole. Where it is not,
-        ids are -1 and log-probs and tail NaN; `codec_status` has the words for the number.
+        entry; tail_logprob [T] float32; status [T] int32, 0 where the row is whole. Where it is
+        not, ids are -1 and log-probs and tail NaN; `codec_status` has the words for the number.
 
     Raises:
         ValueError: codes of another shape than their num_topk, vocab_size and bits say.
         TypeError: codes that are not uint8. UnsupportedBackendError.
+
+    Source: as `encode_topk`.
     """
     op = "decode_topk"
     if not isinstance(codes, tuple) or len(codes) != 4:
@@ -247,7 +252,8 @@ def _tail_of(logprobs: Tensor) -> Tensor:
 
 
 def _encode_fake(ids, logprobs, tail_logprob, vocab_size, bits):
-    num_bytes = topk_row_bytes(ids.shape[1], vocab_size, bits)
+    # how long a row is can be no symbol
+    num_bytes = topk_row_bytes(int(ids.shape[1]), vocab_size, bits)
     return (
         ids.new_empty(ids.shape[0], num_bytes, dtype=torch.uint8),
         ids.new_empty(ids.shape[0]),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-k laws as rows of bytes, with Python's integers and fractions: the row is one long integer."""
+"""Top-k laws as rows of bytes, with Python's integers and fractions: a row is one long integer."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from fractions import Fraction
@@ -101,7 +102,7 @@ def encode_topk(
 ) -> TopkCodes:
     """Rows of bytes for laws [T, K].
 
-    depth_k = logprobs[0] - logprobs[k] is stored as the code c whose scale * c (c + 2^(bits - 2)) is
+    depth_k = logprobs[0] - logprobs[k] is stored as the code c whose scale c (c + 2^(bits - 2)) is
     nearest, the ids as Elias-Fano has it.
 
     Args:
@@ -205,7 +206,7 @@ def _decode(row: _Row, data: bytes) -> tuple[list[int], list[float], float, int]
         for i, place in enumerate(places[: count + 1])
         if i < row.num_topk
     ]
-    ascends = all(a < b for a, b in zip(ids, ids[1:], strict=False))
+    ascends = all(a < b for a, b in itertools.pairwise(ids))
     if len(places) != count or not ascends or (ids and ids[-1] >= row.vocab_size):
         return refuse(ROW_IDS)
     codes = [field(row.codes_at + i * row.bits, row.bits) for i in range(count)]

@@ -31,6 +31,8 @@ class Exemption(NamedTuple):
 
 
 EXCEPTIONS = [
+    Exemption(r"topk_codec_\w+", WIDE_LOADS, "rows of a few hundred bytes, at multiples of 4"),
+    Exemption(r"topk_codec_\w+", WIDE_STORES, "as its loads"),
     Exemption(
         r"(segment_\w+|group_statistics)<\w+>",
         WIDE_LOADS,

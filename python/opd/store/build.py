@@ -115,16 +115,16 @@ def build(
     num_known = 0
     with _bar(steps.num_steps, quiet) as advance, store.writer(shard_bytes=shard_bytes) as writer:
         written_at = time.monotonic()
-        first = min(_steps_done(progress_file), steps.num_steps)
+        first = min(_steps_done(store, progress_file), steps.num_steps)
         for step in range(first, steps.num_steps):
             known = _score_step(steps.collect(step), teacher, store, writer, config, temperature)
             num_known += known
             advance(step + 1, writer.num_records, num_known, writer.num_tokens)
             is_due = time.monotonic() - written_at > _SECONDS_BETWEEN_SHARDS
             if is_due or writer.pending_bytes > shard_bytes // 2:
-                _write(writer, progress_file, step + 1)
+                _write(store, writer, progress_file, step + 1)
                 written_at = time.monotonic()
-        _write(writer, progress_file, steps.num_steps)
+        _write(store, writer, progress_file, steps.num_steps)
     return Built(
         path=store.path,
         num_new=writer.num_records,
@@ -230,25 +230,28 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("teacher: is required to build a store of its laws")
     if config.rollouts.needs_evaluation:
         raise ConfigError(
-            f"rollouts.kind: {config.rollouts.kind!r} follows a student that trains, and no student "
-            "trains here; take 'dataset' or 'hf'"
+            f"rollouts.kind: {config.rollouts.kind!r} follows a student that trains, and none does "
+            "here; take 'dataset' or 'hf'"
         )
 
 
-def _write(writer: StoreWriter, progress_file: Path, steps_done: int) -> None:
+def _write(store: TeacherStore, writer: StoreWriter, progress_file: Path, steps_done: int) -> None:
     writer.flush()
     # after the shard: a kill in between scores some completions again, and finds them there
-    write_atomically(progress_file, json.dumps({"steps_done": steps_done}).encode())
+    values = {"steps_done": steps_done, "num_records": len(store)}
+    write_atomically(progress_file, json.dumps(values).encode())
 
 
-def _steps_done(progress_file: Path) -> int:
-    """Of an earlier build with this configuration; 0 if it cannot be told."""
+def _steps_done(store: TeacherStore, progress_file: Path) -> int:
+    """Of an earlier build with this configuration; 0 if it cannot be told, or if records have gone
+    since, with a damaged shard that somebody removed."""
     try:
         values = json.loads(progress_file.read_bytes())
-        done = values["steps_done"]
+        done, num_records = values["steps_done"], values["num_records"]
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-    return done if isinstance(done, int) and done >= 0 else 0
+    is_whole = isinstance(num_records, int) and len(store) >= num_records
+    return done if isinstance(done, int) and done >= 0 and is_whole else 0
 
 
 @contextmanager

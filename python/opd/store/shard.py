@@ -25,6 +25,7 @@ from opd.store.manifest import Manifest
 FORMAT, VERSION = "opd-teacher-shard", "1"
 PATTERN = "shard-*.safetensors"
 _HASH_BYTES = 16
+_MAX_ID = 2**31 - 1
 _HAS_ENTROPY = 1
 # what the checksum in the metadata is of, in this order
 _INDEX = ("keys", "flags", "prompt_offsets", "completion_offsets", "checksums")
@@ -85,6 +86,25 @@ def record_key(manifest: Manifest, prompt_ids: np.ndarray, completion_ids: np.nd
     """16 bytes that stand for (teacher, prompt, completion); ids are int32."""
     teacher = manifest.fingerprint.digest().encode()
     return _hash(b"key", teacher, prompt_ids.tobytes(), completion_ids.tobytes())
+
+
+def as_ids(name: str, value: Tensor) -> np.ndarray:
+    """[N] ids as int32.
+
+    Raises:
+        ValueError: another shape, or something that is no id. TypeError: no integers.
+    """
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value, dtype=torch.int64)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: must be int64 or int32, got {value.dtype}.")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: must have one dimension, got shape {tuple(value.shape)}.")
+    if len(value) and not (int(value.min()) >= 0 and int(value.max()) <= _MAX_ID):
+        raise ValueError(
+            f"{name}: must be in [0, 2^31), got {int(value.min())} to {int(value.max())}."
+        )
+    return value.detach().cpu().numpy().astype(np.int32)
 
 
 def shard_name() -> str:
@@ -282,6 +302,9 @@ class Shard:
                 offsets.shape == (count + 1,) and offsets[0] == 0 and np.all(np.diff(offsets) >= 0)
             )
             if not fits:
+            starts = offsets.shape == (count + 1,) and offsets[0] == 0
+            # compared, not subtracted: a difference of what somebody made up may wrap around
+            if not starts or not np.all(offsets[1:] >= offsets[:-1]):
                 raise self._damaged(f"its {name}_offsets are none")
             totals[name] = int(offsets[-1])
         tokens = totals["completion"]

@@ -14,8 +14,8 @@ from torch import Tensor
 from opd.store.files import StoreError
 from opd.store.fingerprint import TeacherFingerprint
 from opd.store.manifest import NAME, Manifest, read_manifest
-from opd.store.shard import PATTERN, Shard, TopkRecord, record_key
-from opd.store.writer import SHARD_BYTES, StoreWriter, _token_ids
+from opd.store.shard import PATTERN, Shard, TopkRecord, as_ids, record_key
+from opd.store.writer import SHARD_BYTES, StoreWriter
 
 # a directory's time of change is that of the last tick of the clock: an entry may have come since
 _SAME_TICK_S = 2.0
@@ -36,7 +36,7 @@ class TeacherStore:
         self._keys = np.zeros((0, 2), dtype=np.uint64)
         self._high = self._keys[:, 0]
         self._places = np.zeros((0, 2), dtype=np.int64)
-        self._seen: tuple[int, float] | None = None
+        self._seen = (-1, 0.0)
 
     @classmethod
     def create(
@@ -157,9 +157,9 @@ class TeacherStore:
         """
         try:
             changed = self.path.stat().st_mtime_ns
-            if self._seen is not None and self._seen[0] == changed:
-                if self._seen[1] - changed / 1e9 > _SAME_TICK_S:
-                    return
+            seen, seen_at = self._seen
+            if seen == changed and seen_at - changed / 1e9 > _SAME_TICK_S:
+                return
             now = time.time()
             paths = sorted(self.path.glob(PATTERN))
         except OSError as error:
@@ -184,8 +184,8 @@ class TeacherStore:
         self._high = np.ascontiguousarray(self._keys[:, 0])
 
     def _find(self, prompt_ids: Tensor, completion_ids: Tensor) -> tuple[int, int] | None:
-        prompt = _token_ids("prompt_ids", prompt_ids)
-        completion = _token_ids("completion_ids", completion_ids)
+        prompt = as_ids("prompt_ids", prompt_ids)
+        completion = as_ids("completion_ids", completion_ids)
         key = record_key(self.manifest, prompt, completion)
         high, low = _words(np.frombuffer(key, dtype=np.uint8)[None])[0]
         for is_fresh in (False, True):

@@ -8,18 +8,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import opd_kernels as opk
 from opd.store.files import StoreError, remove_dead_partials
 from opd.store.manifest import Manifest
-from opd.store.shard import Packed, record_key, shard_name, write_shard
+from opd.store.shard import Packed, as_ids, record_key, shard_name, write_shard
 
 _log = logging.getLogger(__name__)
 SHARD_BYTES = 64 << 20
-_MAX_ID = 2**31 - 1
 
 
 class StoreWriter:
@@ -72,8 +70,8 @@ class StoreWriter:
             ValueError: shapes that do not fit each other, ids that are none, rows that are no laws.
             StoreError: a shard could not be written; its records are kept, and are tried again.
         """
-        prompt = _token_ids("prompt_ids", prompt_ids)
-        completion = _token_ids("completion_ids", completion_ids)
+        prompt = as_ids("prompt_ids", prompt_ids)
+        completion = as_ids("completion_ids", completion_ids)
         num_tokens = len(completion)
         for name, value in (("ids", ids), ("logprobs", logprobs)):
             if value.dim() != 2 or len(value) != num_tokens:
@@ -111,8 +109,8 @@ class StoreWriter:
 
     def has_pending(self, prompt_ids: Tensor, completion_ids: Tensor) -> bool:
         """Whether such a record waits for its shard."""
-        prompt = _token_ids("prompt_ids", prompt_ids)
-        completion = _token_ids("completion_ids", completion_ids)
+        prompt = as_ids("prompt_ids", prompt_ids)
+        completion = as_ids("completion_ids", completion_ids)
         return record_key(self.manifest, prompt, completion) in self._pending_keys
 
     def flush(self) -> Path | None:
@@ -187,3 +185,5 @@ def _token_ids(name: str, value: Tensor) -> np.ndarray:
             f"{name}: must be in [0, 2^31), got {int(value.min())} to {int(value.max())}."
         )
     return value.detach().cpu().numpy().astype(np.int32)
+
+

@@ -78,6 +78,10 @@ def test_a_second_build_scores_nothing(settings, tmp_path):
     third = build_store(config, tmp_path / "store", num_topk=TOPK, quiet=True)
     assert (third.num_new, third.num_known) == (0, 32)
     assert len(TeacherStore.open(first.path)) == first.num_new
+    # a shard that was damaged and removed is made again
+    next(first.path.glob("shard-*")).unlink()
+    last = build_store(config, tmp_path / "store", num_topk=TOPK, quiet=True)
+    assert last.num_new == first.num_new
 
 
 @pytest.mark.parametrize("kind", ["dataset", "hf"])

@@ -47,6 +47,10 @@ def replace(name, make):
         (set_item("prompt_offsets", 1, 1 << 40), "prompt_offsets are none"),
         (set_item("completion_offsets", 1, -1), "completion_offsets are none"),
         (set_item("completion_offsets", 0, 1), "completion_offsets are none"),
+        (
+            set_item("completion_offsets", slice(1, 3), [9 * 10**18, -9 * 10**18]),
+            "completion_offsets are none",
+        ),
         (set_item("completion_offsets", -1, 1 << 40), "has the shape"),
         (replace("completion_offsets", lambda a: a[:-1]), "completion_offsets are none"),
         (replace("codes", lambda a: a[:-1]), "codes has the shape"),

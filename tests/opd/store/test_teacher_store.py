@@ -99,6 +99,7 @@ def test_iteration_gives_every_record(store):
         (
             {"fingerprint": replace(FINGERPRINT, weights_hash="99")},
             "the weights (22 there, 99 here)",
+            "weights (22 there, 99 here)",
         ),
         ({"fingerprint": replace(FINGERPRINT, tokenizer_hash="99")}, "the tokenizer"),
         ({"fingerprint": replace(FINGERPRINT, config_hash="99")}, "the model's configuration"),
