@@ -103,10 +103,18 @@ class Transport:
             BadReply: the reply came whole and is wrong, or came damaged three times.
         """
         damaged = 0
+        reason: _Transient | None = None
 
         def attempt() -> Any:
-            nonlocal damaged
-            body, reply = self._once(method, path, deadline, content, headers or {})
+            nonlocal damaged, reason
+            if reason is not None and deadline.left() <= 0:
+                # the sleep was cut short: no time for a try whose failure would hide the reason
+                raise reason
+            try:
+                body, reply = self._once(method, path, deadline, content, headers or {})
+            except _Transient as error:
+                reason = error
+                raise
             try:
                 return body if parse is None else parse(body, reply.headers)
             except Damaged as error:
@@ -153,7 +161,7 @@ class Transport:
             raise _Transient(
                 f"status {reply.status_code}, {_message(body)}", _retry_after(reply.headers)
             )
-        if reply.status_code in (401, 403):
+        if reply.status_code == 401:
             raise TeacherRefused(
                 f"teacher {self.url}: refused the token (status {reply.status_code}); set "
                 f"{self._token_variable} to the one that the server was started with"
