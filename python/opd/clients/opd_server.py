@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -364,7 +365,8 @@ def _checked_topk(
     logprobs, tail = (finite_logprobs(x, where, zero=ZERO_LOGPROB) for x in (logprobs, tail))
     check_ids(ids, vocab_size=vocab_size, where=where)
     falling = (logprobs[:, :-1] >= logprobs[:, 1:]).all()
-    ordered = ids.sort(1).values
+    # of short rows, numpy's sort is many times faster than torch's
+    ordered = np.sort(ids.numpy(), axis=1)
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != -1)).any()
     if not falling or repeated or not torch.equal(ids == -1, logprobs == -torch.inf):
         raise BadReply(f"{where}: its ids are not distinct, or not the best first")
