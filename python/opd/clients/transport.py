@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import ssl
 import threading
 import time
 from collections.abc import Mapping
@@ -61,16 +63,17 @@ class Transport:
         self.url = _checked_url(url)
         self._max_reply_bytes = max_reply_bytes
         self._token_variable = token_variable
+        self._request_timeout_s = request_timeout_s
         token = os.environ.get(token_variable, "")
         self._client = httpx2.Client(
             base_url=self.url,
             # compressed floats are hardly smaller, and a short reply could unpack to a huge one
             headers={"accept-encoding": "identity"} | _authorization(token),
-            timeout=httpx2.Timeout(request_timeout_s, connect=10.0),
             limits=httpx2.Limits(max_connections=64, max_keepalive_connections=64),
             # a proxy of the environment does not lead to this machine
             trust_env=urlsplit(self.url).hostname not in _LOOPBACK,
             follow_redirects=False,
+            verify=_certificates(),
             transport=transport,
         )
         self._wait = tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.5)
@@ -148,7 +151,15 @@ class Transport:
         content: bytes | None,
         headers: Mapping[str, str],
     ) -> tuple[bytes, httpx2.Response]:
-        request = self._client.build_request(method, path, content=content, headers=dict(headers))
+        # a try must not outlast the deadline
+        longest = max(0.1, min(self._request_timeout_s, deadline.left()))
+        request = self._client.build_request(
+            method,
+            path,
+            content=content,
+            headers=dict(headers),
+            timeout=httpx2.Timeout(longest, connect=min(10.0, longest)),
+        )
         try:
             reply = self._client.send(request, stream=True)
             try:
@@ -236,6 +247,12 @@ class Deadline:
     def cancel(self) -> None:
         """Let everyone who waits give up."""
         self._cancelled.set()
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The system's, read once: that takes longer than a request."""
+    return httpx2.create_ssl_context()
 
 
 def _checked_url(url: str) -> str:

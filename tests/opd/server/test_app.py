@@ -15,11 +15,12 @@ import httpx2
 import pytest
 import torch
 
-from opd.clients import TeacherRefused, TeacherUnavailable, connect
+from opd.clients import BadReply, TeacherRefused, TeacherUnavailable, connect
 from opd.wire import CONTENT_TYPE, pack, unpack
 
 IDS = torch.tensor([5, 9, 11, 2, 30])
 TOKEN = "0123456789abcdef-secret"
+HTTP = httpx2.Client(trust_env=False)
 
 
 def body(num_topk=3):
@@ -36,11 +37,11 @@ def body(num_topk=3):
 def post(url, path="/v1/topk", content=None, **headers):
     headers = {"content-type": CONTENT_TYPE} | {k.replace("_", "-"): v for k, v in headers.items()}
     content = body() if content is None else content
-    return httpx2.post(url + path, content=content, headers=headers, trust_env=False)
+    return HTTP.post(url + path, content=content, headers=headers)
 
 
 def get(url, path, **headers):
-    return httpx2.get(url + path, headers=headers, trust_env=False)
+    return HTTP.get(url + path, headers=headers)
 
 
 class Gate:
@@ -270,3 +271,40 @@ def test_nothing_of_a_law_is_lost_at_low_temperatures(live, engine):
     )
     assert float(one.logprobs.min()) < -9999
     assert torch.equal(one.logprobs, other.logprobs) and torch.equal(one.ids, other.ids)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure(live, engine, caplog):
+    url = live(engine)
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port)) as line:
+        line.sendall(f"{HEAD}\r\ncontent-length: 1000\r\n\r\nOPD".encode())
+        time.sleep(0.1)
+    end = time.monotonic() + 5
+    while metric(url, "opd_cancelled_requests_total") != ["opd_cancelled_requests_total 1.0"]:
+        assert time.monotonic() < end
+    assert "failed" not in caplog.text
+
+
+def test_a_law_of_nan_is_refused_in_both_forms(live, engine):
+    with torch.no_grad():
+        engine._model.lm_head_weight[7] = torch.nan
+    url = live(engine)
+    with pytest.raises(BadReply, match="NaN"):
+        connect("opd", url).score([IDS], [2], num_topk=3)
+    with pytest.raises(TeacherRefused, match="is NaN"):
+        connect("opd", url, wire="json").score([IDS], [2], num_topk=3)
+
+
+def test_a_head_that_could_not_be_made_is_made_again(live, engine, monkeypatch):
+    tensors, fails = engine.head_tensors, [True]
+
+    def once(**k):
+        if fails:
+            fails.pop()
+            raise RuntimeError("no memory")
+        return tensors(**k)
+
+    monkeypatch.setattr(engine, "head_tensors", once)
+    url = live(engine)
+    assert get(url, "/v1/head").status_code == 500
+    assert get(url, "/v1/head").status_code == 200
