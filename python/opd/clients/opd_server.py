@@ -41,6 +41,7 @@ class ServerLimits:
     max_sequences: int
     max_query_ids: int
     hidden_rank: int
+    dtype: str
 
 
 class OpdClient(HttpClient):
@@ -51,7 +52,8 @@ class OpdClient(HttpClient):
         wire: "binary"; "json" is many times slower and there to be compared with.
         law_size: the laws are over the first so many tokens, where the heads of student and
             teacher are padded differently. Default: all that the server has.
-        hidden_dtype: of hidden states on the wire.
+        hidden_dtype: of hidden states on the wire; default: of the teacher's weights, which loses
+            nothing. `Scores.hidden` has the dtype of `head()` in any case.
         projected: take hidden states on the leading singular directions of the head
             (`opd serve-teacher --hidden-rank`), with a bound of the error of each row.
         settings: of `HttpClient`.
@@ -67,14 +69,14 @@ class OpdClient(HttpClient):
         *,
         wire: Literal["binary", "json"] = "binary",
         law_size: int | None = None,
-        hidden_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        hidden_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         projected: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(url, **settings)
         for name, value, known in (
             ("wire", wire, ("binary", "json")),
-            ("hidden_dtype", hidden_dtype, tuple(_DTYPES)),
+            ("hidden_dtype", hidden_dtype, (*_DTYPES, None)),
         ):
             if value not in known:
                 raise TeacherRefused(
@@ -163,6 +165,7 @@ class OpdClient(HttpClient):
                 "max_sequences": int,
                 "max_query_ids": int,
                 "hidden_rank": int,
+                "dtype": str,
             }
             for key, kind in wanted.items():
                 if type(found.get(key)) is not kind or (kind is int and found[key] < 0):
@@ -178,7 +181,12 @@ class OpdClient(HttpClient):
             max(1, found["max_sequences"]),
             found["max_query_ids"],
             found["hidden_rank"],
+            found["dtype"],
         )
+        if found["dtype"] not in _DTYPES:
+            raise BadReply(
+                f"{where}: dtype must be one of {[*_DTYPES]}, got {found['dtype']!r:.50}"
+            )
         law_size = self._law_size
         if law_size is not None and not 0 < law_size <= found["vocab_size"]:
             raise TeacherRefused(
@@ -269,8 +277,12 @@ class OpdClient(HttpClient):
         if ask.signal == "topk":
             meta["num_topk"] = ask.num_topk
         if ask.signal == "hidden":
-            meta |= {"dtype": self._hidden_dtype, "projected": self._projected}
+            meta |= {"dtype": self._wire_dtype(), "projected": self._projected}
         return meta
+
+    def _wire_dtype(self) -> str:
+        assert self._limits is not None
+        return self._hidden_dtype or self._limits.dtype
 
     def _binary_body(self, items: Sequence[Item], ask: Ask) -> bytes:
         tensors = {
@@ -329,11 +341,14 @@ class OpdClient(HttpClient):
         rows, width = sum(sizes), _width(items[0])
         columns: dict[str, Tensor] = {}
         if ask.signal == "hidden":
-            dtype = _DTYPES[self._hidden_dtype]
-            hidden = message.take("hidden", dtype, (rows, None))
-            columns["hidden"] = hidden
+            assert self._limits is not None
+            dtype = self._wire_dtype()
+            hidden = message.take("hidden", _DTYPES[dtype], (rows, None))
             if not hidden.isfinite().all():
-                raise BadReply(f"{where}: a hidden state is not finite in {self._hidden_dtype}")
+                raise BadReply(f"{where}: a hidden state is not finite in {dtype}")
+            # as the head has it: kernels take both in one dtype
+            head_dtype = "float32" if self._projected else self._limits.dtype
+            columns["hidden"] = hidden.to(_DTYPES[head_dtype])
             if self._projected:
                 error = message.take("logit_error", torch.float32, (rows,))
                 if not (error.isfinite().all() and (error >= 0).all()):

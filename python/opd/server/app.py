@@ -100,6 +100,7 @@ class Server:
                 "model": engine.name,
                 "fingerprint": engine.fingerprint,
                 "tokenizer_hash": engine.tokenizer_hash,
+                "dtype": engine.dtype,
                 "max_batch_tokens": self.settings.max_batch_tokens,
                 **asdict(engine.limits),
             }

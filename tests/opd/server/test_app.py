@@ -308,3 +308,43 @@ def test_a_head_that_could_not_be_made_is_made_again(live, engine, monkeypatch):
     url = live(engine)
     assert get(url, "/v1/head").status_code == 500
     assert get(url, "/v1/head").status_code == 200
+
+
+def test_many_clients_at_once_get_what_each_gets_alone(live, engine):
+    url = live(engine, max_batch_tokens=64, max_queue=64)
+    generator = torch.Generator().manual_seed(7)
+    texts = [torch.randint(1, 45, (3 + n % 30,), generator=generator) for n in range(24)]
+    client = connect("opd", url, vocab_size=45, deadline_s=30)
+    plans = [
+        ({"signal": "topk", "num_topk": 5, "temperature": 0.8}, "logprobs"),
+        ({"signal": "token_logprobs"}, "token_logprobs"),
+        ({"signal": "hidden"}, "hidden"),
+    ]
+
+    def ask(number):
+        options, _ = plans[number % 3]
+        return client.score([texts[number]], [1 + number % 2], **options)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(ask, range(24)))
+    for number, found in enumerate(together):
+        name = plans[number % 3][1]
+        torch.testing.assert_close(
+            getattr(found, name), getattr(ask(number), name), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_bytes_that_are_no_http_leave_it_alive(live, engine):
+    import random
+
+    url = live(engine)
+    parts = urlsplit(url)
+    source = random.Random(0)
+    good = f"{HEAD}\r\ncontent-length: {len(body())}\r\n\r\n".encode() + body()
+    for _ in range(150):
+        bad = bytearray(good)
+        for _ in range(source.randrange(1, 12)):
+            bad[source.randrange(len(bad))] = source.randrange(256)
+        with socket.create_connection((parts.hostname, parts.port)) as line:
+            line.sendall(bytes(bad[: source.randrange(1, len(bad) + 1)]))
+    assert post(url).status_code == 200
