@@ -64,7 +64,9 @@ class Transport:
         self._max_reply_bytes = max_reply_bytes
         self._token_variable = token_variable
         self._request_timeout_s = request_timeout_s
-        token = os.environ.get(token_variable, "")
+        token = os.environ.get(token_variable, "").strip()
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise TeacherRefused(f"{token_variable}: must be printable ASCII without spaces")
         self._client = httpx2.Client(
             base_url=self.url,
             # compressed floats are hardly smaller, and a short reply could unpack to a huge one

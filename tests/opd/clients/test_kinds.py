@@ -245,6 +245,17 @@ def test_bad_urls(url, message):
     assert "secret-word" not in str(caught.value)
 
 
+def test_tokens_of_files_end_in_a_newline_and_others_are_refused(fake, monkeypatch):
+    monkeypatch.setenv("OPD_TEACHER_TOKEN", "a-secret-of-a-file\n")
+    client, _ = fake("vllm")
+    assert client.info().model == "tiny"
+    for bad in ("two words", "h\u00e9", "line\nbreak"):
+        monkeypatch.setenv("OPD_TEACHER_TOKEN", bad)
+        with pytest.raises(TeacherRefused, match="OPD_TEACHER_TOKEN: must be printable") as caught:
+            fake("vllm")
+        assert bad not in str(caught.value)
+
+
 def test_unknown_kinds_are_met_with_the_nearest():
     with pytest.raises(TeacherRefused, match="did you mean 'sglang'"):
         connect("sgl", "http://x")
