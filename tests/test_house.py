@@ -108,6 +108,7 @@ TESTED_ELSEWHERE = {
     "python/opd/clients/http_client.py": "tests/opd/clients/test_kinds.py",
     "python/opd/clients/laws.py": "tests/opd/clients/test_vllm.py and test_fuzz.py",
     "python/opd/clients/openai_rows.py": "tests/opd/clients/test_vllm.py",
+    "python/opd/clients/opd_replies.py": "tests/opd/clients/test_opd_server.py and test_fuzz.py",
     "python/opd/clients/protocol.py": "the tests of each client",
     "python/opd/clients/reading.py": "tests/opd/clients/test_vllm.py and test_fuzz.py",
     "python/opd/clients/transport.py": "tests/opd/clients/test_kinds.py",
