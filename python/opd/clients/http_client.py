@@ -190,24 +190,21 @@ class HttpClient(ABC):
     ) -> None:
         if not parts:
             return
-        with ThreadPoolExecutor(min(self._concurrency, len(parts)), "teacher") as pool:
+        pool = ThreadPoolExecutor(min(self._concurrency, len(parts)), "teacher")
+        try:
             futures = [pool.submit(self._must_finish, p, ask, deadline, results) for p in parts]
-            try:
-                done, left = wait(futures, return_when=FIRST_EXCEPTION)
-            except BaseException:
-                # Ctrl-C must not wait for a dead teacher
-                deadline.cancel()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            done, left = wait(futures, return_when=FIRST_EXCEPTION)
             failed = [future.exception() for future in done if future.exception() is not None]
-            if failed and not isinstance(failed[0], TeacherUnavailable):
-                deadline.cancel()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise failed[0]
-            wait(left)
-            failed += [future.exception() for future in left if future.exception() is not None]
-        if failed:
-            raise _with_results(failed[0], results)
+            # the others of a server that does not answer may yet be answered
+            if all(isinstance(error, TeacherUnavailable) for error in failed):
+                wait(left)
+                failed += [future.exception() for future in left if future.exception() is not None]
+            for error in sorted(failed, key=lambda error: isinstance(error, TeacherUnavailable)):
+                raise _with_results(error, results)
+        finally:
+            # neither a refusal nor Ctrl-C waits for a dead teacher
+            deadline.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _must_finish(self, *arguments: Any) -> None:
         failure = self._finish(*arguments)

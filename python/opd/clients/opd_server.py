@@ -15,21 +15,22 @@ from torch import Tensor
 
 from opd.batch import Head
 from opd.clients.http_client import Ask, HttpClient, Item
-from opd.clients.laws import (
-    check_complete,
-    check_ids,
-    check_mass,
-    finite_logprobs,
+from opd.clients.laws import finite_logprobs
+from opd.clients.opd_replies import (
+    ZERO_LOGPROB,
+    checked_topk,
+    is_number,
+    query_width,
+    read_lists,
+    read_message,
+    read_object,
 )
 from opd.clients.protocol import BadReply, Scores, TeacherInfo, TeacherRefused
-from opd.clients.transport import Damaged, Deadline
-from opd.wire import CONTENT_TYPE, Message, WireError, pack, unpack
+from opd.clients.transport import Deadline
+from opd.wire import CONTENT_TYPE, Message, WireError, pack
 
 _PATHS = {"topk": "topk", "token_logprobs": "token_logprobs", "hidden": "hidden_states"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CRC_HEADER = "x-opd-crc32"
-# what our JSON has for -inf: a law at a low temperature may well have a log-probability of -9999
-ZERO_LOGPROB = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class ServerLimits:
     max_sequences: int
     max_query_ids: int
     hidden_rank: int
+    dtype: str
 
 
 class OpdClient(HttpClient):
@@ -50,7 +52,8 @@ class OpdClient(HttpClient):
         wire: "binary"; "json" is many times slower and there to be compared with.
         law_size: the laws are over the first so many tokens, where the heads of student and
             teacher are padded differently. Default: all that the server has.
-        hidden_dtype: of hidden states on the wire.
+        hidden_dtype: of hidden states on the wire; default: of the teacher's weights, which loses
+            nothing. `Scores.hidden` has the dtype of `head()` in any case.
         projected: take hidden states on the leading singular directions of the head
             (`opd serve-teacher --hidden-rank`), with a bound of the error of each row.
         settings: of `HttpClient`.
@@ -66,14 +69,14 @@ class OpdClient(HttpClient):
         *,
         wire: Literal["binary", "json"] = "binary",
         law_size: int | None = None,
-        hidden_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        hidden_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         projected: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(url, **settings)
         for name, value, known in (
             ("wire", wire, ("binary", "json")),
-            ("hidden_dtype", hidden_dtype, tuple(_DTYPES)),
+            ("hidden_dtype", hidden_dtype, (*_DTYPES, None)),
         ):
             if value not in known:
                 raise TeacherRefused(
@@ -123,7 +126,7 @@ class OpdClient(HttpClient):
         self._check_rank()
         path = "/v1/head?projected=1" if self._projected else "/v1/head"
         message: Message = self.transport.call(
-            "GET", path, deadline=deadline, parse=lambda body, _: _unpack(body, self.url)
+            "GET", path, deadline=deadline, parse=lambda body, _: read_message(body, self.url)
         )
         where = f"teacher {self.url}: /v1/head"
         meta = message.meta
@@ -137,8 +140,8 @@ class OpdClient(HttpClient):
             and weight.shape[0] == info.vocab_size
             and bool(weight.isfinite().all())
             and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype))
-            and (softcap is None or _is_number(softcap))
-            and _is_number(scale)
+            and (softcap is None or is_number(softcap))
+            and is_number(scale)
         )
         if not fits:
             raise BadReply(
@@ -151,7 +154,7 @@ class OpdClient(HttpClient):
         where = f"teacher {self.url}: /v1/info"
 
         def parse(body: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
-            found = _json(body, headers, where)
+            found = read_object(body, headers, where)
             wanted = {
                 "vocab_size": int,
                 "max_length": int,
@@ -162,6 +165,7 @@ class OpdClient(HttpClient):
                 "max_sequences": int,
                 "max_query_ids": int,
                 "hidden_rank": int,
+                "dtype": str,
             }
             for key, kind in wanted.items():
                 if type(found.get(key)) is not kind or (kind is int and found[key] < 0):
@@ -177,7 +181,12 @@ class OpdClient(HttpClient):
             max(1, found["max_sequences"]),
             found["max_query_ids"],
             found["hidden_rank"],
+            found["dtype"],
         )
+        if found["dtype"] not in _DTYPES:
+            raise BadReply(
+                f"{where}: dtype must be one of {[*_DTYPES]}, got {found['dtype']!r:.50}"
+            )
         law_size = self._law_size
         if law_size is not None and not 0 < law_size <= found["vocab_size"]:
             raise TeacherRefused(
@@ -219,7 +228,9 @@ class OpdClient(HttpClient):
             # one request has one width of query_ids
             run: list[Item] = []
             for item in part:
-                if run and (len(run) == limits.max_sequences or _width(run[0]) != _width(item)):
+                if run and (
+                    len(run) == limits.max_sequences or query_width(run[0]) != query_width(item)
+                ):
                     cut.append(run)
                     run = []
                 run.append(item)
@@ -242,15 +253,15 @@ class OpdClient(HttpClient):
 
         def parse(reply: bytes, headers: Mapping[str, str]) -> list[Scores]:
             if is_binary:
-                message = _unpack(reply, self.url)
+                message = read_message(reply, self.url)
                 self._check_meta(message.meta, ask, checksum, where)
                 try:
                     return self._read_tensors(message, items, ask, where)
                 except WireError as error:
                     raise BadReply(f"{where}: {error}") from None
-            found = _json(reply, headers, where)
+            found = read_object(reply, headers, where)
             self._check_meta(found.get("meta"), ask, checksum, where)
-            return _read_lists(found, items, ask, where, self._law_vocab())
+            return read_lists(found, items, ask, where, self._law_vocab())
 
         return self.transport.call(
             "POST",
@@ -268,8 +279,12 @@ class OpdClient(HttpClient):
         if ask.signal == "topk":
             meta["num_topk"] = ask.num_topk
         if ask.signal == "hidden":
-            meta |= {"dtype": self._hidden_dtype, "projected": self._projected}
+            meta |= {"dtype": self._wire_dtype(), "projected": self._projected}
         return meta
+
+    def _wire_dtype(self) -> str:
+        assert self._limits is not None
+        return self._hidden_dtype or self._limits.dtype
 
     def _binary_body(self, items: Sequence[Item], ask: Ask) -> bytes:
         tensors = {
@@ -325,14 +340,17 @@ class OpdClient(HttpClient):
         self, message: Message, items: Sequence[Item], ask: Ask, where: str
     ) -> list[Scores]:
         sizes = [item.num_rows for item in items]
-        rows, width = sum(sizes), _width(items[0])
+        rows, width = sum(sizes), query_width(items[0])
         columns: dict[str, Tensor] = {}
         if ask.signal == "hidden":
-            dtype = _DTYPES[self._hidden_dtype]
-            hidden = message.take("hidden", dtype, (rows, None))
-            columns["hidden"] = hidden
+            assert self._limits is not None
+            dtype = self._wire_dtype()
+            hidden = message.take("hidden", _DTYPES[dtype], (rows, None))
             if not hidden.isfinite().all():
-                raise BadReply(f"{where}: a hidden state is not finite in {self._hidden_dtype}")
+                raise BadReply(f"{where}: a hidden state is not finite in {dtype}")
+            # as the head has it: kernels take both in one dtype
+            head_dtype = "float32" if self._projected else self._limits.dtype
+            columns["hidden"] = hidden.to(_DTYPES[head_dtype])
             if self._projected:
                 error = message.take("logit_error", torch.float32, (rows,))
                 if not (error.isfinite().all() and (error >= 0).all()):
@@ -349,93 +367,9 @@ class OpdClient(HttpClient):
             ids = message.take("ids", torch.int32, (rows, ask.num_topk))
             logprobs = message.take("logprobs", torch.float32, (rows, ask.num_topk))
             tail = message.take("tail_logprob", torch.float32, (rows,))
-            columns |= _checked_topk(ids, logprobs, tail, self._law_vocab(), where)
+            columns |= checked_topk(ids, logprobs, tail, self._law_vocab(), where)
         pieces = {name: tensor.split(sizes) for name, tensor in columns.items()}
         return [
             Scores(token_ids=item.completion, **{name: parts[i] for name, parts in pieces.items()})
             for i, item in enumerate(items)
         ]
-
-
-def _checked_topk(
-    ids: Tensor, logprobs: Tensor, tail: Tensor, vocab_size: int, where: str
-) -> dict[str, Tensor]:
-    """Of our own server: in order already, so anything else is an error and not to be mended."""
-    logprobs, tail = (finite_logprobs(x, where, zero=ZERO_LOGPROB) for x in (logprobs, tail))
-    check_ids(ids, vocab_size=vocab_size, where=where)
-    falling = (logprobs[:, :-1] >= logprobs[:, 1:]).all()
-    ordered = ids.sort(1).values
-    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != -1)).any()
-    if not falling or repeated or not torch.equal(ids == -1, logprobs == -torch.inf):
-        raise BadReply(f"{where}: its ids are not distinct, or not the best first")
-    check_mass(logprobs, where)
-    check_complete(logprobs, tail, where)
-    return {"ids": ids, "logprobs": logprobs, "tail_logprob": tail}
-
-
-def _width(item: Item) -> int:
-    return 1 if item.query_ids is None else item.query_ids.shape[1]
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and value not in (0, float("inf")) and value == value
-
-
-def _unpack(body: bytes, url: str) -> Message:
-    try:
-        return unpack(body)
-    except WireError as error:
-        raise Damaged(f"teacher {url}: {error}") from None
-
-
-def _json(body: bytes, headers: Mapping[str, str], where: str) -> dict[str, Any]:
-    checksum = headers.get(_CRC_HEADER)
-    if checksum is not None and checksum != f"{zlib.crc32(body):08x}":
-        raise Damaged(f"{where}: the reply's checksum does not fit, it was damaged on the way")
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{where}: the reply is not JSON, {error}") from None
-    if not isinstance(found, dict):
-        raise BadReply(f"{where}: the reply must be an object, got {type(found).__name__}")
-    return found
-
-
-def _read_lists(
-    found: dict[str, Any], items: Sequence[Item], ask: Ask, where: str, vocab_size: int
-) -> list[Scores]:
-    """The JSON form of a reply."""
-    results = found.get("results")
-    if not isinstance(results, list) or len(results) != len(items):
-        raise BadReply(f"{where}: the reply must have {len(items)} results")
-    scores = []
-    for item, result in zip(items, results, strict=True):
-        if not isinstance(result, dict):
-            raise BadReply(f"{where}: a result must be an object")
-        rows = item.num_rows
-
-        def read(name: str, dtype: torch.dtype, *shape: int, result: Any = result) -> Tensor:
-            try:
-                tensor = torch.tensor(result[name], dtype=dtype)
-            except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-                raise BadReply(f"{where}: {name} is not numbers, {error!r}") from None
-            if 0 in shape and tensor.numel() == 0:
-                return tensor.reshape(shape)
-            if tensor.shape != shape:
-                raise BadReply(f"{where}: {name} must be {list(shape)}, got {list(tensor.shape)}")
-            if dtype == torch.float32 and name not in ("entropy", "logit_error", "hidden"):
-                return finite_logprobs(tensor, where, zero=ZERO_LOGPROB)
-            if not tensor.isfinite().all():
-                raise BadReply(f"{where}: {name} is not finite")
-            return tensor
-
-        columns: dict[str, Tensor] = {}
-        columns["token_logprobs"] = read("token_logprobs", torch.float32, rows, _width(item))
-        columns["entropy"] = read("entropy", torch.float32, rows)
-        if ask.signal == "topk":
-            ids = read("ids", torch.int32, rows, ask.num_topk)
-            logprobs = read("logprobs", torch.float32, rows, ask.num_topk)
-            tail = read("tail_logprob", torch.float32, rows)
-            columns |= _checked_topk(ids, logprobs, tail, vocab_size, where)
-        scores.append(Scores(token_ids=item.completion, **columns))
-    return scores

@@ -51,7 +51,7 @@ class Scores:
         tail_logprob: [C] float32, log of the mass outside the ids; -inf: none.
         entropy: [C] float32, of the whole law, where the server gives it.
         token_logprobs: [C, J] float32, of `query_ids`, else of `token_ids` (J = 1).
-        hidden: [C, D], final hidden states in the dtype that was asked for.
+        hidden: [C, D], final hidden states in the dtype of `Client.head()`.
         logit_error: [C] float32, no logit is off by more than this because `hidden` is projected.
     """
 

@@ -48,10 +48,9 @@ class SglangClient(HttpClient):
             deadline=deadline,
             parse=lambda body, _: read_json(body, where),
         )
-        model, length = found.get("model_path"), found.get("max_context_length")
+        model = found.get("model_path")
         return TeacherInfo(
             model=model if isinstance(model, str) else None,
-            max_length=length if type(length) is int and length > 0 else None,
             # it says in each reply whether the temperature was applied
             takes_temperature=True,
         )

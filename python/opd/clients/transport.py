@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import ssl
 import threading
 import time
 from collections.abc import Mapping
@@ -61,16 +63,19 @@ class Transport:
         self.url = _checked_url(url)
         self._max_reply_bytes = max_reply_bytes
         self._token_variable = token_variable
-        token = os.environ.get(token_variable, "")
+        self._request_timeout_s = request_timeout_s
+        token = os.environ.get(token_variable, "").strip()
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise TeacherRefused(f"{token_variable}: must be printable ASCII without spaces")
         self._client = httpx2.Client(
             base_url=self.url,
             # compressed floats are hardly smaller, and a short reply could unpack to a huge one
             headers={"accept-encoding": "identity"} | _authorization(token),
-            timeout=httpx2.Timeout(request_timeout_s, connect=10.0),
             limits=httpx2.Limits(max_connections=64, max_keepalive_connections=64),
             # a proxy of the environment does not lead to this machine
             trust_env=urlsplit(self.url).hostname not in _LOOPBACK,
             follow_redirects=False,
+            verify=_certificates(),
             transport=transport,
         )
         self._wait = tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.5)
@@ -103,10 +108,18 @@ class Transport:
             BadReply: the reply came whole and is wrong, or came damaged three times.
         """
         damaged = 0
+        reason: _Transient | None = None
 
         def attempt() -> Any:
-            nonlocal damaged
-            body, reply = self._once(method, path, deadline, content, headers or {})
+            nonlocal damaged, reason
+            if reason is not None and deadline.left() <= 0:
+                # the sleep was cut short: no time for a try whose failure would hide the reason
+                raise reason
+            try:
+                body, reply = self._once(method, path, deadline, content, headers or {})
+            except _Transient as error:
+                reason = error
+                raise
             try:
                 return body if parse is None else parse(body, reply.headers)
             except Damaged as error:
@@ -140,7 +153,15 @@ class Transport:
         content: bytes | None,
         headers: Mapping[str, str],
     ) -> tuple[bytes, httpx2.Response]:
-        request = self._client.build_request(method, path, content=content, headers=dict(headers))
+        # a try must not outlast the deadline
+        longest = max(0.1, min(self._request_timeout_s, deadline.left()))
+        request = self._client.build_request(
+            method,
+            path,
+            content=content,
+            headers=dict(headers),
+            timeout=httpx2.Timeout(longest, connect=min(10.0, longest)),
+        )
         try:
             reply = self._client.send(request, stream=True)
             try:
@@ -153,7 +174,7 @@ class Transport:
             raise _Transient(
                 f"status {reply.status_code}, {_message(body)}", _retry_after(reply.headers)
             )
-        if reply.status_code in (401, 403):
+        if reply.status_code == 401:
             raise TeacherRefused(
                 f"teacher {self.url}: refused the token (status {reply.status_code}); set "
                 f"{self._token_variable} to the one that the server was started with"
@@ -228,6 +249,12 @@ class Deadline:
     def cancel(self) -> None:
         """Let everyone who waits give up."""
         self._cancelled.set()
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The system's, read once: that takes longer than a request."""
+    return httpx2.create_ssl_context()
 
 
 def _checked_url(url: str) -> str:

@@ -162,9 +162,10 @@ class VllmClient(HttpClient):
                 f"teacher {self.url}: a sequence is longer than the server takes; shorten prompts "
                 f"or completions, or start it with a larger --max-model-len ({error.reason})"
             )
-        if error.status == 404 and self._endpoint == "generate":
+        if error.status in (403, 404) and self._endpoint == "generate":
             return TeacherRefused(
-                f"teacher {self.url}: has no /inference/v1/generate; set endpoint to 'completions'"
+                f"teacher {self.url}: has no /inference/v1/generate; start it with "
+                f"--enable-scale-out, or set endpoint to 'completions' ({error.reason})"
             )
         return error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -100,6 +100,7 @@ class Server:
                 "model": engine.name,
                 "fingerprint": engine.fingerprint,
                 "tokenizer_hash": engine.tokenizer_hash,
+                "dtype": engine.dtype,
                 "max_batch_tokens": self.settings.max_batch_tokens,
                 **asdict(engine.limits),
             }
@@ -116,8 +117,12 @@ class Server:
         if projected not in self._heads:
             make = partial(self._pack_head, projected)
             self._heads[projected] = asyncio.create_task(self.batcher.run(make))
-        # one client that leaves must not take it from the others
-        body = await asyncio.shield(self._heads[projected])
+        try:
+            # one client that leaves must not take it from the others
+            body = await asyncio.shield(self._heads[projected])
+        except Exception:
+            self._heads.pop(projected, None)
+            raise
         return Response(body, headers={"content-type": CONTENT_TYPE})
 
     def _pack_head(self, projected: bool) -> bytes:
@@ -206,6 +211,9 @@ class Server:
             return await handler(request)
         except RequestError as error:
             return _error(error.status, str(error), error.headers)
+        except ClientDisconnect:
+            self.monitor.cancelled.inc()
+            return Response(status_code=_GONE)
         except asyncio.CancelledError:
             raise
         except Exception:

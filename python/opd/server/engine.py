@@ -93,6 +93,11 @@ class Engine:
             max_request_tokens=max(given.max_request_tokens, length),
         )
 
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        return str(self._model.lm_head_weight.dtype).removeprefix("torch.")
+
     def head_tensors(self, *, projected: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and metadata of `/v1/head`."""
         if projected:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opd.server.engine import Rows
-from opd.server.requests import JSON_TYPE, ScoreRequest
+from opd.server.requests import JSON_TYPE, RequestError, ScoreRequest
 from opd.wire import CONTENT_TYPE, pack
 
 CRC_HEADER = "x-opd-crc32"
@@ -31,6 +31,10 @@ def reply_body(
     if not request.is_json:
         tensors = {name: torch.cat([rows[name] for rows in results]) for name in results[0]}
         return pack(tensors, meta), {"content-type": CONTENT_TYPE}
+    if any(tensor.isnan().any() for rows in results for tensor in rows.values()):
+        raise RequestError(
+            422, "the model's law of these tokens is NaN, which JSON has no word for"
+        )
     lists = [{name: _finite(rows[name]).tolist() for name in rows} for rows in results]
     return json_body({"meta": meta, "results": lists})
 

@@ -121,6 +121,10 @@ def parse_request(
     if kind == CONTENT_TYPE:
         return _binary(body, signal, limits)
     if kind == JSON_TYPE:
+        # as Python objects it is many times larger
+        most = limits.max_request_bytes // 8
+        if len(body) > most:
+            raise RequestError(413, f"a JSON body has at most {most} bytes, got {len(body)}")
         return _json(body, signal, limits)
     raise RequestError(
         415, f"content-type must be {CONTENT_TYPE} or {JSON_TYPE}, got {content_type[:100]!r}"

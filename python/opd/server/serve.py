@@ -15,7 +15,7 @@ from typing import Any, Literal
 import uvicorn
 from pydantic import Field, ValidationError, model_validator
 
-from opd.model import resolve_model_path
+from opd.model import resolve_device, resolve_model_path
 from opd.schema import ConfigError, Section, sentences
 from opd.server.app import AppSettings, build_app
 from opd.server.engine import Engine
@@ -33,7 +33,8 @@ class ServeConfig(Section):
         model: path or name of a model in the Hugging Face format, or `builtin:...`.
         host: address to listen on. Any but this machine's own needs a token.
         port: 0 takes a free one.
-        dtype: of the weights.
+        dtype: of the weights; default: bfloat16 on a GPU, float32 on a CPU, which has no fast
+            16-bit arithmetic as a rule.
         device: `auto` is the GPU if there is one.
         attn_implementation: as in transformers.
         vocab_size: the laws are over the first so many tokens of the head.
@@ -53,7 +54,7 @@ class ServeConfig(Section):
     model: str
     host: str = "127.0.0.1"
     port: int = Field(8642, ge=0, le=65535)
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "auto"
     attn_implementation: str | None = None
     vocab_size: int | None = Field(None, ge=1)
@@ -130,9 +131,10 @@ def load_engine(config: ServeConfig) -> Engine:
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    on_gpu = resolve_device(config.device).type != "cpu"
     source = LocalConfig(
         model_name_or_path=config.model,
-        dtype=config.dtype,
+        dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
@@ -219,7 +221,7 @@ def _tell(config: ServeConfig, engine: Engine, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     limits = engine.limits
     print(
-        f"serving {engine.name} ({limits.vocab_size} tokens, {config.dtype}, fingerprint "
+        f"serving {engine.name} ({limits.vocab_size} tokens, {engine.dtype}, fingerprint "
         f"{engine.fingerprint}) on {scheme}://{host}:{port}",
         flush=True,
     )

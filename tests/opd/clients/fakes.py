@@ -151,7 +151,14 @@ class FakeSglang(Fake):
 
     def answer(self, path: str, body: Any) -> Any:
         if path == "/get_model_info":
-            return {"model_path": "tiny", "max_context_length": self.max_length}
+            return {"model_path": "tiny"}
+        for ids in body["input_ids"]:
+            if len(ids) > self.max_length:
+                return refusal(
+                    400,
+                    f"The input ({len(ids)} tokens) is longer than the model's context length "
+                    f"({self.max_length} tokens).",
+                )
         results = []
         starts = body["logprob_start_len"]
         for place, ids in enumerate(body["input_ids"]):

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx2
 import pytest
 import torch
@@ -241,6 +245,43 @@ def test_bad_urls(url, message):
     assert "secret-word" not in str(caught.value)
 
 
+def test_tokens_of_files_end_in_a_newline_and_others_are_refused(fake, monkeypatch):
+    monkeypatch.setenv("OPD_TEACHER_TOKEN", "a-secret-of-a-file\n")
+    client, _ = fake("vllm")
+    assert client.info().model == "tiny"
+    for bad in ("two words", "h\u00e9", "line\nbreak"):
+        monkeypatch.setenv("OPD_TEACHER_TOKEN", bad)
+        with pytest.raises(TeacherRefused, match="OPD_TEACHER_TOKEN: must be printable") as caught:
+            fake("vllm")
+        assert bad not in str(caught.value)
+
+
 def test_unknown_kinds_are_met_with_the_nearest():
     with pytest.raises(TeacherRefused, match="did you mean 'sglang'"):
         connect("sgl", "http://x")
+
+
+def test_a_silent_server_does_not_outlast_the_deadline():
+    """One that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        client = connect("vllm", url, deadline_s=0.7)
+        begin = time.monotonic()
+        with pytest.raises(TeacherUnavailable, match="no reply in time"):
+            client.score([torch.tensor([1, 2])], [1])
+        assert time.monotonic() - begin < 3
+
+
+def test_a_server_that_comes_up_late_is_found(engine):
+    """As when teacher and student are started together."""
+    from tests.opd.server.live import running
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    client = connect("opd", f"http://127.0.0.1:{port}", deadline_s=20)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.score, [torch.tensor([1, 2, 3])], [1], num_topk=4)
+        time.sleep(0.5)
+        assert not asked.done()
+        with running(engine, port=port):
+            assert asked.result()[0].ids.shape == (2, 4)

@@ -23,7 +23,7 @@ def url(live, engine):
 
 @pytest.fixture
 def client(url):
-    client = connect("opd", url, vocab_size=VOCAB_SIZE, hidden_dtype="float32", deadline_s=20)
+    client = connect("opd", url, vocab_size=VOCAB_SIZE, deadline_s=20)
     yield client
     client.close()
 
@@ -106,7 +106,7 @@ def test_a_student_equal_to_the_teacher_has_no_loss(client, batch_of, teacher, s
 
 def test_hidden_states_make_the_logits_of_the_model(client, url, sequences, starts, teacher):
     head = client.head()
-    projected = connect("opd", url, hidden_dtype="float32", projected=True)
+    projected = connect("opd", url, projected=True)
     rounded = connect("opd", url, hidden_dtype="bfloat16", projected=True)
     for ids, start in zip(sequences, starts, strict=True):
         logits = teacher.model(ids[None]).logits[0, start - 1 : len(ids) - 1].detach()
@@ -116,6 +116,7 @@ def test_hidden_states_make_the_logits_of_the_model(client, url, sequences, star
         for other in (projected, rounded):
             (found,) = other.score([ids], [start], signal="hidden")
             assert found.hidden.shape == (len(ids) - start, 8)
+            assert found.hidden.dtype == other.head().weight.dtype == torch.float32
             error = (other.head().logits(found.hidden) - logits).abs()
             # the bound holds for every logit, and is not empty
             assert (error <= found.logit_error[:, None]).all()
@@ -282,3 +283,21 @@ def test_another_kind_of_server_is_told_apart(fake):
     client = connect("opd", "http://teacher:1", transport=server.transport(), deadline_s=2)
     with pytest.raises(BadReply, match="is this an `opd serve-teacher`"):
         client.info()
+
+
+def test_a_teacher_of_16_bits_sends_what_its_kernels_take(live, hf_model, sequences, starts):
+    from opd.server.engine import Engine
+    from opd.teachers import LocalTeacher
+
+    teacher = LocalTeacher(hf_model(seed=2, hidden_size=24).bfloat16(), name="teacher")
+    client = connect("opd", live(Engine(teacher, name="tiny")), vocab_size=VOCAB_SIZE)
+    for found, ids, start in zip(
+        client.score(sequences, starts, signal="hidden"), sequences, starts, strict=True
+    ):
+        assert found.hidden.dtype == client.head().weight.dtype == torch.bfloat16
+        trajectory = Trajectory(
+            ids=ids, prompt_length=start, loss_mask=torch.arange(len(ids)) >= start
+        )
+        local = teacher.hidden(collate([trajectory], pad_id=0))
+        # another padding, another order of sums
+        torch.testing.assert_close(found.hidden, local, rtol=0.05, atol=0.05)

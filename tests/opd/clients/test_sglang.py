@@ -169,6 +169,12 @@ def test_replies_of_another_form(fake, reply):
         client.score([IDS], [1], num_topk=K)
 
 
+def test_sequences_longer_than_the_context_are_explained(fake):
+    client, _ = fake("sglang", max_length=5)
+    with pytest.raises(TeacherRefused, match=r"larger --context-length.*longer than the model's"):
+        client.score([IDS], [1], num_topk=K)
+
+
 def test_aborted_sequences_are_asked_again(fake):
     times = [2]
 

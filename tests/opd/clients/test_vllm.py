@@ -141,10 +141,11 @@ def test_the_servers_limits_are_explained(fake, endpoint):
         client.score([torch.ones(64, dtype=torch.int64)], [1], num_topk=2)
 
 
-def test_a_server_without_the_newer_endpoint(fake):
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_server_without_the_newer_endpoint(fake, status):
     client, server = fake("vllm", client={"endpoint": "generate"})
     server.answer = lambda path, body: (
-        httpx2.Response(404, json={"detail": "Not Found"})
+        httpx2.Response(status, json={"detail": "Not Found"})
         if "generate" in path
         else {"data": [{"id": "tiny"}]}
     )

@@ -75,7 +75,7 @@ def url(path, tmp_path_factory):
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--enforce-eager"]
-    command += ["--max-logprobs", str(MAX_TOPK)]
+    command += ["--max-logprobs", str(MAX_TOPK), "--enable-scale-out"]
     # what this process has set for its own Python is not for another one
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

@@ -14,9 +14,9 @@ from opd.server.app import AppSettings, build_app
 
 
 @contextlib.contextmanager
-def running(engine, **settings):
+def running(engine, port=0, **settings):
     """A server in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     app = build_app(engine, AppSettings(**settings))
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none")
     server = uvicorn.Server(config)
