@@ -8,8 +8,10 @@ from ._explain import explain
 from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
+from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
+from .sample_tokens import TokenSamples, sample_tokens
 from .segment_scan import (
     GroupStatistics,
     group_statistics,
@@ -28,6 +30,7 @@ __all__ = [
     "GroupStatistics",
     "OpdError",
     "TokenLogprobs",
+    "TokenSamples",
     "TopkLogprobs",
     "UnsupportedBackendError",
     "divergence",
@@ -35,12 +38,14 @@ __all__ = [
     "errors",
     "explain",
     "fused_linear_divergence",
+    "fused_linear_sample_tokens",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
     "group_statistics",
     "kernel_table",
     "reference",
     "release_workspace",
+    "sample_tokens",
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",

@@ -23,6 +23,8 @@ OPS = (
     "segment_scan",
     "topk_logprobs",
     "fused_linear_topk",
+    "sample_tokens",
+    "fused_linear_sample_tokens",
 )
 
 # the oldest GPUs that csrc/cuda is written for
@@ -104,6 +106,10 @@ def _reference(meta: Meta) -> str | None:
     return None
 
 
+def _no_kernel(meta: Meta) -> str | None:
+    return "this op has a kernel on a CPU only"
+
+
 # in order of preference; the fused_linear ops use the row kernels of the rest
 BACKENDS: dict[str, tuple[Row, ...]] = {
     op: (
@@ -114,6 +120,11 @@ BACKENDS: dict[str, tuple[Row, ...]] = {
     )
     for op in OPS
 }
+for _op in ("sample_tokens", "fused_linear_sample_tokens"):
+    BACKENDS[_op] = tuple(
+        Row(row.backend, _no_kernel) if row.backend in ("cuda", "triton") else row
+        for row in BACKENDS[_op]
+    )
 
 # never chosen by itself: it forms every [T, V] in float64
 _ONLY_ON_REQUEST = "reference"

@@ -13,7 +13,7 @@ from .divergences import parse_sum
 
 # where the heads are among the tensors of a call
 _HEADS = {"fused_linear_divergence": (1, 3), "fused_linear_token_logprobs": (1,)}
-_HEADS |= {"fused_linear_topk": (1,)}
+_HEADS |= {"fused_linear_topk": (1,), "fused_linear_sample_tokens": (1,)}
 
 
 def explain(op: str, *tensors: Tensor, **options: object) -> str:

@@ -66,6 +66,22 @@ def take(
     return rows.float() if _gemms.widens(rows) else rows
 
 
+def form_logits(
+    op: str,
+    logits: Tensor,
+    chunk: Tensor,
+    head: Tensor,
+    low_rank: _gemms.LowRank | None,
+    head_slice_rows: int,
+) -> None:
+    """Fills `logits` [C, V] with chunk @ head[:V].T, and what a low-rank pair adds to it."""
+    with phase(chunk, op, "logits"):
+        _gemms.logits_into(logits, chunk, head, head_slice_rows)
+    if low_rank is not None:
+        with phase(chunk, op, "low_rank"):
+            low_rank.add_logits(logits, low_rank.project(chunk))
+
+
 def put(target: Tensor, token_idx: Tensor | None, begin: int, end: int, rows: Tensor) -> None:
     """Writes rows of the active tokens back to their places in dimension 0 of `target`."""
     if token_idx is None:

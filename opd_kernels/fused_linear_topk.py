@@ -165,16 +165,6 @@ def _split(arguments: Sequence) -> tuple[Inputs, Law, list]:
     )
 
 
-def _form_logits(
-    logits: Tensor, chunk: Tensor, inputs: Inputs, low_rank: _gemms.LowRank | None, slice_rows: int
-) -> None:
-    with _linear.phase(chunk, _OP, "logits"):
-        _gemms.logits_into(logits, chunk, inputs.lm_head_weight, slice_rows)
-    if low_rank is not None:
-        with _linear.phase(chunk, _OP, "low_rank"):
-            low_rank.add_logits(logits, low_rank.project(chunk))
-
-
 def _fwd(*arguments):
     inputs, law, (num_topk, workspace_bytes, group_name, backend) = _split(arguments)
     shard, rows = _parallel.resolve(group_name), _dispatch.row_ops(backend)
@@ -191,7 +181,7 @@ def _fwd(*arguments):
         whole_rows=_plan.NO_PATH_B,
         low_rank=0 if inputs.lora_a is None else inputs.lora_a.shape[0],
     )
-    low_rank = inputs.low_rank()
+    head, low_rank = inputs.lm_head_weight, inputs.low_rank()
     part = None
     if shard is None:
         outputs = fwd_outputs(inputs.hidden, table, num_topk)
@@ -204,7 +194,7 @@ def _fwd(*arguments):
         here = slice(begin, end)
         chunk = _linear.take(inputs.hidden, None, begin, end)
         logits = buffer[: end - begin, : law.vocab_size]
-        _form_logits(logits, chunk, inputs, low_rank, plan.head_slice_rows)
+        _linear.form_logits(_OP, logits, chunk, head, low_rank, plan.head_slice_rows)
         with _linear.phase(chunk, _OP, "rows"):
             ids = table[here] if table is not None and shard is None else None
             values = rows.topk_logprobs_fwd(logits, ids, *law.rows(here), outputs[0].shape[1])

@@ -50,7 +50,12 @@ LAYERS = (
 _ROW_KERNEL = "its GEMMs are the library's and its row kernel is that of the op without the prefix"
 ABSENT = {
     (op, layer): _ROW_KERNEL
-    for op in ("fused_linear_divergence", "fused_linear_token_logprobs", "fused_linear_topk")
+    for op in (
+        "fused_linear_divergence",
+        "fused_linear_token_logprobs",
+        "fused_linear_topk",
+        "fused_linear_sample_tokens",
+    )
     for layer in (
         "csrc/core/{op}.cpp",
         "csrc/cuda/{op}.cu",
@@ -64,6 +69,16 @@ ABSENT = {
 _LIBRARY = "on a GPU the GEMMs are the library's"
 ABSENT |= {
     ("gemm", layer): _LIBRARY
+    for layer in (
+        "csrc/cuda/{op}.cu",
+        "opd_kernels/triton/{op}.py",
+        "tests/csrc/test_cuda_{op}.cpp",
+        "tests/opd_kernels/test_cuda_{op}.py",
+        "tests/opd_kernels/test_triton_{op}.py",
+    )
+}
+ABSENT |= {
+    ("sample_tokens", layer): "drawn where the teacher's law is compressed: a CPU kernel so far"
     for layer in (
         "csrc/cuda/{op}.cu",
         "opd_kernels/triton/{op}.py",

@@ -3,8 +3,10 @@
 
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
+from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
+from .sample_tokens import TokenSamples, sample_tokens
 from .segment_scan import (
     GroupStatistics,
     group_statistics,
@@ -19,12 +21,15 @@ __all__ = [
     "FusedLinearDivergence",
     "GroupStatistics",
     "TokenLogprobs",
+    "TokenSamples",
     "TopkLogprobs",
     "divergence",
     "fused_linear_divergence",
+    "fused_linear_sample_tokens",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
     "group_statistics",
+    "sample_tokens",
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",

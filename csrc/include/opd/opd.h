@@ -332,6 +332,32 @@ OPD_API int64_t opd_topk_logprobs_workspace_bytes(int64_t num_tokens, int64_t vo
                                                   int64_t num_topk);
 OPD_API opd_status_t opd_topk_logprobs_fwd_cpu(const opd_topk_logprobs_args_t* args);
 
+/* num_draws ids per row, drawn with replacement from the proposal R_t, the softmax of z /
+ * proposal_temperature, z as above: draw n is the first id at which the sum of R_t up to it exceeds
+ * uniforms[t, n]. Distinct ids in ascending order, the rest of a row -1:
+ *   weights = count / num_draws * Q_t / R_t, which is Q_t on average; 0 beside an id of -1.
+ *   logprobs = log Q_t, -inf beside an id of -1.   lse: log sum_v exp z_v.
+ * A row with a NaN or a +inf among its z, or of nothing but -inf, has ids -1 and NaN elsewhere (but
+ * for the lse of the last, -inf). CPU only. */
+typedef struct opd_sample_tokens_args_t {
+  uint32_t struct_size;
+  int64_t num_tokens;
+  int64_t vocab_size; /* the columns that count; the rest of a row is never read */
+  opd_parallel_for_fn parallel_for;
+  opd_logits_t logits;
+  const double* uniforms; /* [T, num_draws], each in [0, 1) */
+  int64_t num_draws;      /* 1 .. OPD_MAX_TOPK */
+  double proposal_temperature; /* > 0 */
+  int32_t* ids;           /* [T, num_draws] out */
+  void* weights;          /* [T, num_draws] real, out */
+  void* logprobs;         /* [T, num_draws] real, out */
+  double* lse;            /* [T] out */
+  void* workspace;        /* opd_sample_tokens_workspace_bytes(..) bytes, aligned to 8, overwritten */
+} opd_sample_tokens_args_t;
+
+OPD_API int64_t opd_sample_tokens_workspace_bytes(int64_t num_tokens, int64_t vocab_size);
+OPD_API opd_status_t opd_sample_tokens_fwd_cpu(const opd_sample_tokens_args_t* args);
+
 /* ---- Segments: per-token values packed one segment (sequence, turn, group) after another. ---- */
 
 /* Segment s is the tokens offsets[s] .. offsets[s + 1] - 1; empty segments are allowed. */
