@@ -17,12 +17,12 @@
 // What to expect of an H200 (a prediction from the machine code, nobody has measured it): 4096 rows
 // of 151,936 at 4.0 TB/s leave a multiprocessor 14.7 issue slots per bfloat16 entry, 29 per float32
 // one. An entry of the tail costs 8 (conversion, maximum, subtraction, product, ex2, two sums), a
-// piece and its share of the loop about 20 more: 10 to 11 slots per bfloat16 entry, 13 per float32
-// one. Waiting entries, two or three cuts and the end of a row add 10 to 15%, num_topk = 64. float32,
-// which is what a fused op has, should run at the speed of memory, bfloat16 at 80 to 95% of it; with
-// num_topk in the thousands two or three times longer. A row of -inf entries costs up to twice as
-// much arithmetic, a row that ascends a cut per tile. Few rows (less than kBlocks per
-// multiprocessor) leave the machine idle: a row is never shared by blocks.
+// piece of 16 bytes and its share of the loop about 30 more: 11.6 slots per bfloat16 entry, 16 per
+// float32 one. Waiting entries, two or three cuts and the end of a row add 10 to 15% with num_topk =
+// 64. float32, which is what a fused op has, should run at the speed of memory, bfloat16 at 80 to
+// 95% of it; with num_topk in the thousands both two or three times longer. A row with -inf entries
+// costs up to twice as much arithmetic, a row that ascends a cut per tile. Few rows (less than
+// kBlocks per multiprocessor) leave the machine idle: blocks never share a row.
 #include <limits>
 
 #include "logits_row.cuh"
