@@ -28,6 +28,7 @@ from opd_kernels.divergence import FINISH, LSE, ROW_SUMS, TERMS
 from opd_kernels.triton import (
     _divergence_phases,
     divergence,
+    sample_tokens,
     sparse_gradient,
     token_logprobs,
     topk_logprobs,
@@ -77,7 +78,8 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
             }
         )
 
-    modules = (divergence, _divergence_phases, sparse_gradient, token_logprobs, topk_logprobs)
+    modules = (divergence, _divergence_phases, sparse_gradient, token_logprobs)
+    modules += (topk_logprobs, sample_tokens)
     for module in modules:
         module.launch = launch
     described = []
@@ -110,6 +112,7 @@ def calls(names: Sequence[str]):
             chosen = {"options": options, "divergence": None, "dtype": _name(dtype)}
             yield chosen, partial(_token_logprobs, dtype, options)
             yield chosen, partial(_topk_logprobs, dtype, options)
+            yield chosen, partial(_sample_tokens, dtype, options)
     yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
@@ -186,6 +189,14 @@ def _topk_logprobs(dtype: torch.dtype, options: str) -> None:
     if options == EVERYTHING:
         law = (torch.empty(VOCAB_SIZE), torch.ones(2), [0.5, 30.0, 1.0], VOCAB_SIZE)
         topk_logprobs.topk_logprobs_fwd(logits, torch.zeros(2, 4, dtype=torch.int64), *law, 4096)
+
+
+def _sample_tokens(dtype: torch.dtype, options: str) -> None:
+    logits, uniforms = torch.empty(2, VOCAB_SIZE, dtype=dtype), torch.zeros(2, 50).double()
+    law = (None, None, [1.0, 0.0, 1.0], VOCAB_SIZE)
+    if options == EVERYTHING:
+        law = (torch.empty(VOCAB_SIZE), torch.ones(2), [0.5, 30.0, 1.0], VOCAB_SIZE)
+    sample_tokens.sample_tokens_fwd(logits, uniforms, *law, 1.3)
 
 
 def _sparse_gradient() -> None:

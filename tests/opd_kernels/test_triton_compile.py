@@ -50,6 +50,7 @@ def test_triton_kernels_compile_for_sm_90(compiled, request):
         "_token_logprobs_fwd_kernel",
         "_token_logprobs_bwd_kernel",
         "_topk_logprobs_fwd_kernel",
+        "_sample_tokens_fwd_kernel",
         "_sparse_gradient_mark_kernel",
         "_sparse_gradient_pack_kernel",
         "_sparse_gradient_add_kernel",
