@@ -111,8 +111,10 @@ def calls(names: Sequence[str]):
         for options in (PLAIN, EVERYTHING):
             chosen = {"options": options, "divergence": None, "dtype": _name(dtype)}
             yield chosen, partial(_token_logprobs, dtype, options)
-            yield chosen, partial(_topk_logprobs, dtype, options)
-            yield chosen, partial(_sample_tokens, dtype, options)
+            if dtype == torch.float32 or options == PLAIN:
+                yield chosen, partial(_topk_logprobs, dtype, options)
+            if dtype == torch.float32:
+                yield chosen, partial(_sample_tokens, dtype, options)
     yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
@@ -184,11 +186,11 @@ def _token_logprobs(dtype: torch.dtype, options: str) -> None:
 
 def _topk_logprobs(dtype: torch.dtype, options: str) -> None:
     logits = torch.empty(2, VOCAB_SIZE, dtype=dtype)
-    law = (None, None, [1.0, 0.0, 1.0], VOCAB_SIZE)
-    topk_logprobs.topk_logprobs_fwd(logits, None, *law, 64)
+    law, ids, num_topk = (None, None, [1.0, 0.0, 1.0], VOCAB_SIZE), None, 64
     if options == EVERYTHING:
         law = (torch.empty(VOCAB_SIZE), torch.ones(2), [0.5, 30.0, 1.0], VOCAB_SIZE)
-        topk_logprobs.topk_logprobs_fwd(logits, torch.zeros(2, 4, dtype=torch.int64), *law, 4096)
+        ids, num_topk = torch.zeros(2, 4, dtype=torch.int64), 4096
+    topk_logprobs.topk_logprobs_fwd(logits, ids, *law, num_topk)
 
 
 def _sample_tokens(dtype: torch.dtype, options: str) -> None:

@@ -85,6 +85,11 @@ struct Tail {
   static constexpr float kAhead = 5.0f;
   float reference = kLowest, sum = 0.0f, moment = 0.0f;
 
+  // A value that adds nothing; -inf only where the reference has no better: it would take moment_of.
+  __device__ __forceinline__ float nothing() const {
+    return reference - (200.0f + 0.5f * fabsf(reference));
+  }
+
   // `most` is the largest value, NaN aside.
   template <int N>
   __device__ __forceinline__ void add(const float (&values)[N], float most) {
@@ -164,7 +169,7 @@ struct Waiting {
           const unsigned at = atomicAdd(count, 1u);
           keys[at] = key_of(values[i], column + i);
           is_full |= at >= wait;
-          values[i] = kMinusInfinity;
+          values[i] = tail.nothing();
         }
       }
       most = largest_of(values);
