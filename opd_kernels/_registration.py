@@ -42,7 +42,7 @@ def register(
         backward: the same, but made from the namespace of the op that it belongs to.
         triton: host launcher with the schema's signature; makes `opd_triton::name`.
         python: the op itself, for ops that are loops over library GEMMs and row kernels; any other
-            is a row kernel and has a twin `opd_cuda::name`, unless it is `cpu_only`.
+            is a row kernel and has a twin `opd_cuda::name`, unless its C++ is `cpu_only`.
     """
     names = [f"opd::{name}"]
     schema = str(getattr(torch.ops.opd, name).default._schema).removeprefix("opd::")

@@ -79,13 +79,11 @@ ABSENT |= {
     )
 }
 ABSENT |= {
-    ("sample_tokens", layer): "drawn where the teacher's law is compressed: a CPU kernel so far"
+    ("sample_tokens", layer): "drawn where the teacher's law is compressed: no CUDA kernel so far"
     for layer in (
         "csrc/cuda/{op}.cu",
-        "opd_kernels/triton/{op}.py",
         "tests/csrc/test_cuda_{op}.cpp",
         "tests/opd_kernels/test_cuda_{op}.py",
-        "tests/opd_kernels/test_triton_{op}.py",
     )
 _NO_TRITON = "bytes are written where laws are scored and read where they are used: CPU and CUDA"
 ABSENT |= {

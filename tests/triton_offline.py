@@ -29,6 +29,7 @@ from opd_kernels.divergence import FINISH, LSE, ROW_SUMS, TERMS
 from opd_kernels.triton import (
     _divergence_phases,
     divergence,
+    sample_tokens,
     sparse_gradient,
     token_logprobs,
     topk_divergence,
@@ -87,6 +88,8 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
         topk_divergence,
         topk_logprobs,
     )
+    modules = (divergence, _divergence_phases, sparse_gradient, token_logprobs)
+    modules += (topk_logprobs, sample_tokens)
     for module in modules:
         module.launch = launch
     described = []
@@ -121,6 +124,10 @@ def calls(names: Sequence[str]):
             for num_ids in (64, MAX_IDS):
                 yield chosen, partial(_topk_divergence, dtype, options, num_ids)
             yield chosen, partial(_topk_logprobs, dtype, options)
+            if dtype == torch.float32 or options == PLAIN:
+                yield chosen, partial(_topk_logprobs, dtype, options)
+            if dtype == torch.float32:
+                yield chosen, partial(_sample_tokens, dtype, options)
     yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
@@ -206,11 +213,19 @@ def _topk_divergence(dtype: torch.dtype, options: str, num_ids: int) -> None:
 
 def _topk_logprobs(dtype: torch.dtype, options: str) -> None:
     logits = torch.empty(2, VOCAB_SIZE, dtype=dtype)
-    law = (None, None, [1.0, 0.0, 1.0], VOCAB_SIZE)
-    topk_logprobs.topk_logprobs_fwd(logits, None, *law, 64)
+    law, ids, num_topk = (None, None, [1.0, 0.0, 1.0], VOCAB_SIZE), None, 64
     if options == EVERYTHING:
         law = (torch.empty(VOCAB_SIZE), torch.ones(2), [0.5, 30.0, 1.0], VOCAB_SIZE)
-        topk_logprobs.topk_logprobs_fwd(logits, torch.zeros(2, 4, dtype=torch.int64), *law, 4096)
+        ids, num_topk = torch.zeros(2, 4, dtype=torch.int64), 4096
+    topk_logprobs.topk_logprobs_fwd(logits, ids, *law, num_topk)
+
+
+def _sample_tokens(dtype: torch.dtype, options: str) -> None:
+    logits, uniforms = torch.empty(2, VOCAB_SIZE, dtype=dtype), torch.zeros(2, 50).double()
+    law = (None, None, [1.0, 0.0, 1.0], VOCAB_SIZE)
+    if options == EVERYTHING:
+        law = (torch.empty(VOCAB_SIZE), torch.ones(2), [0.5, 30.0, 1.0], VOCAB_SIZE)
+    sample_tokens.sample_tokens_fwd(logits, uniforms, *law, 1.3)
 
 
 def _sparse_gradient() -> None:

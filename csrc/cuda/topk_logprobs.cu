@@ -11,16 +11,18 @@
 //
 // The first threshold comes from the row's first kSampleTiles tiles: each thread takes the largest of
 // its entries in each tile, and num_topk of these largest ones are as many entries. It is never too
-// high, whatever the row. Those tiles are read again, from the cache: 64 KiB of a row of 297 KiB
-// (bfloat16) or 594 KiB (float32, 32 KiB of it twice). More than kThreads * kSampleTiles / 2 wanted
-// entries do without a sample: whole tiles wait until the first cut.
+// high, whatever the row. Those tiles, 32 KiB, are read again, from the cache. Beyond kMostSampled
+// wanted entries there is no sample: whole tiles wait until the first cut, and more are cut later.
 //
-// What to expect of an H200 (a prediction, not a measurement): 4096 rows of 151,936 bfloat16 at
-// 4.0 TB/s leave 14.7 issue slots of a multiprocessor per entry, float32 29. An entry of the tail
-// costs 8 (7 of them in add: a subtraction, a maximum for -inf, a product, ex2, two sums, and the
-// maximum of the piece), a piece of 16 bytes about 10 more, a cut of 200 keys 3 thousand per row or
-// 0.6 per entry, of which a row has two or three. So float32 should run at the speed of memory and
-// bfloat16 close to it, num_topk = 64; at 4096 two or three times longer.
+// What to expect of an H200 (a prediction from the machine code, nobody has measured it): 4096 rows
+// of 151,936 at 4.0 TB/s leave a multiprocessor 14.7 issue slots per bfloat16 entry, 29 per float32
+// one. An entry of the tail costs 8 (conversion, maximum, subtraction, product, ex2, two sums), a
+// piece of 16 bytes and its share of the loop about 30 more: 11.6 slots per bfloat16 entry, 16 per
+// float32 one. Waiting entries, two or three cuts and the end of a row add 10 to 15% with num_topk =
+// 64. float32, which is what a fused op has, should run at the speed of memory, bfloat16 at 80 to
+// 95% of it; with num_topk in the thousands both two or three times longer. A row with -inf entries
+// costs up to twice as much arithmetic, a row that ascends a cut per tile. Few rows (less than
+// kBlocks per multiprocessor) leave the machine idle: blocks never share a row.
 #include <limits>
 
 #include "logits_row.cuh"
@@ -83,21 +85,41 @@ struct Tail {
   static constexpr float kAhead = 5.0f;
   float reference = kLowest, sum = 0.0f, moment = 0.0f;
 
+  // A value that adds nothing; -inf only where the reference has no better: it would take moment_of.
+  __device__ __forceinline__ float nothing() const {
+    return reference - (200.0f + 0.5f * fabsf(reference));
+  }
+
   // `most` is the largest value, NaN aside.
   template <int N>
   __device__ __forceinline__ void add(const float (&values)[N], float most) {
     if (most > reference + kAhead) move_to(most);
-    float more = 0.0f, more_moment = 0.0f;
+    float x = values[0] - reference;
+    float e = detail::exp2_device(x * kLog2E);
+    float more = e, more_moment = e * x;
+#pragma unroll
+    for (int i = 1; i < N; ++i) {
+      x = values[i] - reference;
+      e = detail::exp2_device(x * kLog2E);
+      more += e;
+      more_moment += e * x;
+    }
+    // of a -inf, which few rows have; a test of each entry would cost as much as its sum
+    if (more_moment != more_moment) more_moment = moment_of(values);
+    sum += more;
+    moment += more_moment;
+  }
+
+  template <int N>
+  __device__ __forceinline__ float moment_of(const float (&values)[N]) const {
+    float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       // finite, so that 0 times it is 0
       const float x = max_or_nan(values[i] - reference, -1000.0f);
-      const float e = detail::exp2_device(x * kLog2E);
-      more += e;
-      more_moment += e * x;
+      total += detail::exp2_device(x * kLog2E) * x;
     }
-    sum += more;
-    moment += more_moment;
+    return total;
   }
 
   // The sums of others relative to `largest`, finite and the largest of them.
@@ -147,7 +169,7 @@ struct Waiting {
           const unsigned at = atomicAdd(count, 1u);
           keys[at] = key_of(values[i], column + i);
           is_full |= at >= wait;
-          values[i] = kMinusInfinity;
+          values[i] = tail.nothing();
         }
       }
       most = largest_of(values);
@@ -255,6 +277,7 @@ struct Tiles {
   __device__ __forceinline__ int column(int piece) const {
     return head + piece * kPerLoad<Storage>;
   }
+  // What lies beyond the row is not read; the bits stay as they are.
   __device__ __forceinline__ void load(int tile, uint4 (&bits)[kReads]) const {
 #pragma unroll
     for (int read = 0; read < kReads; ++read) {
@@ -326,22 +349,20 @@ __device__ __forceinline__ void read_row(const Parameters& p, int64_t row, const
   const int thread = static_cast<int>(threadIdx.x);
   // in the order of the columns: an entry that equals the threshold loses to those that wait
   if (thread < tiles.head) take_one(thread);
-  uint4 next[kReads];
-  tiles.load(0, next);
+  uint4 bits[kReads] = {};
+  tiles.load(0, bits);
   for (int tile = 0; tile < tiles.count; ++tile) {
-    uint4 bits[kReads];
+    float values[kReads][kPerLoad<Storage>];
 #pragma unroll
-    for (int read = 0; read < kReads; ++read) bits[read] = next[read];
-    tiles.load(tile + 1, next);
+    for (int read = 0; read < kReads; ++read) values_of<Storage>(bits[read], values[read]);
+    tiles.load(tile + 1, bits);
 #pragma unroll
     for (int read = 0; read < kReads; ++read) {
       const int piece = tiles.piece(tile, read);
       if (!tiles.has(piece)) break;
-      float values[kPerLoad<Storage>];
-      values_of<Storage>(bits[read], values);
       const int column = tiles.column(piece);
-      law.apply(column, values);
-      waiting.take(column, values, tail);
+      law.apply(column, values[read]);
+      waiting.take(column, values[read], tail);
     }
     if (__syncthreads_or(waiting.is_full)) {
       waiting.cut(num_topk, num_topk + (num_topk < 64 ? 16 : num_topk / 4), tail);

@@ -78,6 +78,7 @@ STABLE_TORCH_LIBRARY(opd, m) {
   m.def("topk_divergence_drop(Tensor teacher_cells, Tensor student_cells, Tensor? token_weights, "
         "Tensor? coefficients, int[] divergences, float[] params) -> (Tensor loss, Tensor grad)");
   // ids int32 [T, N], ascending; uniforms float64 [T, N]; on a CPU only
+  // ids int32 [T, N], ascending; uniforms float64 [T, N]; in C++ on a CPU only
   m.def("sample_tokens_fwd(Tensor logits, Tensor uniforms, " OPD_LAW
         ", float proposal_temperature) -> " OPD_SAMPLES);
   // segments: dtype float32 or float64 throughout, offsets int64, mask uint8; num_steps 2^63 - 1 is
@@ -222,7 +223,7 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool accumulate) {
   check(opd_gemm_cpu(&args));
 }
 
-// Draws have a kernel on a CPU only.
+// In C++ draws have a kernel on a CPU only.
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_fwd(Tensor logits, Tensor uniforms,
                                                              OPD_ONE_LAW_PARAMETERS,
                                                              double proposal_temperature) {

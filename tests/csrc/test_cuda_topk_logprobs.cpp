@@ -142,11 +142,9 @@ void check(const Case& c) {
       expect::that(std::adjacent_find(first, sorted.end()) == sorted.end(), "no id comes twice");
     }
   }
-  for (int seed : {7, 11}) {
-    emulated::shuffle_threads(seed);
-    expect::that(same(got, run(c, c.dtype, some, forward_cuda)),
-                 "the order of threads changes no bit");
-  }
+  emulated::shuffle_threads(7);
+  expect::that(same(got, run(c, c.dtype, some, forward_cuda)),
+               "the order of threads changes no bit");
   if (expect::failures != before) std::printf("  in case %s, K = %d\n", c.name, int(K));
 }
 

@@ -40,6 +40,22 @@ void check_block() {
   }
 }
 
+__global__ void votes(int voter, unsigned* out) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool first = __syncthreads_or(thread == voter) != 0;
+  const bool second = __syncthreads_or(0) != 0;
+  const unsigned sum = __reduce_add_sync(kAllLanes, threadIdx.x % kWarp);
+  if (first && !second && sum == 496) atomicAdd(out, 1u);
+}
+
+void check_votes() {
+  for (int voter : {0, 40, 95, -1}) {
+    unsigned agreed = 0;
+    launch({1, 96}, nullptr, &votes, voter, &agreed);
+    expect::that(agreed == (voter < 0 ? 0u : 96u), "every thread learns of one that votes");
+  }
+}
+
 // Each block of a cluster takes a slice of the row through two bulk copies and adds up everybody's.
 __global__ void cluster_sums(const float* row, int slice, float* sums) {
   unsigned char* const shared = shared_memory();
@@ -167,6 +183,7 @@ void check_vectors() {
 
 int main() {
   check_block();
+  check_votes();
   check_cluster();
   check_that_races_are_caught();
   check_vectors();

@@ -52,6 +52,7 @@ def test_triton_kernels_compile_for_sm_90(compiled, request):
         "_topk_divergence_fwd_kernel",
         "_topk_divergence_bwd_kernel",
         "_topk_logprobs_fwd_kernel",
+        "_sample_tokens_fwd_kernel",
         "_sparse_gradient_mark_kernel",
         "_sparse_gradient_pack_kernel",
         "_sparse_gradient_add_kernel",
