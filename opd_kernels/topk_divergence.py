@@ -76,9 +76,9 @@ def topk_divergence(
     Notes:
         "bucket" is a lower bound of the divergence of the whole laws for forward_kl, reverse_kl and
         every other f-divergence, and equal to it where S leaves out one entry. "drop" is no
-        divergence: its forward_kl has its minimum at p / p(S), and its reverse_kl falls without
-        bound of meaning when the student moves mass off the ids. Do not train on "drop" with
-        reverse_kl on the teacher's support.
+        divergence: its forward_kl is smallest at q = p / p(S), and its reverse_kl at q = p / e on
+        the ids, so that on the teacher's support it rewards moving student mass off them: do not
+        train on that.
 
     Source: top-k and tail variants of docs/divergences.md; data processing: Csiszar 1967.
     """

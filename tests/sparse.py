@@ -257,3 +257,15 @@ def check_topk_divergence(
         masked = data.token_weights == 0
         assert bool((loss[masked] == 0).all()) and bool((gradient[masked] == 0).all()), what
     assert_agree(actual, baseline, truth, {divergence.name}, what)
+
+
+def logits_with_tail(mass: float, vocab_size: int, num_ids: int, dtype, seed=7) -> torch.Tensor:
+    """One row whose entries from num_ids on hold this mass together."""
+    shape = torch.Generator().manual_seed(seed)
+    on = torch.randn(num_ids, generator=shape, dtype=F64).log_softmax(0)
+    off = torch.randn(vocab_size - num_ids, generator=shape, dtype=F64).log_softmax(0)
+    row = torch.cat([on + math.log1p(-mass), off + math.log(mass)])
+    return (row + 11.0).unsqueeze(0).to(dtype)
+
+
+MASSES = [1e-12, 1e-9, 1e-6, 1e-3, 0.5, 1 - 1e-3, 1 - 1e-6, 1 - 1e-9, 1 - 1e-12]

@@ -50,7 +50,11 @@ LAYERS = (
 _ROW_KERNEL = "its GEMMs are the library's and its row kernel is that of the op without the prefix"
 ABSENT = {
     (op, layer): _ROW_KERNEL
-    for op in ("fused_linear_divergence", "fused_linear_token_logprobs")
+    for op in (
+        "fused_linear_divergence",
+        "fused_linear_token_logprobs",
+        "fused_linear_topk_divergence",
+    )
     for layer in (
         "csrc/core/{op}.cpp",
         "csrc/cuda/{op}.cu",
@@ -101,6 +105,9 @@ TESTED_ELSEWHERE = {
     "opd_kernels/_library.py": "every test: it loads the ops",
     "opd_kernels/_linear.py": "tests/opd_kernels/test_fused_linear_*.py",
     "opd_kernels/_registration.py": "opcheck in each op's test, and this file",
+    "opd_kernels/_topk_divergence_path.py": (
+        "tests/opd_kernels/test_fused_linear_topk_divergence.py"
+    ),
     "opd_kernels/env.py": "tests/opd_kernels/test_dispatch.py",
     "opd_kernels/errors.py": "the error texts of each op's test",
     "python/opd/__main__.py": "tests/opd/test_cli.py",

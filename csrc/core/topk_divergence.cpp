@@ -86,14 +86,19 @@ double entropy_of_part(double log_share, double entropy) {
 // The ids of a row in ascending order, each with the column that it is first named in.
 class SortedIds {
  public:
-  SortedIds(const int64_t* ids, int64_t num_ids) {
+  SortedIds(const int64_t* ids, int64_t num_ids, int64_t vocab_size) {
     for (int64_t column = 0; column < num_ids; ++column) {
       if (ids[column] >= 0) keys_[size_++] = ids[column] << kColumnBits | column;
     }
-    std::sort(keys_.begin(), keys_.begin() + size_);
+    if (size_ > kFewIds) {
+      sort_by_digits(vocab_size);
+    } else {
+      std::sort(keys_.begin(), keys_.begin() + size_);
+    }
     int64_t distinct = 0;
     for (int64_t i = 0; i < size_; ++i) {
-      if (distinct == 0 || keys_[i] >> kColumnBits != id(distinct - 1)) keys_[distinct++] = keys_[i];
+      const bool is_new = distinct == 0 || keys_[i] >> kColumnBits != id(distinct - 1);
+      if (is_new) keys_[distinct++] = keys_[i];
     }
     size_ = distinct;
   }
@@ -102,9 +107,28 @@ class SortedIds {
   int64_t column(int64_t place) const { return keys_[place] & ((int64_t{1} << kColumnBits) - 1); }
 
  private:
-  static constexpr int kColumnBits = 13;
+  static constexpr int kColumnBits = 13, kDigitBits = 9;
+  static constexpr int64_t kFewIds = 256;
   static_assert(OPD_MAX_IDS <= 1 << kColumnBits);
-  std::array<int64_t, OPD_MAX_IDS> keys_;
+  using Keys = std::array<int64_t, OPD_MAX_IDS>;
+
+  // Least digit of the id first; stable, so that of equal ids the first column stays first.
+  void sort_by_digits(int64_t vocab_size) {
+    Keys other;
+    Keys *from = &keys_, *to = &other;
+    for (int shift = kColumnBits; (vocab_size - 1) >> (shift - kColumnBits) > 0;
+         shift += kDigitBits) {
+      const auto digit = [&](int64_t key) { return key >> shift & ((1 << kDigitBits) - 1); };
+      std::array<int32_t, (1 << kDigitBits) + 1> begin{};
+      for (int64_t i = 0; i < size_; ++i) ++begin[digit((*from)[i]) + 1];
+      for (int i = 0; i < 1 << kDigitBits; ++i) begin[i + 1] += begin[i];
+      for (int64_t i = 0; i < size_; ++i) (*to)[begin[digit((*from)[i])]++] = (*from)[i];
+      std::swap(from, to);
+    }
+    if (from != &keys_) std::copy(from->begin(), from->begin() + size_, keys_.begin());
+  }
+
+  Keys keys_;
   int64_t size_ = 0;
 };
 
@@ -123,7 +147,7 @@ void forward(const opd_topk_divergence_fwd_args_t& args) {
   const opd_topk_divergence_spec_t& spec = args.spec;
   parallel_rows(spec.parallel_for, spec.num_tokens, [&](int64_t row) {
     const LogitsRow<T> logits(spec.logits, row, spec.vocab_size);
-    const SortedIds ids(spec.token_ids + row * spec.num_ids, spec.num_ids);
+    const SortedIds ids(spec.token_ids + row * spec.num_ids, spec.num_ids, spec.vocab_size);
     constexpr T nothing = -std::numeric_limits<T>::infinity();
     // holds the logits at the ids until the log-sum-exp is known
     T* logprobs = static_cast<T*>(args.logprobs) + row * spec.num_ids;
@@ -179,7 +203,7 @@ void backward(const opd_topk_divergence_bwd_args_t& args) {
   parallel_rows(spec.parallel_for, spec.num_tokens, [&](int64_t row) {
     const T* grad_ids = static_cast<const T*>(args.grad_ids) + row * spec.num_ids;
     const T grad_rest = static_cast<const T*>(args.grad_rest)[row];
-    const SortedIds ids(spec.token_ids + row * spec.num_ids, spec.num_ids);
+    const SortedIds ids(spec.token_ids + row * spec.num_ids, spec.num_ids, spec.vocab_size);
     bool is_zero = grad_rest == T(0);
     for (int64_t i = 0; is_zero && i < ids.size(); ++i) is_zero = grad_ids[ids.column(i)] == T(0);
     if (is_zero) {

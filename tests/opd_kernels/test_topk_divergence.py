@@ -20,10 +20,12 @@ from tests.golden import GOLDEN, PAIRS
 from tests.sparse import (
     BY_NAME,
     LIMIT_PAIRS,
+    MASSES,
     SPARSE_CASES,
     TAILS,
     check_topk_divergence,
     is_refused,
+    logits_with_tail,
     sparse_of,
 )
 from tests.sparse import PAIRS as SPECS_AND_TAILS
@@ -205,47 +207,6 @@ def test_topk_divergence_bucket_forward_kl_pulls_to_a_student_shaped_tail():
     torch.testing.assert_close(z.grad, q - target, rtol=1e-11, atol=1e-14)
 
 
-def test_topk_divergence_drop_of_sampled_weights_is_cross_entropy():
-    # weights that sum to 1: the gradient is q - t, as arXiv:2503.16870 has it
-    generator = torch.Generator().manual_seed(3)
-    z = torch.randn(4, 40, generator=generator, dtype=F64)
-    ids = torch.stack([torch.randperm(40, generator=generator)[:5] for _ in range(4)])
-    weights = torch.rand(4, 5, generator=generator, dtype=F64)
-    weights /= weights.sum(-1, keepdim=True)
-    student = leaf(z)
-    opk.topk_divergence(student, ids, weights.log(), tail="drop", support="given").sum().backward()
-    sparse = torch.zeros_like(z).scatter(1, ids, weights)
-    torch.testing.assert_close(student.grad, z.softmax(-1) - sparse, rtol=1e-12, atol=1e-14)
-
-
-def test_topk_divergence_drop_has_the_minimum_of_its_raw_target():
-    # D19: gradient q p(S) - p on S
-    data = sparse_of(BY_NAME["all_but_one"], F64)
-    z = leaf(data.student_logits)
-    opk.topk_divergence(
-        z, data.teacher_ids[:, :6], data.teacher_logprobs[:, :6], tail="drop"
-    ).sum().backward()
-    p = torch.zeros_like(z).scatter(1, data.teacher_ids[:, :6], data.teacher_logprobs[:, :6].exp())
-    expected = z.detach().softmax(-1) * p.sum(-1, keepdim=True) - p
-    torch.testing.assert_close(z.grad, expected, rtol=1e-12, atol=1e-14)
-
-
-def test_topk_divergence_drop_of_reverse_kl_rewards_leaving_the_ids():
-    # the known failure: less student mass on the ids, and the loss falls below that of equal laws
-    law = torch.tensor([[0.6, 0.3, 0.1]], dtype=F64).log()
-    ids, logprobs = torch.tensor([[0, 1]]), law[:, :2]
-
-    def loss(student, tail):
-        return opk.topk_divergence(
-            student, ids, logprobs, divergence="reverse_kl", tail=tail
-        ).item()
-
-    off = torch.tensor([[0.2, 0.1, 0.7]], dtype=F64).log()
-    assert loss(law, "drop") == pytest.approx(0.0, abs=1e-12)
-    assert loss(off, "drop") < -0.3
-    assert loss(off, "bucket") > 0.9
-
-
 def test_topk_divergence_renormalize_both_leaves_the_rest_alone():
     data = sparse_of(BY_NAME["padded"], F32)
     z = leaf(data.student_logits)
@@ -278,18 +239,6 @@ def test_topk_divergence_of_a_sum_is_the_sum():
 
 
 # -- tails ---------------------------------------------------------------------------------------
-
-
-def logits_with_tail(mass: float, vocab_size: int, num_ids: int, dtype, seed=7) -> torch.Tensor:
-    """One row whose entries from num_ids on hold this mass together."""
-    shape = torch.Generator().manual_seed(seed)
-    on = torch.randn(num_ids, generator=shape, dtype=F64).log_softmax(0)
-    off = torch.randn(vocab_size - num_ids, generator=shape, dtype=F64).log_softmax(0)
-    row = torch.cat([on + math.log1p(-mass), off + math.log(mass)])
-    return (row + 11.0).unsqueeze(0).to(dtype)
-
-
-MASSES = [1e-12, 1e-9, 1e-6, 1e-3, 0.5, 1 - 1e-3, 1 - 1e-6, 1 - 1e-9, 1 - 1e-12]
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=dtype_id)
@@ -365,107 +314,6 @@ def test_topk_divergence_keeps_the_digits_of_nearly_equal_laws():
             torch.testing.assert_close(ours.double(), exact, rtol=2e-6 / size + 1e-5, atol=0)
 
 
-def test_topk_divergence_computes_the_tail_where_the_numbers_allow():
-    for mass in MASSES:
-        teacher = logits_with_tail(mass, 300, 12, F64).log_softmax(-1)
-        ids = torch.arange(12).unsqueeze(0)
-        _, cells = _cells.teacher_cells(ids, teacher[:, :12], None, None, 300, _cells.BUCKET, F64)
-        # 1e-16 is what float64 probabilities are rounded to
-        assert cells[0, -1].exp().item() == pytest.approx(mass, abs=4e-16, rel=1e-6)
-
-
-def test_topk_divergence_of_a_teacher_with_all_its_mass_on_the_ids():
-    z = torch.randn(1, 9, dtype=F64)
-    ids, logprobs = torch.tensor([[4, 7]]), torch.tensor([[0.25, 0.75]]).log()
-    loss = opk.topk_divergence(z, ids, logprobs)
-    law = z.log_softmax(-1)
-    expected = 0.25 * (math.log(0.25) - law[0, 4]) + 0.75 * (math.log(0.75) - law[0, 7])
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-7)
-    assert opk.topk_divergence(z, ids, logprobs, tail="renormalize_teacher").item() == (
-        pytest.approx(expected.item(), rel=1e-7)
-    )
-    # the teacher forbids the rest
-    assert opk.topk_divergence(z, ids, logprobs, divergence="reverse_kl").item() == INF
-    one = opk.topk_divergence(z, ids[:, :1], torch.zeros(1, 1))
-    assert one.item() == pytest.approx(-law[0, 4].item(), rel=1e-12)
-
-
-# -- ids -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tail", TAILS)
-def test_topk_divergence_ids_in_any_order_with_repeats_and_gaps(tail):
-    generator = torch.Generator().manual_seed(9)
-    z = torch.randn(3, 40, generator=generator)
-    logprobs, ids = torch.randn(3, 40, generator=generator).log_softmax(-1).topk(6)
-    gap, lost = torch.full((3, 1), -1), torch.full((3, 1), -INF)
-    # a repeat with another number: the first counts
-    messy_ids = torch.cat([gap, ids[:, 3:], gap, ids[:, :3], ids[:, :2]], 1)
-    messy = torch.cat([lost, logprobs[:, 3:], lost, logprobs[:, :3], lost - 3, lost + 1], 1)
-    results = []
-    for table, values in ((ids, logprobs), (messy_ids.int(), messy)):
-        student = leaf(z)
-        loss = opk.topk_divergence(student, table, values, tail=tail)
-        loss.sum().backward()
-        results.append((loss.detach(), student.grad))
-    torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=2e-7)
-
-
-def test_topk_divergence_takes_a_column_beyond_the_top_k():
-    # vLLM: the K best and the token itself, which may be one of them
-    z = torch.randn(2, 40, dtype=F64)
-    law = torch.randn(2, 40, dtype=F64).log_softmax(-1)
-    ids = law.topk(5).indices
-    for extra in (ids[:, :1], torch.tensor([[39], [38]])):
-        table = torch.cat([ids, extra], 1)
-        loss = opk.topk_divergence(z, table, law.gather(1, table))
-        distinct = torch.stack(
-            [torch.cat([row.unique(), row.new_full((6,), -1)])[:6] for row in table]
-        )
-        values = law.gather(1, distinct.clamp_min(0)).masked_fill(distinct < 0, -INF)
-        torch.testing.assert_close(loss, opk.topk_divergence(z, distinct, values))
-
-
-def test_topk_divergence_of_a_forbidden_id_is_a_cell_without_mass():
-    z = torch.randn(1, 9, dtype=F64)
-    ids = torch.tensor([[2, 5]])
-    logprobs = torch.tensor([[0.4, 0.0]], dtype=F64).log()
-    loss = opk.topk_divergence(z, ids, logprobs, divergence="reverse_kl")
-    assert loss.item() == INF
-    jsd = opk.topk_divergence(z, ids, logprobs, divergence="jsd")
-    folded = opk.topk_divergence(z, ids[:, :1], logprobs[:, :1], divergence="jsd")
-    assert jsd.item() > folded.item()
-
-
-def test_topk_support():
-    student = torch.tensor([[3, 1, -1], [5, 5, 2]])
-    teacher = torch.tensor([[1, 7], [-5, 2]], dtype=torch.int32)
-    union = opk.topk_support(student, teacher, "union")
-    assert union.tolist() == [[3, 1, -1, -1, 7], [5, -1, 2, -1, -1]]
-    assert opk.topk_support(student, None, "student").tolist() == [[3, 1, -1], [5, -1, 2]]
-    assert opk.topk_support(None, teacher, "teacher").tolist() == [[1, 7], [-1, 2]]
-    assert union.dtype == torch.int64
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((None, None, "union"), ValueError, "student_ids must be given for support 'union'"),
-        ((None, None, "given"), ValueError, "support must be one of 'teacher', 'student', 'union'"),
-        ((torch.zeros(2, 1), None, "student"), TypeError, "must be int64 or int32"),
-        (
-            (torch.zeros(2, 1).long(), torch.zeros(3, 1).long(), "union"),
-            ValueError,
-            "teacher_ids must have 2 rows",
-        ),
-    ],
-    ids=["missing", "given", "float", "rows"],
-)
-def test_topk_support_rejects_in_words(arguments, error, message):
-    with pytest.raises(error, match=message):
-        opk.topk_support(*arguments)
-
-
 # -- special rows --------------------------------------------------------------------------------
 
 
@@ -479,24 +327,6 @@ def test_topk_divergence_nan_stays_in_its_row(tail):
     # column 250 is no id of this row, and its ratios are not of it
     reads_all = tail != "renormalize_both"
     assert out.isnan().tolist() == [i == 3 or (i == 1 and reads_all) for i in range(7)]
-
-
-def test_topk_divergence_of_a_lost_teacher_row_is_nan():
-    # what topk_logprobs returns for a row with a NaN logit: no ids, NaN values
-    z, ids = torch.randn(2, 9), torch.tensor([[1, 2], [-1, -1]])
-    logprobs = torch.tensor([[-1.0, -2.0], [NAN, NAN]])
-    assert opk.topk_divergence(z, ids, logprobs).isnan().tolist() == [False, True]
-
-
-def test_topk_divergence_of_a_row_without_ids():
-    z, ids, none = torch.randn(2, 9), torch.full((2, 3), -1), torch.full((2, 3), -INF)
-    student = leaf(z)
-    loss = opk.topk_divergence(student, ids, none)
-    loss.sum().backward()
-    # everything is in the one bucket, on both sides
-    assert loss.tolist() == [0.0, 0.0] and bool((student.grad == 0).all())
-    assert opk.topk_divergence(z, ids, none, tail="drop").tolist() == [0.0, 0.0]
-    assert bool(opk.topk_divergence(z, ids, none, tail="renormalize_both").isnan().all())
 
 
 def test_topk_divergence_minus_infinity_in_the_student():
@@ -691,6 +521,22 @@ def test_topk_divergence_refuses_exactly_what_is_infinite_or_no_sum():
                 _call(divergence=spec.public(), tail=tail)
         else:
             assert bool(_call(divergence=spec.public(), tail=tail).isfinite().all()), (spec, tail)
+
+
+@pytest.mark.parametrize(("vocab_size", "num_ids"), [(1, 300), (700, 8192), (600_000, 257)])
+def test_topk_divergence_fwd_of_long_tables_with_repeats(vocab_size, num_ids):
+    generator = torch.Generator().manual_seed(6)
+    z = torch.randn(2, vocab_size, generator=generator, dtype=F64)
+    ids = torch.randint(-2, vocab_size, (2, num_ids), generator=generator)
+    law = (None, None, [1.0, 0.0, 1.0], vocab_size)
+    logprobs, tail, *_ = torch.ops.opd.topk_divergence_fwd(z, ids, *law)
+    once = ids.masked_fill(_cells.repeated(ids) | (ids < 0), -1)
+    exact = z.log_softmax(-1)
+    expected = exact.gather(1, once.clamp_min(0)).masked_fill(once < 0, -INF)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-12, atol=1e-12)
+    for row in range(2):
+        rest = exact[row].index_fill(0, once[row][once[row] >= 0], -INF).logsumexp(0)
+        torch.testing.assert_close(tail[row], rest, rtol=1e-10, atol=1e-12)
 
 
 def test_topk_divergence_row_kernels_refuse_too_many_ids():
