@@ -46,7 +46,8 @@ struct ForwardParameters {
   float* entropy;
 };
 
-// A law in two parts, in float64; a part of nothing has largest -inf and sum 0.
+// A law in two parts, in float64; a part of nothing has largest -inf and sum 0. A row of nothing has
+// no law: its lse is -inf, the rest NaN.
 struct Law {
   double lse, entropy, tail_logprob;
 
@@ -64,9 +65,7 @@ struct Law {
     add(on);
     add(off);
     const double log_sum = ::log(sum);
-    // a row without a finite logit has no law
-    const bool has_law = largest != static_cast<double>(kLowest);
-    lse = has_law ? largest + log_sum : std::numeric_limits<double>::quiet_NaN();
+    lse = largest + log_sum;
     entropy = log_sum - weighted / sum;
     // log sigmoid of how far the rest is ahead
     const double ahead = (static_cast<double>(off.largest) + ::log(off.sum)) -

@@ -107,8 +107,8 @@ def _topk_divergence_fwd_kernel(
     off_part, off_weighted = _moved(off_largest, off_total, off_weighted, largest)
     total = on_part + off_part
     log_total = tl.log(total)
-    # a row without a finite logit has no law
-    lse = tl.where(largest == float("-inf"), float("nan"), largest + log_total)
+    # a row without a finite logit has no law: its lse is -inf, the rest NaN
+    lse = largest + log_total
     # log sigmoid of how far the rest is ahead: exact where it is nothing and where it is all
     ahead = (off_largest + tl.log(off_total)) - (on_largest + tl.log(on_total))
     size = log1p_float64(tl.exp(tl.where(ahead > 0.0, -ahead, ahead)))

@@ -252,7 +252,9 @@ void check_windows() {
   std::normal_distribution<float> normal(0.0f, 2.0f);
   for (float& value : logits) value = normal(generator);
   std::vector<int64_t> ids;
-  for (int64_t v = kWindow - 20; v < kWindow + 20; ++v) ids.push_back(v);
+  for (int64_t v = kWindow - 15; v < kWindow + 15; ++v) ids.push_back(v);
+  // where the bits of the second window take the place of those of the first
+  for (int64_t v = 60; v < 70; ++v) ids.push_back(v);
   float logprobs[2][40] = {}, entropy[2] = {};
   double tail[2] = {}, lse[2] = {};
   for (int64_t shift = 0; shift < 4; ++shift) {

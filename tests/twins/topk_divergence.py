@@ -149,9 +149,12 @@ def test_a_row_without_a_law_is_nan_and_its_neighbours_are_not(gpu, value, where
 
 
 def test_a_row_of_no_finite_logit_is_nan(gpu):
+    # but for its lse: a rank's columns may have no mass where another's have
     law = Law(None, None, [1.0, 0.0, 1.0], 40)
-    logits = torch.full((1, 40), -math.inf)
-    for got in gpu.ops.topk_divergence_fwd(logits, torch.tensor([[3, -1]]), *law):
+    logits, ids = torch.full((1, 40), -math.inf), torch.tensor([[3, -1]])
+    rows = topk_rows.Rows(*gpu.ops.topk_divergence_fwd(logits, ids, *law))
+    assert rows.lse.tolist() == [-math.inf]
+    for got in (rows.logprobs, rows.tail_logprob, rows.entropy):
         assert bool(got.isnan().all())
 
 
