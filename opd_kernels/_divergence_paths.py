@@ -123,6 +123,8 @@ def plan_of(
         # teacher logits were
         in_parts=not options.process_group and not options.gradient_tolerance,
         low_rank=0 if inputs.student_lora_a is None else inputs.student_lora_a.shape[0],
+        # ranks must cut alike
+        trained=options.with_grads[1] or bool(options.process_group),
     )
     if group is None:
         return plan

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 
+import torch
 from torch import Tensor
 
 from . import _checks, _dispatch, _laws, _parallel, _plan
@@ -64,13 +65,14 @@ def _plan_of(
     weights, group = _parallel.local_heads(op, weights, options.get("process_group"))
     widths = {name: weight.shape[0] for name, weight in weights.items()}
     vocab_size, group_name = _parallel.vocabulary(op, options.get("vocab_size"), widths, group)
-    whole_rows, in_parts = _plan.NO_PATH_B, True
+    whole_rows, in_parts, trained = _plan.NO_PATH_B, True, True
     if op == "fused_linear_divergence":
         ids = [
             divergence.id for _, divergence in parse_sum(options.get("divergence", "reverse_kl"))
         ]
         whole_rows = _parallel.WHOLE_ROWS if group_name else _laws.needs_whole_rows(ids)
         in_parts = not group_name and not options.get("gradient_tolerance")
+        trained = bool(group_name) or (tensors[1].requires_grad and torch.is_grad_enabled())
     lora = options.get("student_lora", options.get("lora"))
     return _plan.plan(
         op,
@@ -81,4 +83,5 @@ def _plan_of(
         whole_rows=whole_rows,
         in_parts=in_parts,
         low_rank=0 if lora is None else lora[0].shape[0],
+        trained=trained,
     )

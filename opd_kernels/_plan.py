@@ -24,6 +24,10 @@ _MAX_HEAD_SLICE_ROWS = 8192
 # the vocabulary and forming its logits again
 _FEWEST_TOKENS, _FEWEST_TOKENS_GPU = 16, 256
 _FEWEST_COLUMNS = 64
+# on a CPU the default budget buys 16-bit heads this share of their own size, and so many tokens at
+# least: longer chunks are a tenth to a quarter quicker, which workspace_bytes may ask for. dW of a
+# head that is trained is float32, twice its head, and counts as room that is taken
+_SHARE_OF_TRAINED_HEADS, _SHARE_OF_FROZEN_HEADS, _TOKENS_OF_16_BITS = 3, 1, 64
 NO_PATH_B = "this op needs whole rows"
 # a GPU multiplies tiles of this many tokens (or columns of path B)
 _TILE = 128
@@ -115,6 +119,7 @@ def plan(
     whole_rows: str | None = None,
     in_parts: bool = True,
     low_rank: int = 0,
+    trained: bool = True,
 ) -> Plan:
     """The cut whose buffers fit into `workspace_bytes`.
 
@@ -126,6 +131,7 @@ def plan(
         heads: student's first; only their shapes, dtypes and device are read.
         in_parts: on a GPU, the other models may have fewer tokens at a time than the student.
         low_rank: r of a low-rank pair; counted on a GPU.
+        trained: a gradient of the first head is formed; counted on a CPU.
 
     Raises:
         ValueError: the workspace does not even hold one token.
@@ -139,6 +145,8 @@ def plan(
     column_bytes = itemsize * len(heads)
     token_bytes = fixed_bytes + column_bytes * vocab_size
     fewest = min(num_tokens, _FEWEST_TOKENS)
+    if workspace_bytes >= _checks.DEFAULT_WORKSPACE_BYTES:
+        workspace_bytes = _default_on_cpu(vocab_size, heads, token_bytes + row_bytes, trained)
     # what a call that cannot cut the vocabulary needs at least
     one_token = 0 if whole_rows is None else token_bytes + row_bytes
     workspace_bytes = min(workspace_bytes, max(_buffers.KEPT_BYTES, one_token))
@@ -206,6 +214,22 @@ def _cpu_bytes(heads: Sequence[Tensor]) -> tuple[int, int]:
     if not any(_gemms.widens(head) for head in heads):
         return fixed_bytes, 0
     return fixed_bytes + 2 * max(hidden_sizes), itemsize * max(hidden_sizes)
+
+
+def _default_on_cpu(
+    vocab_size: int, heads: Sequence[Tensor], token_bytes: int, trained: bool
+) -> int:
+    """The budget where the caller has not asked for less than a GPU gets.
+
+    From `vocab_size`, not from the rows of the heads, which differ between ranks.
+    """
+    if heads[0].dtype == _checks.real_dtype(heads[0]):
+        return _checks.DEFAULT_WORKSPACE_BYTES
+    hidden_sizes = [head.shape[1] for head in heads]
+    share = _SHARE_OF_TRAINED_HEADS if trained else _SHARE_OF_FROZEN_HEADS
+    of_heads = heads[0].dtype.itemsize * sum(hidden_sizes) * vocab_size // share
+    fewest = gemm.workspace_bytes(max(hidden_sizes)) + _TOKENS_OF_16_BITS * token_bytes
+    return max(fewest, of_heads)
 
 
 def _slice_columns(
