@@ -23,7 +23,7 @@ GOALS = {CPU: 1.2, CPU_LARGE_VOCAB: 1.5}
 TRL_GOAL = 3.0
 # who is worth the time where not everyone is: uncompiled, the others are behind themselves
 QUICKEST = ("torch.compile", "liger compiled", "trl")
-SMALL_WORKSPACE_MIB = 64
+SMALL_WORKSPACE_MIB = 32
 SMALL = f"{harness.OURS}, workspace {SMALL_WORKSPACE_MIB} MiB"
 # whose peak memory is compared: a name of its own for each, since each gets a process
 MEMORY_CASES = {

@@ -125,6 +125,8 @@ def plan_of(
         low_rank=0 if inputs.student_lora_a is None else inputs.student_lora_a.shape[0],
         packs_columns=bool(options.gradient_tolerance),
         frozen_head=any(options.with_grads) and not options.with_grads[1],
+        # ranks must cut alike
+        trained=options.with_grads[1] or bool(options.process_group),
     )
     if group is None:
         return plan

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 
+import torch
 from torch import Tensor
 
 from . import _checks, _dispatch, _laws, _parallel, _plan, _topk_divergence_path
@@ -74,7 +75,7 @@ def _plan_of(
     weights, group = _parallel.local_heads(op, weights, options.get("process_group"))
     widths = {name: weight.shape[0] for name, weight in weights.items()}
     vocab_size, group_name = _parallel.vocabulary(op, options.get("vocab_size"), widths, group)
-    whole_rows, in_parts = _plan.NO_PATH_B, True
+    whole_rows, in_parts, trained = _plan.NO_PATH_B, True, True
     if op == "fused_linear_divergence":
         ids = [
             divergence.id for _, divergence in parse_sum(options.get("divergence", "reverse_kl"))
@@ -87,6 +88,7 @@ def _plan_of(
         in_parts = False
         if len(tensors) > 2:
             per_token = _topk_divergence_path.BYTES_PER_ID * tensors[2].shape[1]
+        trained = bool(group_name) or (tensors[1].requires_grad and torch.is_grad_enabled())
     lora = options.get("student_lora", options.get("lora"))
     return _plan.plan(
         op,
@@ -100,4 +102,5 @@ def _plan_of(
         per_token=per_token,
         packs_columns=bool(options.get("gradient_tolerance")),
         frozen_head=tensors[0].requires_grad and not tensors[1].requires_grad,
+        trained=trained,
     )

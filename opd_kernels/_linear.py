@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import _gemms
+from . import _gemms, _rounding
 
 # float16 gradients are formed with the largest weight between these and twice these: 65,504 / 32
 # leaves room for |dD/dz|, and entries of 1 / vocab_size keep all of their digits
@@ -105,8 +105,9 @@ def no_double_backward(*_: object) -> None:
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor in this dtype, rounded once.
 
-    In place where that is the gradient's own, unless the graph is kept for another backward: a
-    second copy of dW is the largest thing that the op would ever hold.
+    In place where that is the gradient's own, and on a CPU giving its pages back where that has 16
+    bits, unless the graph is kept for another backward: a second copy of dW is the largest thing
+    that the op would ever hold.
 
     Raises:
         RuntimeError: the backward is itself to be differentiated.
@@ -115,15 +116,25 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         no_double_backward()
     if torch.compiler.is_compiling() or type(gradient) is not Tensor:
         return (gradient * factor.to(gradient.dtype)).to(dtype)
-    if factor.device.type == "cpu" and bool(factor == 1):
-        # the usual case; the scalar is at hand on CPU, and dW is not worth a pass for nothing
-        return gradient.to(dtype)
-    factor = factor.to(gradient.dtype)
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    # the usual case; the scalar is at hand on CPU, and dW is not worth a pass for nothing
+    is_one = factor.device.type == "cpu" and bool(factor == 1)
+    factor = factor.to(gradient.dtype)
+    if not kept and _rounding.is_worth_it(gradient, dtype):
+        return _rounding.round_and_free(gradient, dtype, None if is_one else factor)
+    if is_one:
+        return gradient.to(dtype)
     if dtype == gradient.dtype and not kept:
         return gradient.mul_(factor)
     # one pass, which also rounds
     return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
+
+
+def rounded(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient that nobody else reads, in this dtype."""
+    if _rounding.is_worth_it(gradient, dtype):
+        return _rounding.round_and_free(gradient, dtype)
+    return gradient.to(dtype)
 
 
 def phase(tensor: Tensor, op: str, name: str) -> contextlib.AbstractContextManager:

@@ -26,6 +26,10 @@ _MAX_HEAD_SLICE_ROWS = 8192
 # dW, or the heads alone if the student's is frozen: tests/cut_model.py counts both
 _FEWEST_TOKENS, _FEWEST_TOKENS_GPU, _FEWEST_TOKENS_FROZEN = 16, 104, 48
 _FEWEST_COLUMNS = 64
+# on a CPU the default budget buys 16-bit heads this share of their own size, and so many tokens at
+# least: longer chunks are a tenth to a quarter quicker, which workspace_bytes may ask for. dW of a
+# head that is trained is float32, twice its head, and counts as room that is taken
+_SHARE_OF_TRAINED_HEADS, _SHARE_OF_FROZEN_HEADS, _TOKENS_OF_16_BITS = 3, 1, 64
 NO_PATH_B = "this op needs whole rows"
 # a GPU multiplies tiles of this many tokens (or columns of path B)
 _TILE = 128
@@ -122,6 +126,7 @@ def plan(
     per_token: int = 0,
     packs_columns: bool = False,
     frozen_head: bool = False,
+    trained: bool = True,
 ) -> Plan:
     """The cut whose buffers fit into `workspace_bytes`.
 
@@ -136,6 +141,7 @@ def plan(
         per_token: bytes that the caller holds per token of a chunk besides.
         frozen_head: gradients are formed, but not the student head's.
         packs_columns: a gradient_tolerance lists the columns that count; counted on a GPU.
+        trained: a gradient of the first head is formed; counted on a CPU.
 
     Raises:
         ValueError: the workspace does not even hold one token.
@@ -151,6 +157,8 @@ def plan(
     column_bytes = itemsize * len(heads)
     token_bytes = fixed_bytes + column_bytes * vocab_size
     fewest = min(num_tokens, _FEWEST_TOKENS)
+    if workspace_bytes >= _checks.DEFAULT_WORKSPACE_BYTES:
+        workspace_bytes = _default_on_cpu(vocab_size, heads, token_bytes + row_bytes, trained)
     # what a call that cannot cut the vocabulary needs at least
     one_token = 0 if whole_rows is None else token_bytes + row_bytes
     workspace_bytes = min(workspace_bytes, max(_buffers.KEPT_BYTES, one_token))
@@ -221,6 +229,22 @@ def _cpu_bytes(heads: Sequence[Tensor]) -> tuple[int, int]:
     if not any(_gemms.widens(head) for head in heads):
         return fixed_bytes, 0
     return fixed_bytes + 2 * max(hidden_sizes), itemsize * max(hidden_sizes)
+
+
+def _default_on_cpu(
+    vocab_size: int, heads: Sequence[Tensor], token_bytes: int, trained: bool
+) -> int:
+    """The budget where the caller has not asked for less than a GPU gets.
+
+    From `vocab_size`, not from the rows of the heads, which differ between ranks.
+    """
+    if heads[0].dtype == _checks.real_dtype(heads[0]):
+        return _checks.DEFAULT_WORKSPACE_BYTES
+    hidden_sizes = [head.shape[1] for head in heads]
+    share = _SHARE_OF_TRAINED_HEADS if trained else _SHARE_OF_FROZEN_HEADS
+    of_heads = heads[0].dtype.itemsize * sum(hidden_sizes) * vocab_size // share
+    fewest = gemm.workspace_bytes(max(hidden_sizes)) + _TOKENS_OF_16_BITS * token_bytes
+    return max(fewest, of_heads)
 
 
 def _slice_columns(

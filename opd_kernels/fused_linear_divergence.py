@@ -450,7 +450,7 @@ def _bwd(grad_loss, *arguments):
     options = Options(workspace_bytes, with_grads, False, group, 0.0, *rest)
     _, gradients, _ = run(inputs, laws._replace(token_weights=weights), options)
     return tuple(
-        gradient.to(like.dtype) if wanted else gradient
+        _linear.rounded(gradient, like.dtype) if wanted else gradient
         for gradient, like, wanted in zip(
             gradients, _sources(inputs, laws), with_grads, strict=True
         )

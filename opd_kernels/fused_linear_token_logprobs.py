@@ -337,7 +337,7 @@ def _run_backward(head_sum: Tensor | None, grad_logprobs, grad_lse, grad_entropy
         summed = [None if gradient is None else gradient.mul_(unit) for gradient in summed]
     formed = (grad_hidden, *summed)
     return tuple(
-        hidden.new_empty(0) if gradient is None else gradient.to(source.dtype)
+        hidden.new_empty(0) if gradient is None else _linear.rounded(gradient, source.dtype)
         for gradient, source in zip(formed, _sources(inputs, law), strict=True)
     )
 

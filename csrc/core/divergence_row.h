@@ -205,18 +205,22 @@ void visit_component(const opd_divergence_component_t& component, const double* 
       });
 }
 
-template <class T>
-void component_terms(const opd_divergence_component_t& component, const double* state,
-                     const Entries<T>& e, int padded, T* term, T* dterm) {
+// Calls fn with it, in the form that suits the overlap of the two laws.
+template <class Fn>
+void visit_form(const opd_divergence_component_t& component, const double* state, Fn&& fn) {
   visit_component(component, state, [&](auto functor) {
     using F = decltype(functor);
     if constexpr (F::kHasTextbook) {
-      if (functor.barely_overlaps()) {
-        term_block(TextbookForm<F>(functor), e.lp.values, e.lq.values, e.p.values, e.q.values,
-                   e.gap.values, e.lp_low.values, e.lq_low.values, padded, term, dterm);
-        return;
-      }
+      if (functor.barely_overlaps()) return fn(TextbookForm<F>(functor));
     }
+    fn(functor);
+  });
+}
+
+template <class T>
+void component_terms(const opd_divergence_component_t& component, const double* state,
+                     const Entries<T>& e, int padded, T* term, T* dterm) {
+  visit_form(component, state, [&](const auto& functor) {
     term_block(functor, e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values,
                e.lp_low.values, e.lq_low.values, padded, term, dterm);
   });
@@ -238,23 +242,32 @@ inline int num_row_sums(const opd_divergence_component_t& component) {
   return count;
 }
 
-// Adds the sums of a block to state.
-template <class T>
-void component_row_sums(const opd_divergence_component_t& component, const Entries<T>& e,
-                        int padded, double* state) {
+// Calls fn with the functor of a component that sums need first, as its threshold makes it.
+template <class Fn>
+void visit_row_sums(const opd_divergence_component_t& component, const double* state, Fn&& fn) {
   visit_divergence(
       component.divergence, component.param0, component.param1, [&](auto functor) {
         using F = decltype(functor);
         if constexpr (F::kRowSums > 0) {
           if constexpr (F::kNeedsThreshold) functor = functor.with_threshold(state[kThreshold]);
-          Block<T> sums[3];
-          row_sum_block(functor, e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values,
-                        e.lp_low.values, e.lq_low.values, padded, sums[0].values, sums[1].values, sums[2].values);
-          for (int k = 0; k < F::kRowSums; ++k) {
-            state[kRowSum + k] += lane_sum(sums[k].values, padded);
-          }
+          fn(functor);
         }
       });
+}
+
+// Adds the sums of a block to state.
+template <class T>
+void component_row_sums(const opd_divergence_component_t& component, const Entries<T>& e,
+                        int padded, double* state) {
+  visit_row_sums(component, state, [&](auto functor) {
+    Block<T> sums[3];
+    row_sum_block(functor, e.lp.values, e.lq.values, e.p.values, e.q.values, e.gap.values,
+                  e.lp_low.values, e.lq_low.values, padded, sums[0].values, sums[1].values,
+                  sums[2].values);
+    for (int k = 0; k < decltype(functor)::kRowSums; ++k) {
+      state[kRowSum + k] += lane_sum(sums[k].values, padded);
+    }
+  });
 }
 
 // The mass of Renyi's divergence once more, in double: where the float32 sum has overflowed or has

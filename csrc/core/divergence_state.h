@@ -56,7 +56,7 @@ OPD_HD Entry<T> entry_of(T student, T teacher, const Shifts<T>& shifts) {
   const T lp = difference(under, shifts.teacher.low - lost, &lp_low);
   const T apart = difference(student, teacher, &lost);
   const T gap = (apart - shifts.gap.high) - (shifts.gap.low - lost);
-  return {lp, lq, exp(lp), exp(lq), gap, lp_low, lq_low};
+  return {lp, lq, exp_nonpositive(lp), exp_nonpositive(lq), gap, lp_low, lq_low};
 }
 
 // dterm sums to 0 as it is, and summing it would only add rounding. With a weight that is the

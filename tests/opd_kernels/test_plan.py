@@ -289,3 +289,39 @@ def test_path_b_does_not_shred_the_vocabulary(hidden_sizes, mib):
     assert not found.whole_rows
     # each pair of a chunk and a slice is a handful of launches, thrice over
     assert found.num_chunks * len(found.slices()) < 600, found
+
+
+# -- 16-bit heads on a CPU -----------------------------------------------------------------------
+
+
+def cpu_cut(
+    num_tokens, vocab_size, hidden_sizes, workspace_bytes=GIB, dtype=torch.bfloat16, **more
+):
+    # a head that takes no memory
+    heads = [torch.empty(1, dtype=dtype).expand(vocab_size, size) for size in hidden_sizes]
+    return plan("test", num_tokens, vocab_size, heads, workspace_bytes, **more)
+
+
+def test_plan_of_16_bit_heads_on_a_cpu_is_small_beside_them_unless_asked():
+    heads = 2 * 32_000 * (512 + 1024)
+    trained = cpu_cut(512, 32_000, (512, 1024))
+    assert trained.workspace_bytes <= heads / 3 and trained.chunk_tokens == 103
+    frozen = cpu_cut(512, 32_000, (512, 1024), trained=False)
+    assert heads / 3 < frozen.workspace_bytes <= heads and frozen.chunk_tokens == 256
+    # a budget that the caller names is a budget, and float32 heads are as large as their dW
+    assert cpu_cut(512, 32_000, (512, 1024), GIB // 4).chunk_tokens == 512
+    assert cpu_cut(512, 32_000, (512, 1024), dtype=torch.float32).chunk_tokens == 512
+    # small hidden sizes still get chunks that a GEMM is worth
+    assert cpu_cut(10**4, QWEN, (64, 64)).chunk_tokens >= 64
+    # and large ones what is kept between calls
+    large = cpu_cut(10**4, QWEN, (2048, 4096))
+    assert 0.9 * GIB / 4 < large.workspace_bytes <= GIB / 4
+
+
+def test_plan_of_16_bit_heads_does_not_depend_on_the_rows_of_a_shard():
+    shards = [
+        [torch.empty(1, dtype=torch.bfloat16).expand(rows, 64) for _ in range(2)]
+        for rows in (7000, 9000)
+    ]
+    first, second = (plan("test", 512, 9000, heads, GIB, whole_rows="ranks") for heads in shards)
+    assert first == second

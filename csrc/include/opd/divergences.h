@@ -14,7 +14,8 @@
 //   kRowSums, row_sums, with_row_sums   sums over the row that term and dterm need first
 //   value(sum)                          D from sum of term; the identity unless it says otherwise
 //   dterm_teacher                       d term / d log p, for targets that contain the student
-//   dterm_textbook, barely_overlaps     the second form, and when to use it
+//   dterm_textbook, barely_overlaps     the second form, and when to use it; term is of one form, and
+//   textbook_sum                        sum of dterm_textbook, which is a multiple of the row sum
 //   kNeedsThreshold                     a row statistic of the teacher's law comes first
 //
 // A new divergence is one struct and one line of OPD_DIVERGENCES. The Triton mirror is
@@ -42,15 +43,14 @@ struct Entry {
   OPD_HD ExpPair<T> ratio() const { return exp_pair_nonpositive(teacher_larger() ? gap : -gap); }
   // q - p, with the relative accuracy of gap
   OPD_HD T student_minus_teacher() const {
-#if OPD_DEVICE_FORMS
     if constexpr (sizeof(T) == sizeof(float)) {
       // a divergence's bregman(p, q, gap) is made of the same parts
       const T near = p * gap + p * ((gap * gap) * phi_over_square(gap));
       return detail::within_one(gap) ? near : q - p;
+    } else {
+      const T excess = larger() * ratio().expm1;
+      return select(larger() == T(0), T(0), teacher_larger() ? excess : -excess);
     }
-#endif
-    const T excess = larger() * ratio().expm1;
-    return select(larger() == T(0), T(0), teacher_larger() ? excess : -excess);
   }
   // -inf logits on both sides, as in the padding of a block: counts for nothing
   OPD_HD bool absent() const {
@@ -236,6 +236,7 @@ struct SkewForwardKl : Separable {
     return SkewForwardKl(alpha, sums[0]);
   }
   OPD_HD bool barely_overlaps() const { return overlap < 0.5; }
+  OPD_HD double textbook_sum() const { return -(1 - alpha) * overlap; }
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
     const Mixture<T> mix = mixture(e, T(alpha), T(1 - alpha));
@@ -281,15 +282,19 @@ struct TotalVariation : Separable {
 // p^alpha q^(1 - alpha) e^-shift, of two ways to form it the one whose rounding is smaller. The gap is
 // more exact than the log-probabilities where the laws are close; where it is infinite, one of them
 // rules the token out.
-template <class T>
-OPD_HD T geometric_mean(const Entry<T>& e, double alpha, T shift) {
+template <class T, class Shift>
+OPD_HD T geometric_mean(const Entry<T>& e, double alpha, Shift shift) {
   const T a = T(alpha), c = T(1 - alpha);
   const auto size = [](T x) { return x < T(0) ? -x : x; };
   const bool by_gap = size(e.lp) + size(c * e.gap) < size(a * e.lp) + size(c * e.lq);
   const T a_low = low_part<T>(alpha), c_low = low_part<T>(1 - alpha);
+  T first_lost, second_lost;
+  const T weighted = exact_product(a, e.lp, &first_lost);
+  const T first = by_gap ? e.lp : weighted;
+  const T second = exact_product(c, by_gap ? e.gap : e.lq, &second_lost);
   const T low = by_gap ? e.lp_low + c_low * e.gap
-                       : (a * e.lp_low + a_low * e.lp) + (c * e.lq_low + c_low * e.lq);
-  const T r = exp_of_sum(by_gap ? T(1) : a, e.lp, c, by_gap ? e.gap : e.lq, shift, low);
+                       : (a * e.lp_low + a_low * e.lp) + (c * e.lq_low + c_low * e.lq) + first_lost;
+  const T r = exp_of_parts(first, second, shift, low + second_lost);
   return select(e.absent(), T(0), r);
 }
 
@@ -307,7 +312,7 @@ struct Alpha : Separable {
 
   template <class T>
   OPD_HD T geometric(const Entry<T>& e) const {
-    return geometric_mean(e, alpha, T(0));
+    return geometric_mean(e, alpha, Unshifted{});
   }
   // whether gap, alpha gap and (1 - alpha) gap are all within the series' reach
   template <class T>
@@ -323,6 +328,7 @@ struct Alpha : Separable {
   }
   OPD_HD Alpha with_row_sums(const double* sums) const { return Alpha(alpha, scale, sums[0]); }
   OPD_HD bool barely_overlaps() const { return mass < 0.5; }
+  OPD_HD double textbook_sum() const { return -scale / alpha * mass; }
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
     const T a = T(alpha), c = T(1 - alpha), factor = T(scale / (alpha * (alpha - 1)));
@@ -501,9 +507,9 @@ struct AlphaBeta : Separable {
   template <class T>
   OPD_HD T term(const Entry<T>& e) const {
     const T x = e.gap - T(offset);
-    const T ps = exp_of_sum(T(s), e.lp, T(0), T(0), T(0), low(s, e.lp, e.lp_low));
-    const T qs = exp_of_sum(T(s), e.lq, T(0), T(0), T(0), low(s, e.lq, e.lq_low));
-    const T cross = exp_of_sum(T(cross_p), e.lp, T(cross_q), e.lq, T(0),
+    const T ps = exp_of_product(T(s), e.lp, low(s, e.lp, e.lp_low));
+    const T qs = exp_of_product(T(s), e.lq, low(s, e.lq, e.lq_low));
+    const T cross = exp_of_sum(T(cross_p), e.lp, T(cross_q), e.lq,
                                low(cross_p, e.lp, e.lp_low) + low(cross_q, e.lq, e.lq_low));
     const T by_series =
         ps * (x * x) *
@@ -524,8 +530,8 @@ struct AlphaBeta : Separable {
     // finite, so that y is 0 where a is
     const T below = x > T(1e30) ? T(1e30) : x;
     const T y = T(-a) * (below < T(-1e30) ? T(-1e30) : below);
-    const T qs = exp_of_sum(T(s), e.lq, T(0), T(0), T(0), low(s, e.lq, e.lq_low));
-    const T cross = exp_of_sum(T(a), e.lp, T(b), e.lq, T(0),
+    const T qs = exp_of_product(T(s), e.lq, low(s, e.lq, e.lq_low));
+    const T cross = exp_of_sum(T(a), e.lp, T(b), e.lq,
                                low(a, e.lp, e.lp_low) + low(b, e.lq, e.lq_low));
     const T slope = T(1) + y * phi_over_square(y);
     const T by_series = select(qs == T(0), T(0), qs * (x * slope));

@@ -67,13 +67,12 @@ OPD_HD float expm1_reduced(float x, float* scale) {
   r = r + n * 2.12194440054690583e-4f;
   const uint32_t exponent = static_cast<uint32_t>(float_to_bits(shifted)) << 23;
   *scale = bits_to_float(static_cast<int32_t>(exponent + (127u << 23)));
-  float poly = 1.9908904505427957e-4f;
-  poly = poly * r + 1.3934543821960688e-3f;
-  poly = poly * r + 8.33328440785408e-3f;
-  poly = poly * r + 4.166645556688309e-2f;
-  poly = poly * r + 0.1666666716337204f;
-  poly = poly * r + 0.5f;
-  return poly * (r * r) + r;
+  // in pairs, whose products do not wait for each other
+  const float square = r * r;
+  const float low = 0.1666666716337204f * r + 0.5f;
+  const float middle = 8.33328440785408e-3f * r + 4.166645556688309e-2f;
+  const float high = 1.9908904505427957e-4f * r + 1.3934543821960688e-3f;
+  return ((high * square + middle) * square + low) * square + r;
 }
 
 // log(1 + f) for sqrt(1/2) <= 1 + f <= sqrt(2), exact in f.
@@ -163,6 +162,7 @@ OPD_HD float exp(float x) {
 
 // (e^x - 1 - x) / x^2 for |x| < 1, by its series; 1/2 at 0.
 OPD_HD float phi_over_square(float x) {
+#if OPD_DEVICE_FORMS
   float poly = 2.7722801405616337e-6f;
   poly = poly * x + 2.535482963139657e-5f;
   poly = poly * x + 1.9844024791382253e-4f;
@@ -171,6 +171,14 @@ OPD_HD float phi_over_square(float x) {
   poly = poly * x + 4.166673496365547e-2f;
   poly = poly * x + 0.1666666716337204f;
   return poly * x + 0.5f;
+#else
+  const float square = x * x;
+  const float first = 0.1666666716337204f * x + 0.5f;
+  const float second = 8.33331048488617e-3f * x + 4.166673496365547e-2f;
+  const float third = 1.9844024791382253e-4f * x + 1.388545148074627e-3f;
+  const float fourth = 2.7722801405616337e-6f * x + 2.535482963139657e-5f;
+  return (fourth * square + third) * (square * square) + (second * square + first);
+#endif
 }
 
 // e^x and e^x - 1 for x <= 0, both right to the last bits.
@@ -226,7 +234,17 @@ OPD_HD float log_mix(ExpPair<float> pair, float keep, float weight) {
 #endif
 }
 
+// exp where x is at most 0 but for rounding: on a CPU a case less.
+OPD_HD float exp_nonpositive(float x) {
+#if OPD_DEVICE_FORMS
+  return exp(x);
+#else
+  return exp_pair_nonpositive(x).exp;
+#endif
+}
+
 OPD_HD double exp(double x) { return ::exp(x); }
+OPD_HD double exp_nonpositive(double x) { return ::exp(x); }
 OPD_HD ExpPair<double> exp_pair_nonpositive(double x) { return {::exp(x), ::expm1(x)}; }
 OPD_HD double log_mix(ExpPair<double> pair, double keep, double weight) {
   const double value = keep + weight * pair.exp;
@@ -255,26 +273,66 @@ OPD_HD T product(T a, T b) {
 }
 #endif
 
-// e^(a x + b y - shift + low), low small, the rounding of the exponent put back: at an exponent of
-// 60 it alone would cost 4e-6 of the result. A factor of 0 leaves its side out, infinite or not.
+// Of an exponent: nothing is subtracted.
+struct Unshifted {};
+
+// sum - shift; what rounding it loses is added to `lost`.
 template <class T>
-OPD_HD T exp_of_sum(T a, T x, T b, T y, T shift, T low) {
-  const T first = select(a == T(0), T(0), product(a, x));
-  const T second = select(b == T(0), T(0), product(b, y));
+OPD_HD T shifted(T sum, T shift, T* lost) {
+  T more;
+  const T result = difference(sum, shift, &more);
+  *lost += more;
+  return result;
+}
+template <class T>
+OPD_HD T shifted(T sum, Unshifted, T*) {
+  return sum;
+}
+
+// a * x and, in `lost`, what rounding it has lost. A factor of 0 leaves its side out, infinite or not.
+template <class T>
+OPD_HD T exact_product(T a, T x, T* lost) {
+  const T value = select(a == T(0), T(0), product(a, x));
+#if defined(__CUDA_ARCH__)
+  *lost = fma(a, x, -value);
+#else
+  *lost = std::fma(a, x, -value);
+#endif
+  return value;
+}
+
+// e^(first + second - shift + low), low small, the rounding of the exponent put back: at an exponent
+// of 60 it alone would cost 4e-6 of the result.
+template <class T, class Shift>
+OPD_HD T exp_of_parts(T first, T second, Shift shift, T low) {
   const T sum = first + second;
   const T back = sum - first;
   T lost = (first - (sum - back)) + (second - back);
-#if defined(__CUDA_ARCH__)
-  lost += fma(a, x, -first) + fma(b, y, -second);
-#else
-  lost += std::fma(a, x, -first) + std::fma(b, y, -second);
-#endif
-  T lost_shift;
-  const T exponent = difference(sum, shift, &lost_shift);
-  lost += lost_shift + low;
+  const T exponent = shifted(sum, shift, &lost);
+  lost += low;
   const T value = exp(exponent);
   const T more = value * lost;
   // nothing is lost where something is infinite
+  return select(more - more == T(0), value + more, value);
+}
+
+// e^(a x + b y + low).
+template <class T>
+OPD_HD T exp_of_sum(T a, T x, T b, T y, T low) {
+  T first_lost, second_lost;
+  const T first = exact_product(a, x, &first_lost);
+  const T second = exact_product(b, y, &second_lost);
+  return exp_of_parts(first, second, Unshifted{}, (first_lost + second_lost) + low);
+}
+
+// e^(a x + low).
+template <class T>
+OPD_HD T exp_of_product(T a, T x, T low) {
+  T lost;
+  const T exponent = exact_product(a, x, &lost);
+  lost += low;
+  const T value = exp(exponent);
+  const T more = value * lost;
   return select(more - more == T(0), value + more, value);
 }
 
