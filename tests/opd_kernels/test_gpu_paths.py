@@ -269,9 +269,7 @@ def test_gemms_of_packed_columns_take_the_buffer_s_memory(monkeypatch, dtype, to
     dz[:, torch.randperm(vocab_size)[:kept]] = torch.randn(tokens, kept)
     head, hidden = torch.randn(vocab_size, width).to(dtype), torch.randn(tokens, width).to(dtype)
     buffer = torch.full((tokens * vocab_size,), torch.nan)
-    packed, _ = sparse_gradient.pack(
-        torch.ops.opd, dz, None, 1e-6, buffer.view(dz.shape), head, 0
-    )
+    packed, _ = sparse_gradient.pack(torch.ops.opd, dz, None, 1e-6, buffer.view(dz.shape), head, 0)
     if tokens == 1 and packed is None:
         return  # a buffer of 301 numbers
     memory, operands = _Memory(buffer), []
