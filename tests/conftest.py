@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# tests that several files take
+pytest.register_assert_rewrite("tests.row_kernels")
+
 # two threads on a machine that others use too spend their time waiting for each other; what depends
 # on the thread count sets it (the determinism tests)
 NUM_THREADS = 1
