@@ -30,7 +30,7 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
         tensors: the tensors of the call, in its order.
         options: its keyword arguments; `backend`, `vocab_size`, `workspace_bytes`, `divergence`,
             `reference_lm_head_weight`, `process_group`, `gradient_tolerance` and the low-rank pair
-            matter.
+            matter. With `process_group` every rank must ask: they exchange their row counts.
 
     Returns:
         One line for the choice, one per backend with its reason, and the plan of a fused op.

@@ -19,6 +19,8 @@ from . import _checks, _laws
 from .divergence import LSE, ROW_SUMS, TERMS
 
 WHOLE_ROWS = "a vocabulary-parallel call holds its shard's rows whole"
+# student, teacher, reference
+_MOST_HEADS = 3
 # columns of a row of state, as in csrc/core/divergence_row.h
 _LSE = slice(0, 2)
 _LARGEST = slice(2, 4)
@@ -149,11 +151,15 @@ def vocabulary(
     """(columns of the whole vocabulary that count, the shard as an op's argument or "").
 
     Ranks exchange the row counts of their heads, so that all of them refuse a bad cut alike.
+
+    Raises:
+        ValueError: the heads are cut at different rows, a rank has none that count, or ranks make
+            different calls.
     """
     if process_group is None:
         return _checks.vocab_prefix(op, vocab_size, **widths), ""
-    counts = _all_row_counts(process_group, list(widths.values()))
     names = list(widths)
+    counts = _exchanged(op, process_group, names, list(widths.values()), vocab_size)
     totals = {name: sum(rank[i] for rank in counts) for i, name in enumerate(names)}
     vocab_size = _checks.vocab_prefix(op, vocab_size, **totals)
     first = 0
@@ -181,8 +187,35 @@ def vocabulary(
     )
 
 
-def _all_row_counts(group: dist.ProcessGroup, own: list[int]) -> list[list[int]]:
-    """Of every rank, in its order."""
-    counts: list[list[int]] = [[] for _ in range(group.size())]
-    dist.all_gather_object(counts, own, group)
-    return counts
+def _exchanged(
+    op: str, group: dist.ProcessGroup, names: list[str], own: list[int], vocab_size: int | None
+) -> list[list[int]]:
+    """Row counts of every rank, in its order, from one collective of a few numbers.
+
+    In every call: a rank cannot know from its own counts that another's are as before, and ranks
+    that disagreed about whether to ask would wait for each other for ever.
+    """
+    device = _device_of_counts(group)
+    given = [len(names), -1 if vocab_size is None else int(vocab_size), *own]
+    given += [0] * (2 + _MOST_HEADS - len(given))
+    every = torch.empty(group.size() * len(given), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(every, torch.tensor(given, device=device), group)
+    ranks = every.view(group.size(), -1).tolist()
+    for rank, (heads, columns, *_) in enumerate(ranks):
+        if heads != ranks[0][0] or columns != ranks[0][1]:
+            first, other = (
+                f"{count} heads and vocab_size={None if size < 0 else size}"
+                for count, size, *_ in (ranks[0], ranks[rank])
+            )
+            raise ValueError(
+                f"{op}: every rank must make the same call, got {first} on rank 0 and {other} on "
+                f"rank {rank}."
+            )
+    return [counts[: len(names)] for _, _, *counts in ranks]
+
+
+def _device_of_counts(group: dist.ProcessGroup) -> torch.device:
+    """The CPU where the group has collectives there, so that nothing waits for a GPU."""
+    if any(device.type == "cpu" for device in group._device_types):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -127,7 +127,7 @@ def pack(
 
 
 def _dtype_of_operand(grad_logits: Tensor, head: Tensor) -> torch.dtype:
-    """What dZ is rounded to for a product with the head: its width, where it multiplies as it is."""
+    """What dZ is rounded to for a product with the head: the width that the head multiplies in."""
     if _gemms.is_own(grad_logits) or _gemms.grad_dtype(head) == _gemms.AS_LOGITS:
         return grad_logits.dtype
     return head.dtype

@@ -33,6 +33,10 @@ SHARES = {
 # a part stops taking new cases after this share of its time, and is ended after all of it
 SOFT = 0.85
 LEAST_S = 3.0
+# until a part that was told to end is killed
+GRACE_S = 2.0
+# of its share: nothing of ours runs on a card without the build
+MOST_SHARES = {"build": 2.0}
 
 
 class Stopped(Exception):
@@ -41,7 +45,8 @@ class Stopped(Exception):
 
 def budget_of(part: str, waiting: Sequence[str], left_s: float) -> float:
     """Seconds for a part: its share of what is left for it and those that wait behind it."""
-    return left_s * SHARES[part] / sum(SHARES[name] for name in (part, *waiting))
+    share = SHARES[part] / sum(SHARES[name] for name in (part, *waiting))
+    return left_s * min(1.0, share * MOST_SHARES.get(part, 1.0))
 
 
 def tail(path: Path, lines: int = 12) -> str:
@@ -50,6 +55,17 @@ def tail(path: Path, lines: int = 12) -> str:
         text = path.read_text(encoding="utf-8", errors="replace")
         return public("\n".join(text.strip().splitlines()[-lines:]))[-1500:]
     return ""
+
+
+def end(process: subprocess.Popen) -> None:
+    """A part and its children; the first signal lets it end what it has started elsewhere."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        # what has ended already is not there to be told
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE_S)
+    process.wait()
 
 
 class Run:
@@ -88,7 +104,7 @@ class Run:
         try:
             earlier = results.load(self.path)
         except results.SchemaError as error:
-            print(f"{error}; it is replaced", file=sys.stderr)
+            self._put_aside(str(error))
             return
         mine = self.results
         same = all(earlier[key] == mine[key] for key in ("commit", "dirty", "versions"))
@@ -98,6 +114,14 @@ class Run:
                 for name, part in earlier["parts"].items()
                 if name not in self.options.parts
             }
+        else:
+            self._put_aside(f"{self.path.name} is of another commit, version or machine")
+
+    def _put_aside(self, why: str) -> None:
+        """An earlier file, which this run does not add to: it may have what nobody has again."""
+        kept = self.path.with_suffix(".json.old")
+        os.replace(self.path, kept)
+        print(f"{why}; it is now {kept.name}", file=sys.stderr)
 
     def save(self) -> None:
         with self.lock:
@@ -165,10 +189,7 @@ class Run:
         except subprocess.TimeoutExpired:
             return {"status": "timed out", "reason": f"ended after {budget_s:.0f} s"}
         finally:
-            # the part's own children too; what has ended already is not there to be told
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
             reader.join(timeout=30)
         if code == 0:
             return {"status": "passed", "reason": ""}
@@ -183,7 +204,14 @@ class Run:
                     results.check_row(row)
                     with self.lock:
                         rows.append(row)
-                        self.save()
+                        self._save_or_say()
+
+    def _save_or_say(self) -> None:
+        """A full disk costs a save, not the rows that are still to come."""
+        try:
+            self.save()
+        except OSError as error:
+            print(f"{self.path.name} could not be saved: {error}", file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import time
 
 from benchmarks.gpu.context import Context
@@ -33,6 +34,13 @@ def main() -> int:
             time.monotonic() + options.seconds,
             [name for name in options.only_peers.split(",") if name],
         )
+
+        def stop(*_: object) -> None:
+            # they are in process groups of their own, which whoever ends this one does not know
+            context.end_programs()
+            os._exit(128 + signal.SIGTERM)
+
+        signal.signal(signal.SIGTERM, stop)
         importlib.import_module(f"benchmarks.gpu.part_{options.part}").run(context)
     return 0
 

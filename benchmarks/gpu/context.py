@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 LEADS = ("cuda", "triton")
+# of a CUDA toolkit, where its programs are
+TOOL_FOLDERS = ("bin", "compute-sanitizer", "extras/compute-sanitizer", "nsight-compute")
 # what stands in for the two on a CPU
 DRY_LEADS = ("cpu", "reference")
 
@@ -30,6 +36,22 @@ DRY_LEADS = ("cpu", "reference")
 def public(text: str) -> str:
     """The text without the directories of this machine: results are published."""
     return re.sub(r"(?<![\w.~])(?:/[\w.+@-]+)+/(?=[\w.])", "", text.replace(f"{ROOT}/", ""))
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, which often is on the machine and not on PATH."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    homes += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    places = [Path(home, folder) for home in homes if home for folder in TOOL_FOLDERS]
+    places += sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, places)))
+
+
+def _name_of(row: dict) -> str:
+    """What a row is about, in few words."""
+    keys = ("case", "contestant", "name", "divergence", "head", "law", "metric")
+    return " ".join(str(row[key]) for key in keys if row.get(key))
 
 
 @dataclasses.dataclass
@@ -41,6 +63,8 @@ class Context:
     deadline: float
     only_peers: Sequence[str] = ()
     which: Callable[[str], str | None] = shutil.which
+    # process groups of the programs that run now
+    groups: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def sizes(self) -> Sizes:
@@ -55,8 +79,15 @@ class Context:
         return device.of(self.dry_run)
 
     def row(self, row: object) -> None:
-        """Keeps a row at once: what comes after may fail or run out of time."""
-        self.emit(results.row_of(row))
+        """Keeps a row at once: what comes after may fail or run out of time.
+
+        JSON has no NaN: a row with one becomes an error that shows it.
+        """
+        found = results.row_of(row)
+        if any(isinstance(value, float) and not math.isfinite(value) for value in found.values()):
+            words = ", ".join(str(value) for value in found.values() if value != "")
+            found = results.row_of(results.Check(_name_of(found), "error", public(words)[:300]))
+        self.emit(found)
 
     def left_out(self, name: str, why: str) -> None:
         """Says what was not measured, and why."""
@@ -67,6 +98,20 @@ class Context:
         traceback.print_exception(error)
         words = f"{type(error).__name__}: {error}".strip()
         self.row(results.Check(name, "error", public(words)[:300]))
+
+    @contextlib.contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """A case that may raise without an end of the others.
+
+        Raises:
+            RuntimeError: the device is lost, on which nothing runs in this process any more.
+        """
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError) as error:
+            if "CUDA error" in str(error):
+                raise
+            self.failed(name, error)
 
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
@@ -108,14 +153,17 @@ class Context:
 
     def tool(self, name: str) -> str | None:
         """A program of the CUDA toolkit; a dry run has none unless its test brings one."""
-        if self.dry_run and self.which is shutil.which:
-            return None
-        return self.which(name)
+        if self.which is not shutil.which:
+            return self.which(name)
+        return None if self.dry_run else find_tool(name)
 
     def command(
         self, command: Sequence[str], share: float = 1.0, **options
     ) -> subprocess.CompletedProcess[str]:
         """Runs a program from the root for at most a share of the time left; shows and keeps words.
+
+        A program that takes longer ends with all that it has started, which would otherwise go on
+        and keep its output open.
 
         Raises:
             subprocess.TimeoutExpired: it took longer.
@@ -126,17 +174,27 @@ class Context:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
             **options,
         ) as process:
+            self.groups.add(process.pid)
             try:
                 output, _ = process.communicate(timeout=max(1.0, share * self.seconds_left()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                self.end_programs()
                 output, _ = process.communicate()
                 print(output, flush=True)
                 raise
+            finally:
+                self.groups.discard(process.pid)
         print(output, flush=True)
         return subprocess.CompletedProcess(command, process.returncode, output)
+
+    def end_programs(self) -> None:
+        """Those that run now, and their children."""
+        for group in list(self.groups):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
 
     def python(self, module: str, *arguments: str) -> list[str]:
         """The command line of a module of ours, a dry run again if this is one."""

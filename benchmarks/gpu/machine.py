@@ -11,7 +11,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 
-from benchmarks.gpu.context import ROOT
+from benchmarks.gpu.context import ROOT, find_tool
 
 _QUERY = {
     "driver": "driver_version",
@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    release = re.search(r"release ([\d.]+)", output_of(["nvcc", "--version"]))
+    release = re.search(r"release ([\d.]+)", output_of([find_tool("nvcc") or "nvcc", "--version"]))
     if release:
         found["nvcc"] = release[1]
     text = (ROOT / "opd_kernels" / "__init__.py").read_text(encoding="utf-8")

@@ -80,9 +80,12 @@ def of_chunk(device: Device, context: Context, shape: cases.Shape) -> None:
 
 def run(context: Context) -> None:
     device = context.device()
-    context.row(copy(device, context.sizes))
-    context.row(square(device, context.sizes))
+    for name, ceiling in (("copy", copy), ("square GEMM", square)):
+        with context.attempt(name):
+            context.row(ceiling(device, context.sizes))
+        device.free()
     for shape in context.sizes.shapes:
         device.free()
         if context.has_time(f"GEMMs of {shape}", 2.0):
-            of_chunk(device, context, shape)
+            with context.attempt(f"GEMMs of {shape}"):
+                of_chunk(device, context, shape)

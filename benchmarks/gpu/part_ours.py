@@ -325,19 +325,16 @@ def each(context: Context, what: str, shapes: tuple, case: Callable[[cases.Shape
         name = f"{what}, {shape}"
         if not context.has_time(name, 1.0):
             continue
-        try:
+        with context.attempt(name):
             case(shape)
-        except (RuntimeError, ValueError, TypeError) as error:
-            if "CUDA error" in str(error):
-                raise
-            context.failed(name, error)
 
 
 def run(context: Context) -> None:
     device = context.device()
     sizes, lead = context.sizes, context.lead
     others = [backend for backend in context.backends() if backend != lead]
-    row_kernels(device, context, [lead, *others])
+    with context.attempt("row kernels"):
+        row_kernels(device, context, [lead])
     each(context, "fused", sizes.shapes, lambda shape: fused(device, context, shape, lead))
     # the narrowest pair and the widest, at one vocabulary
     some = tuple(dict.fromkeys((sizes.shapes[0], sizes.shapes[min(2, len(sizes.shapes) - 1)])))
@@ -346,6 +343,9 @@ def run(context: Context) -> None:
     each(context, "sparse teacher", some, lambda shape: sparse(device, context, shape))
     each(context, "top-k", some, lambda shape: topk(device, context, shape))
     for backend in others:
+        if backend != "reference" and context.has_time(f"row kernels, {backend}", 1.0):
+            with context.attempt(f"row kernels, {backend}"):
+                row_kernels(device, context, [backend])
         each(
             context,
             f"fused, {backend}",

@@ -16,7 +16,17 @@ import torch
 
 from benchmarks import laws
 from benchmarks.gpu import __main__ as driver
-from benchmarks.gpu import cases, goals, part_build, part_ncu, part_peers, part_sanitizer, report
+from benchmarks.gpu import (
+    cases,
+    goals,
+    part_build,
+    part_ncu,
+    part_ours,
+    part_peers,
+    part_sanitizer,
+    report,
+)
+from benchmarks.gpu import context as context_module
 from benchmarks.gpu import results as schema
 from benchmarks.gpu.context import ROOT, Context, public
 from benchmarks.gpu.device import Device
@@ -203,6 +213,12 @@ def test_parts_of_the_same_commit_are_kept_and_others_are_not(tmp_path):
     assert set(schema.load(path)["parts"]) == {"build", "ncu"}
     assert driver.main([*first, "abd", "build"]) == 0
     assert set(schema.load(path)["parts"]) == {"build"}
+    # put aside, where no page looks for it
+    aside = tmp_path / "dry_run.json.old"
+    assert set(schema.load(aside)["parts"]) == {"build", "ncu"}
+    path.write_text("{")
+    assert driver.main([*first, "abd", "build"]) == 0
+    assert aside.read_text() == "{"
 
 
 def test_a_part_out_of_time_is_ended_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
@@ -231,7 +247,10 @@ def test_a_part_that_fails_says_why_without_this_machines_directories(tmp_path, 
 def test_what_one_part_leaves_goes_to_the_next():
     total = sum(driver.SHARES.values())
     waiting = list(schema.PARTS[1:])
-    assert driver.budget_of("build", waiting, total) == driver.SHARES["build"]
+    # without the build nothing of ours runs
+    assert driver.budget_of("build", waiting, total) == 2 * driver.SHARES["build"]
+    given = driver.budget_of("tests", waiting[1:], 425.0)
+    assert given == pytest.approx(driver.SHARES["tests"])
     assert driver.budget_of("build", [], 300.0) == 300.0
     assert total <= 540
     left, spent = 540.0, 0.0
@@ -240,6 +259,106 @@ def test_what_one_part_leaves_goes_to_the_next():
         spent += given
         left -= given
     assert spent == pytest.approx(540.0)
+
+
+def test_a_program_that_takes_too_long_ends_with_its_children(tmp_path):
+    context = Context(True, [].append, time.monotonic() + 60)
+    context.deadline = time.monotonic() + 1.0
+    begin, alive = time.monotonic(), tmp_path / "alive"
+    # the grandchild has the output open, and would go on by itself
+    script = f"(for i in $(seq 300); do touch {alive}; sleep 0.1; done) & sleep 30"
+    with pytest.raises(subprocess.TimeoutExpired):
+        context.command(["bash", "-c", script])
+    assert time.monotonic() - begin < 10 and not context.groups
+    alive.unlink()
+    time.sleep(0.5)
+    assert not alive.exists()
+
+
+def test_a_part_that_is_ended_ends_its_programs(tmp_path, monkeypatch):
+    alive = tmp_path / "alive"
+    package = tmp_path / "late"
+    package.mkdir()
+    script = f"for i in $(seq 300); do touch {alive}; sleep 0.1; done"
+    (package / "sitecustomize.py").write_text(
+        "import benchmarks.gpu.part_ncu as part\n"
+        f"part.run = lambda context: context.command(['bash', '-c', {script!r}])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{package}:{ROOT}:{ROOT / 'python'}")
+    run = driver.Run(driver.parse(["--dry-run", "--out", str(tmp_path), "ncu"]))
+    run.part("ncu", 12.0)
+    assert schema.load(run.path)["parts"]["ncu"]["status"] in ("failed", "timed out")
+    assert alive.exists()
+    alive.unlink()
+    time.sleep(0.5)
+    assert not alive.exists()
+
+
+def test_a_number_that_json_lacks_is_an_error_that_shows_it():
+    rows: list[dict] = []
+    context = Context(True, rows.append, time.monotonic() + 60)
+    context.row(Precision("ours", "jsd", "far", float("nan"), 0.5, 1.0))
+    context.row(Check("next", "passed"))
+    assert [(row["kind"], row["name"], row["outcome"]) for row in rows] == [
+        ("Check", "ours jsd far", "error"),
+        ("Check", "next", "passed"),
+    ]
+    assert "nan, 0.5, 1.0" in rows[0]["detail"]
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_case_that_raises_leaves_the_others_and_a_lost_device_does_not():
+    rows: list[dict] = []
+    context = Context(True, rows.append, time.monotonic() + 60)
+    with context.attempt("large"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+    assert rows[0]["name"] == "large" and rows[0]["outcome"] == "error"
+    with pytest.raises(RuntimeError, match="illegal"), context.attempt("broken"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_row_kernels_that_fail_do_not_take_the_losses_with_them(monkeypatch):
+    rows: list[dict] = []
+    context = Context(True, rows.append, time.monotonic() + 60)
+
+    def fails(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(part_ours, "row_kernels", fails)
+    monkeypatch.setattr(part_ours, "fused", lambda *_: rows.append("fused"))
+    for name in ("tolerant", "token_logprobs"):
+        monkeypatch.setattr(part_ours, name, lambda *_: None)
+    part_ours.run(context)
+    assert rows[0]["name"] == "row kernels" and rows.count("fused") >= 2
+
+
+def test_a_full_disk_costs_no_rows(tmp_path, monkeypatch, capsys):
+    run = driver.Run(driver.parse(["--dry-run", "--out", str(tmp_path), "ncu"]))
+    read_fd, write_fd = os.pipe()
+    with os.fdopen(write_fd, "w") as stream:
+        for name in ("one", "two"):
+            stream.write(json.dumps(schema.row_of(Check(name, "passed"))) + "\n")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(driver.results, "save", full)
+    rows: list[dict] = []
+    run._read(read_fd, rows)
+    assert [row["name"] for row in rows] == ["one", "two"]
+    assert "could not be saved: No space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", context_module.TOOL_FOLDERS)
+def test_tools_are_found_beside_path(tmp_path, monkeypatch, folder):
+    program = tmp_path / folder / "compute-sanitizer"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/bash\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert context_module.find_tool("compute-sanitizer") == str(program)
+    assert context_module.find_tool("no-such-tool") is None
 
 
 @pytest.mark.parametrize(
@@ -321,6 +440,10 @@ def test_counters_are_read_from_ncu(tmp_path, monkeypatch):
     context, _ = context_with(tmp_path, "ncu", "exit 9\n")
     with pytest.raises(RuntimeError, match="no counter; exit code 9"):
         part_ncu.run(context)
+    refused = "echo '==ERROR== ERR_NVGPUCTRPERM - The user does not have permission'; exit 1\n"
+    context, rows = context_with(tmp_path, "ncu", refused)
+    part_ncu.run(context)
+    assert [(row["name"], row["outcome"]) for row in rows] == [("ncu", "left out")]
 
 
 def test_the_compilers_report():

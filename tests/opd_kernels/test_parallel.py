@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -100,6 +101,8 @@ def worker(rank: int, ranks: int, port: int) -> None:
         _padded(rank, ranks)
         _uneven(rank, ranks)
         _as_dtensor(ranks)
+        _other_shapes(rank, ranks)
+        _explained(rank, ranks)
         _refusals(ranks)
     finally:
         dist.destroy_process_group()
@@ -172,6 +175,66 @@ def _uneven(rank: int, ranks: int) -> None:
     torch.testing.assert_close(ours.loss, expected.loss)
 
 
+def _other_shapes(rank: int, ranks: int) -> None:
+    """Calls in turn whose heads differ on all ranks, on the last, or in vocab_size alone."""
+    whole, group = tensors(), dist.group.WORLD
+    names = list(whole)[:4]
+    rows = -(-VOCAB // ranks)
+    begin, end = rank * rows, VOCAB if rank == ranks - 1 else (rank + 1) * rows
+    short = [(7 * rank, 7 * (rank + 1)), 7 * ranks]
+    # what the last rank has beyond the columns that count is padding, of one length or another
+    padding = 4 if rank == ranks - 1 else 0
+    calls = [((begin, end), VOCAB, 0), (*short, 0), ((begin, end), VOCAB, padding)]
+    calls += [((begin, end), VOCAB - 2, 0), ((begin, end), VOCAB, 0), (*short, padding)] * 2
+    with count_collectives() as counts:
+        for number, ((first, last), vocab_size, more) in enumerate(calls):
+            heads = [whole[name][:vocab_size] if name in SHARDED else whole[name] for name in names]
+            expected = opk.fused_linear_divergence(*heads, divergence="jsd").loss
+            shards = [
+                padded(whole[name][first:last], more) if name in SHARDED else whole[name]
+                for name in names
+            ]
+            ours = opk.fused_linear_divergence(
+                *shards, divergence="jsd", vocab_size=vocab_size, process_group=group
+            ).loss
+            torch.testing.assert_close(ours, expected, msg=lambda text, n=number: f"{n}: {text}")
+    assert counts == {"all_gather_into_tensor": len(calls), "all_gather_object": 0}
+
+
+def padded(head: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([head, torch.full((rows, head.shape[1]), torch.nan, dtype=F64)])
+
+
+@contextlib.contextmanager
+def count_collectives():
+    counts = {}
+
+    def counted(name):
+        function = getattr(dist, name)
+
+        def call(*arguments, **keywords):
+            counts[name] += 1
+            return function(*arguments, **keywords)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather_into_tensor", "all_gather_object"):
+            counts[name] = 0
+            patch.setattr(dist, name, counted(name))
+        yield counts
+
+
+def _explained(rank: int, ranks: int) -> None:
+    whole = tensors()
+    heads = [
+        value.chunk(ranks)[rank] if name in SHARDED else value
+        for name, value in list(whole.items())[:4]
+    ]
+    text = opk.explain("fused_linear_divergence", *heads, process_group=dist.group.WORLD)
+    assert "path A: 1 chunk(s) of up to 9 of 9 tokens" in text
+
+
 def _as_dtensor(ranks: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -215,6 +278,13 @@ def _refusals(ranks: int) -> None:
         opk.fused_linear_divergence(*heads, vocab_size=VOCAB, process_group=group)
     with pytest.raises(ValueError, match=r"vocab_size must be in \[1, "):
         opk.fused_linear_divergence(*heads, vocab_size=VOCAB * ranks * 2, process_group=group)
+    rank = dist.get_rank()
+    with pytest.raises(ValueError, match=r"got 2 heads and vocab_size=\d+ on rank 0 and 2 heads"):
+        opk.fused_linear_divergence(*heads, vocab_size=VOCAB + rank, process_group=group)
+    third = {"reference_hidden": heads[2], "reference_lm_head_weight": heads[3]}
+    third["target"] = targets.geometric(0.3, 0.5, 0.2)
+    with pytest.raises(ValueError, match=r"3 heads and vocab_size=None on rank 1"):
+        opk.fused_linear_divergence(*heads, process_group=group, **(third if rank == 1 else {}))
     with pytest.raises(TypeError, match="process_group must be a torch"):
         opk.fused_linear_divergence(*heads, process_group="world")
     with pytest.raises(ValueError, match="it is exact and on one rank"):
