@@ -82,13 +82,13 @@ def _plan_of(
         ]
         whole_rows = _parallel.WHOLE_ROWS if group_name else _laws.needs_whole_rows(ids)
         in_parts = not group_name and not options.get("gradient_tolerance")
+        trained = bool(group_name) or (tensors[1].requires_grad and torch.is_grad_enabled())
     per_token = 0
     if op == "fused_linear_topk_divergence":
         whole_rows = _parallel.WHOLE_ROWS if group_name else whole_rows
         in_parts = False
         if len(tensors) > 2:
             per_token = _topk_divergence_path.BYTES_PER_ID * tensors[2].shape[1]
-        trained = bool(group_name) or (tensors[1].requires_grad and torch.is_grad_enabled())
     lora = options.get("student_lora", options.get("lora"))
     return _plan.plan(
         op,

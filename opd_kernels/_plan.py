@@ -303,9 +303,6 @@ def _costs(
     per_token: int,
     packs_columns: bool,
 ) -> _Costs:
-
-
-def _costs(vocab_size: int, heads: Sequence[Tensor], low_rank: int, packs_columns: bool) -> _Costs:
     real = _checks.real_dtype(heads[0]).itemsize
     hidden_sizes = [head.shape[1] for head in heads]
     sizes = [head.dtype.itemsize * head.shape[1] for head in heads]

@@ -12,10 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-# asserts there are rewritten as they are in test files
-pytest.register_assert_rewrite("tests.twins")
 # tests that several files take
-pytest.register_assert_rewrite("tests.row_kernels")
+pytest.register_assert_rewrite("tests.row_kernels", "tests.twins")
 
 # two threads on a machine that others use too spend their time waiting for each other; what depends
 # on the thread count sets it (the determinism tests)

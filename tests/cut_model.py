@@ -47,7 +47,6 @@ def backward(plan: Plan, tokens: int, columns: int, width: int, is_frozen: bool)
 def seconds(
     plan: Plan, width: int, other: int, *, passes: int = 2, is_frozen: bool = False
 ) -> float:
-    """Of a student and a teacher; `passes` of path B over the logits before that for the gradient."""
     """Of a student and a teacher; `passes` of path B come before that for the gradient."""
     total = 0.0
     for begin, end in plan.chunks():

@@ -85,6 +85,7 @@ ABSENT |= {
         "tests/csrc/test_cuda_{op}.cpp",
         "tests/opd_kernels/test_cuda_{op}.py",
     )
+}
 _NO_TRITON = "bytes are written where laws are scored and read where they are used: CPU and CUDA"
 ABSENT |= {
     ("topk_codec", layer): _NO_TRITON

@@ -87,9 +87,8 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
         token_logprobs,
         topk_divergence,
         topk_logprobs,
+        sample_tokens,
     )
-    modules = (divergence, _divergence_phases, sparse_gradient, token_logprobs)
-    modules += (topk_logprobs, sample_tokens)
     for module in modules:
         module.launch = launch
     described = []

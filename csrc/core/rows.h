@@ -98,37 +98,6 @@ OPD_ELEMENTWISE T lane_max(const T* values, int count) {
     for (int lane = 0; lane < kSize; ++lane) result = part[lane] > result ? part[lane] : result;
   }
   return result;
-// An integer whose order is that of the values.
-OPD_HD int32_t order_key(float value) {
-  const int32_t bits = detail::float_to_bits(value);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-OPD_HD int64_t order_key(double value) {
-  int64_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits ^ ((bits >> 63) & 0x7fffffffffffffff);
-}
-OPD_HD float value_of_key(int32_t key) {
-  return detail::bits_to_float(key ^ ((key >> 31) & 0x7fffffff));
-}
-OPD_HD double value_of_key(int64_t key) {
-  key ^= (key >> 63) & 0x7fffffffffffffff;
-  double value;
-  std::memcpy(&value, &key, sizeof(value));
-  return value;
-}
-
-// The largest of the values that are not NaN; -inf if there is none. By integers: compilers leave a
-// loop over the largest float scalar, because of NaN and of -0.
-template <class T>
-OPD_ELEMENTWISE T block_max(const T* __restrict__ values, int count) {
-  const auto lowest = order_key(-std::numeric_limits<T>::infinity());
-  auto largest = lowest;
-  for (int i = 0; i < count; ++i) {
-    const auto key = values[i] == values[i] ? order_key(values[i]) : lowest;
-    largest = key > largest ? key : largest;
-  }
-  return value_of_key(largest);
 }
 
 // cap * tanh(value / cap) in place.
@@ -290,7 +259,7 @@ class RunningLse {
 
   // `padded` is a multiple of kLanes; `scratch` holds as many values.
   void add(const T* block, int padded, T* scratch) {
-    const T largest = std::max(largest_, block_max(block, padded));
+    const T largest = std::max(largest_, lane_max(block, padded));
     if (largest > largest_) {
       sum_ *= std::exp(static_cast<double>(largest_) - static_cast<double>(largest));
       largest_ = largest;

@@ -77,7 +77,6 @@ STABLE_TORCH_LIBRARY(opd, m) {
   // the summands of tail "drop" and their gradient, of masses that sum to anything
   m.def("topk_divergence_drop(Tensor teacher_cells, Tensor student_cells, Tensor? token_weights, "
         "Tensor? coefficients, int[] divergences, float[] params) -> (Tensor loss, Tensor grad)");
-  // ids int32 [T, N], ascending; uniforms float64 [T, N]; on a CPU only
   // ids int32 [T, N], ascending; uniforms float64 [T, N]; in C++ on a CPU only
   m.def("sample_tokens_fwd(Tensor logits, Tensor uniforms, " OPD_LAW
         ", float proposal_temperature) -> " OPD_SAMPLES);

@@ -166,24 +166,3 @@ class StoreWriter:
             )
         pad = torch.nn.functional.pad
         return pad(ids, (0, missing), value=-1), pad(logprobs, (0, missing), value=-torch.inf)
-
-
-def _token_ids(name: str, value: Tensor) -> np.ndarray:
-    """[N] ids as int32.
-
-    Raises:
-        ValueError: another shape, or something that is no id. TypeError: no integers.
-    """
-    if not isinstance(value, Tensor):
-        value = torch.as_tensor(value, dtype=torch.int64)
-    if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: must be int64 or int32, got {value.dtype}.")
-    if value.dim() != 1:
-        raise ValueError(f"{name}: must have one dimension, got shape {tuple(value.shape)}.")
-    if len(value) and not (int(value.min()) >= 0 and int(value.max()) <= _MAX_ID):
-        raise ValueError(
-            f"{name}: must be in [0, 2^31), got {int(value.min())} to {int(value.max())}."
-        )
-    return value.detach().cpu().numpy().astype(np.int32)
-
-

@@ -125,10 +125,11 @@ class CachedTeacher:
         record = self.store.get(prompt_ids, completion_ids)
         if record is None:
             raise StoreError(
-                f"the store '{self.store.path}' has no laws of a prompt of {len(prompt_ids)} tokens "
-                f"with a completion of {len(completion_ids)}; it has {len(self.store)} others. It "
-                "must have been filled by `opd cache build` with this run's data, rollouts, seed "
-                "and max_completion_length, and completions that the student samples while it "
-                "trains are never in it: take rollouts.kind=dataset, or a teacher at hand"
+                f"the store '{self.store.path}' has no laws of a prompt of {len(prompt_ids)} "
+                f"tokens with a completion of {len(completion_ids)}; it has {len(self.store)} "
+                "others. It must have been filled by `opd cache build` with this run's data, "
+                "rollouts, seed and max_completion_length, and completions that the student "
+                "samples while it trains are never in it: take rollouts.kind=dataset, or a teacher "
+                "at hand"
             )
         return record

@@ -98,7 +98,6 @@ def test_iteration_gives_every_record(store):
     [
         (
             {"fingerprint": replace(FINGERPRINT, weights_hash="99")},
-            "the weights (22 there, 99 here)",
             "weights (22 there, 99 here)",
         ),
         ({"fingerprint": replace(FINGERPRINT, tokenizer_hash="99")}, "the tokenizer"),

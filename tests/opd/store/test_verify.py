@@ -21,9 +21,6 @@ def test_verify_finds_all_damage(store):
     seen = []
     found = verify(store.path, progress=lambda done, all: seen.append((done, all)))
     assert len(found.damage) == 3
-    assert [str(path) in line for path, line in zip(paths, found.damage, strict=False)] == [
-        True
-    ] * 3
     assert all(str(path) in line for path, line in zip(paths, found.damage, strict=False))
     assert (found.num_shards, found.unfinished) == (4, 1)
     assert seen[0] == (0, 4) and seen[-1] == (4, 4)

@@ -117,6 +117,6 @@ def test_refuses_another_tokenizer_and_another_size(store, student, tokenizer):
 def test_objectives_that_need_more_are_refused(values):
     values["teacher"] = {"kind": "cached", "path": "nowhere"}
     with pytest.raises(
-        ConfigError, match="tells its likeliest tokens; objective.kind 'full_vocab'"
+        ConfigError, match=r"tells its likeliest tokens; objective\.kind 'full_vocab'"
     ):
         parse_config(values)

@@ -149,7 +149,7 @@ def test_refuses_a_vocabulary_of_another_size(client, tokenizer):
         lm_head_weight = torch.zeros(50, 2)
 
     with pytest.raises(
-        TeacherRefused, match="over 45 tokens and the student's over 50.*vocab_size=45"
+        TeacherRefused, match=r"over 45 tokens and the student's over 50.*vocab_size=45"
     ):
         _served(client).check_fits(_Student(), tokenizer)
 
