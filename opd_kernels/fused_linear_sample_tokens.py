@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _buffers, _checks, _dispatch, _gemms, _laws, _linear, _plan, reference
 from ._registration import register
-from .sample_tokens import TokenSamples, fwd_outputs, outputs_of, uniform_table
+from .sample_tokens import TokenSamples, checked_proposal, fwd_outputs, outputs_of, uniform_table
 from .token_logprobs import Law, pack_law
 
 _OP = "fused_linear_sample_tokens"
@@ -83,7 +83,7 @@ def fused_linear_sample_tokens(
         bias=None if bias is None else bias.detach(),
     )
     low_rank = _checks.lora(rows, lora, lm_head_weight, "lora")
-    proposal_temperature = _checks.temperature(_OP, "proposal_temperature", proposal_temperature)
+    proposal_temperature = checked_proposal(_OP, proposal_temperature)
     uniforms = uniform_table(rows, uniforms)
     _plan.check(_OP, vocab_size, (lm_head_weight,), workspace_bytes, whole_rows=_plan.NO_PATH_B)
     chosen = _dispatch.select(_OP, _dispatch.meta_of(hidden), backend)

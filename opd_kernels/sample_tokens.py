@@ -79,7 +79,7 @@ def sample_tokens(
     law = pack_law(
         rows, vocab_size, temperature=temperature, softcap=softcap, logit_scale=logit_scale
     )
-    proposal_temperature = _checks.temperature(_OP, "proposal_temperature", proposal_temperature)
+    proposal_temperature = checked_proposal(_OP, proposal_temperature)
     uniforms = uniform_table(rows, uniforms)
     chosen = _dispatch.select(_OP, _dispatch.meta_of(logits), backend)
     if chosen == "reference":
@@ -97,6 +97,14 @@ def sample_tokens(
             _checks.unit_stride(logits.detach()), uniforms, *law, proposal_temperature
         )
     return outputs_of(values, rows.real)
+
+
+def checked_proposal(op: str, value: float) -> float:
+    """A positive number whose inverse is one in float32 too."""
+    value = _checks.temperature(op, "proposal_temperature", value)
+    if not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{op}: proposal_temperature must be in [1e-30, 1e30], got {value}.")
+    return value
 
 
 def uniform_table(rows: _laws.Rows, uniforms: Tensor) -> Tensor:

@@ -180,7 +180,9 @@ void check_args(const opd_sample_tokens_args_t* args) {
   OPD_CHECK(args->vocab_size <= std::numeric_limits<int32_t>::max(), kOp,
             ": vocab_size must be below 2^31, since ids are int32, got ", args->vocab_size);
   check_side(kOp, "logits", args->logits, args->num_tokens);
-  check_temperature(kOp, "proposal_temperature", args->proposal_temperature);
+  // beyond, 1 / proposal_temperature is no float32
+  OPD_CHECK(args->proposal_temperature >= 1e-30 && args->proposal_temperature <= 1e30, kOp,
+            ": proposal_temperature must be in [1e-30, 1e30], got ", args->proposal_temperature);
   OPD_CHECK(args->num_draws >= 1 && args->num_draws <= OPD_MAX_TOPK, kOp,
             ": num_draws must be in [1, ", int64_t{OPD_MAX_TOPK}, "], got ", args->num_draws);
   if (args->num_tokens == 0) return;

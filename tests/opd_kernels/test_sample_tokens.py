@@ -150,6 +150,18 @@ def test_sample_tokens_never_draws_what_has_no_mass():
     assert on_cpu(logits, torch.zeros(2, 1)).ids.tolist() == [[3], [3]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_sample_tokens_at_the_ends_of_proposal_temperatures(dtype):
+    logits = torch.tensor([[0.0, -INF, 1.0, -3.0]], dtype=dtype).repeat(1, 300)
+    cold = on_cpu(logits, uniforms_of(1, 9), proposal_temperature=1e-30)
+    assert set(cold.ids[0].tolist()) - {-1} <= set(range(2, 1200, 4))
+    # a flat proposal: every possible token alike
+    hot = on_cpu(logits, uniforms_of(1, 9), proposal_temperature=1e30)
+    found = hot.ids[0][hot.ids[0] >= 0].long()
+    p = logits.double().log_softmax(-1)[0, found]
+    torch.testing.assert_close(hot.weights[0, : len(found)].double(), p.exp() * 900 / 9)
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_sample_tokens_of_a_bad_row_is_nan_and_its_neighbours_are_not(bad, dtype):
@@ -244,6 +256,7 @@ def test_sample_tokens_opcheck(dtype):
         ({"uniforms": torch.full((4, 2), NAN)}, RuntimeError, r"must be in \[0, 1\), got nan"),
         ({"uniforms": torch.full((4, 2), -1e-9)}, RuntimeError, r"must be in \[0, 1\), got -1e-09"),
         ({"proposal_temperature": 0.0}, ValueError, "proposal_temperature must be positive"),
+        ({"proposal_temperature": 1e-31}, ValueError, r"must be in \[1e-30, 1e30\], got 1e-31"),
         ({"proposal_temperature": torch.ones(4)}, TypeError, "proposal_temperature must be a num"),
         ({"vocab_size": 21}, ValueError, r"vocab_size must be in \[1, 20\], got 21"),
         ({"backend": "cuda"}, opk.UnsupportedBackendError, "has no CUDA kernel"),

@@ -390,7 +390,7 @@ typedef struct opd_sample_tokens_args_t {
   opd_logits_t logits;
   const double* uniforms; /* [T, num_draws], each in [0, 1) */
   int64_t num_draws;      /* 1 .. OPD_MAX_TOPK */
-  double proposal_temperature; /* > 0 */
+  double proposal_temperature; /* in [1e-30, 1e30] */
   int32_t* ids;           /* [T, num_draws] out */
   void* weights;          /* [T, num_draws] real, out */
   void* logprobs;         /* [T, num_draws] real, out */
