@@ -147,7 +147,8 @@ class OpdClient(HttpClient):
         if not fits:
             raise BadReply(
                 f"{where}: must be a head of {info.vocab_size} tokens on {self._hidden_width()}, "
-                f"got {weight.dtype} {list(weight.shape)}, softcap {softcap!r}, logit_scale {scale!r}"
+                f"got {weight.dtype} {list(weight.shape)}, softcap {softcap!r:.50}, "
+                f"logit_scale {scale!r:.50}"
             )
         return Head(weight, bias, softcap, float(scale))
 
