@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,7 +47,7 @@ def query_width(item: Item) -> int:
 
 def is_number(value: Any) -> bool:
     """A finite number other than 0, as a scale or a cap must be."""
-    return type(value) in (int, float) and value != 0 and math.isfinite(value)
+    return type(value) in (int, float) and 0 < abs(value) < 1e30
 
 
 def read_message(body: bytes, url: str) -> Message:

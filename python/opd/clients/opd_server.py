@@ -40,6 +40,7 @@ class ServerLimits:
     max_request_tokens: int
     max_sequences: int
     max_query_ids: int
+    hidden_size: int
     hidden_rank: int
     dtype: str
 
@@ -137,7 +138,7 @@ class OpdClient(HttpClient):
         fits = (
             weight.dim() == 2
             and weight.dtype in _DTYPES.values()
-            and weight.shape[0] == info.vocab_size
+            and weight.shape == (info.vocab_size, self._hidden_width())
             and bool(weight.isfinite().all())
             and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype))
             and (softcap is None or is_number(softcap))
@@ -145,8 +146,9 @@ class OpdClient(HttpClient):
         )
         if not fits:
             raise BadReply(
-                f"{where}: must be a head of {info.vocab_size} tokens, got {weight.dtype} "
-                f"{list(weight.shape)}, softcap {softcap!r}, logit_scale {scale!r}"
+                f"{where}: must be a head of {info.vocab_size} tokens on {self._hidden_width()}, "
+                f"got {weight.dtype} {list(weight.shape)}, softcap {softcap!r:.50}, "
+                f"logit_scale {scale!r:.50}"
             )
         return Head(weight, bias, softcap, float(scale))
 
@@ -164,6 +166,7 @@ class OpdClient(HttpClient):
                 "max_request_tokens": int,
                 "max_sequences": int,
                 "max_query_ids": int,
+                "hidden_size": int,
                 "hidden_rank": int,
                 "dtype": str,
             }
@@ -180,6 +183,7 @@ class OpdClient(HttpClient):
             found["max_request_tokens"],
             max(1, found["max_sequences"]),
             found["max_query_ids"],
+            found["hidden_size"],
             found["hidden_rank"],
             found["dtype"],
         )
@@ -282,6 +286,10 @@ class OpdClient(HttpClient):
             meta |= {"dtype": self._wire_dtype(), "projected": self._projected}
         return meta
 
+    def _hidden_width(self) -> int:
+        assert self._limits is not None
+        return self._limits.hidden_rank if self._projected else self._limits.hidden_size
+
     def _wire_dtype(self) -> str:
         assert self._limits is not None
         return self._hidden_dtype or self._limits.dtype
@@ -345,7 +353,7 @@ class OpdClient(HttpClient):
         if ask.signal == "hidden":
             assert self._limits is not None
             dtype = self._wire_dtype()
-            hidden = message.take("hidden", _DTYPES[dtype], (rows, None))
+            hidden = message.take("hidden", _DTYPES[dtype], (rows, self._hidden_width()))
             if not hidden.isfinite().all():
                 raise BadReply(f"{where}: a hidden state is not finite in {dtype}")
             # as the head has it: kernels take both in one dtype

@@ -273,8 +273,36 @@ def test_a_head_that_is_none(engine):
     change = tensors(weight=lambda t: t * float("nan"))
     transport = answering(engine, change, "/v1/head")
     client = connect("opd", "http://127.0.0.1", transport=transport)
-    with pytest.raises(BadReply, match="must be a head of 45 tokens"):
+    with pytest.raises(BadReply, match="must be a head of 45 tokens on 24"):
         client.head()
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("must be a head of 45 tokens on 24", tensors(weight=lambda t: t[:, :-1])),
+        ("must be a head of 45 tokens on 24", tensors(weight=lambda t: t[:-1])),
+        ("logit_scale 0", meta(logit_scale=0)),
+        ("logit_scale 1", meta(logit_scale=10**400)),
+        ("softcap 'x'", meta(softcap="x")),
+        ("restarted with another model", meta(fingerprint=None)),
+    ],
+)
+def test_heads_that_do_not_fit(engine, message, change):
+    transport = answering(engine, change, "/v1/head")
+    with pytest.raises(BadReply, match=message):
+        connect("opd", "http://127.0.0.1", transport=transport).head()
+
+
+def test_hidden_states_that_do_not_fit(engine, sequences, starts):
+    for message, change in (
+        ("must be torch.float32 of shape", tensors(hidden=lambda t: t[:, :-1])),
+        ("not finite", tensors(hidden=lambda t: t * float("inf"))),
+    ):
+        transport = answering(engine, change, "/v1/hidden_states")
+        client = connect("opd", "http://127.0.0.1", transport=transport)
+        with pytest.raises(BadReply, match=message):
+            client.score(sequences[:1], starts[:1], signal="hidden")
 
 
 def test_another_kind_of_server_is_told_apart(fake):
