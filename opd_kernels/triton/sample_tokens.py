@@ -19,7 +19,7 @@ from ._math import exp
 from ._packing import _side
 from ._rows import launch
 
-_BLOCK_V, _BLOCK_N, _NUM_WARPS = 1024, 64, 4
+_BLOCK_V, _BLOCK_N, _NUM_WARPS = 1024, 64, 8
 _MOST_PROGRAMS = 1024
 
 
