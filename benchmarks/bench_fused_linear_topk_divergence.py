@@ -57,6 +57,7 @@ def bench_fused_linear_topk_divergence(benchmark, shape):
     def eager(student, head):
         return bench_topk_divergence.eager(student @ head.t(), *sparse)
 
+    torch.testing.assert_close(ours(hidden, weight), eager(hidden, weight), rtol=1e-4, atol=0)
     benchmark.group = f"fused_linear_topk_divergence float32 {shape} K{NUM_IDS}"
     tensors = (student_hidden, student_weight)
     turns = harness.take_turns(

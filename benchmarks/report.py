@@ -111,6 +111,16 @@ QUESTIONS = {
         "How long does `divergence` take from logits?",
         "In times of one copy of the student's logits, 256 x 32,000.",
     ),
+    "fused_linear_topk_divergence": (
+        "How long does `fused_linear_topk_divergence` take?",
+        "Forward and backward from hidden states against a teacher's 64 ids and a bucket, relative "
+        "to the three GEMMs of the student's head as torch.mm runs them; beside them ours alone.",
+    ),
+    "topk_divergence": (
+        "How long does `topk_divergence` take from logits?",
+        "Forward and backward, relative to a copy of the logits; eager torch adds up the rest of "
+        "each row, or takes 1 minus the ids.",
+    ),
     "fused_linear_token_logprobs": (
         "How long does `fused_linear_token_logprobs` take?",
         "Over its four GEMMs.",

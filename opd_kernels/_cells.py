@@ -86,7 +86,8 @@ def _cells(
         rest = torch.full_like(mass, -math.inf)
     if has_tail_cell(tail):
         logprobs = torch.cat([logprobs, rest.unsqueeze(1)], dim=1)
-    return ids, logprobs.to(torch.float64 if in_float64 else torch.float32)
+    real = torch.float64 if in_float64 else torch.float32
+    return ids.contiguous(), logprobs.to(real).contiguous()
 
 
 def _tolerance(logprobs: Tensor) -> float:

@@ -239,8 +239,8 @@ class _Run:
                 projected = self.low_rank.project(chunk)
                 self.low_rank.add_logits(logits, projected)
         with _linear.phase(chunk, OP, "cells"):
-            ids, cells = target.cells(self.total_columns, self.loss.dtype)
-            ids = self._own(ids)
+            table, cells = target.cells(self.total_columns, self.loss.dtype)
+            ids = self._own(table)
         with _linear.phase(chunk, OP, "rows"):
             masses = _Masses(*self.rows.topk_divergence_fwd(logits, ids, *law))
         if self.group is not None:
@@ -257,7 +257,7 @@ class _Run:
             num_ids = ids.shape[1]
             tail = gradient[:, num_ids] if gradient.shape[1] > num_ids else None
             # what there is no id for has no logit
-            at_ids = gradient[:, :num_ids].masked_fill(masses.logprobs == -torch.inf, 0.0)
+            at_ids = gradient[:, :num_ids].masked_fill(table < 0, 0.0)
             self.rows.topk_divergence_bwd_(
                 logits,
                 ids,

@@ -36,6 +36,17 @@ def test_cells_allow_what_rounding_makes_of_a_law(dtype):
         _cells.teacher_cells(ids, law + 0.2, None, None, 9, _cells.BUCKET, F64)
 
 
+def test_cells_of_logits_are_nan_where_values_are_not_checked(monkeypatch):
+    # on a GPU nothing waits for the sum; it does not pass for a law either
+    monkeypatch.setattr(_cells, "_check_mass", lambda *_: None)
+    ids, logits = torch.arange(3).repeat(2, 1), torch.tensor([[3.0, 1.0, 7.0], [-1.0, -2.0, -3.0]])
+    arguments = (None, None, 9, _cells.BUCKET, F32)
+    _, cells = _cells.teacher_cells(ids, logits, *arguments)
+    assert bool(cells[0, :3].isnan().all()) and bool(cells[1].isfinite().all())
+    loss = opk.topk_divergence(torch.randn(2, 9), ids, logits)
+    assert loss.isnan().tolist() == [True, False]
+
+
 def test_cells_of_a_tail_that_belongs_to_fewer_columns_are_refused():
     # the tail of the top 2, and a third column that took from it
     law = torch.tensor([[0.5, 0.2, 0.2, 0.1]], dtype=F64).log()

@@ -356,6 +356,23 @@ def test_fused_linear_topk_divergence_reads_nothing_of_a_masked_token(reduction,
 
 
 @every_reduction
+def test_fused_linear_topk_divergence_of_an_id_the_student_rules_out(reduction):
+    # its loss is infinite, its gradient -p: as that of the logits
+    case = FusedCase("ruled_out", 3, 40, 6, 5)
+    hidden, head, ids, logprobs, *_ = sparse_of(case, F64)
+    bias = torch.zeros(40, dtype=F64)
+    bias[ids[0, 0]] = -INF
+    results = []
+    for function in (opk.fused_linear_topk_divergence, reference.fused_linear_topk_divergence):
+        leaves = leaf(hidden), leaf(bias)
+        out = function(leaves[0], head, ids, logprobs, student_bias=leaves[1], reduction=reduction)
+        out.loss.sum().backward()
+        results.append((out.loss.detach(), leaves[1].grad))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
+    assert results[0][1][ids[0, 0]].item() < -1e-3
+
+
+@every_reduction
 def test_fused_linear_topk_divergence_of_no_tokens(reduction):
     hidden, head = torch.empty(0, 8, requires_grad=True), leaf(torch.randn(40, 8))
     out = opk.fused_linear_topk_divergence(
