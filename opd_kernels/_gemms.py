@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _pages
 from .gemm import gemm, is_own
 
 # opd_dtype_t of the 16-bit dtypes, and that of dZ in the dtype of its logits
@@ -218,5 +218,8 @@ def new_buffer(like: Tensor, *shape: int) -> Tensor:
 def new_grad_weight(weight: Tensor, vocab_size: int, num_tokens: int) -> Tensor:
     """Accumulator for dW: float32 (float64) [V_head, D], zero where no chunk will write."""
     buffer = new_buffer(weight, *weight.shape)
+    if buffer.dtype == weight.dtype:
+        # the sum of a 16-bit head goes back in small pieces, and its edges would count
+        _pages.ask_for_huge(buffer)
     buffer[vocab_size if num_tokens else 0 :].zero_()
     return buffer

@@ -8,18 +8,15 @@ float32 sum and not one and a half of it.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import mmap
-import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from . import _pages
+
 # rounded at a time; smaller tensors are not worth the system calls
 _ELEMENTS = 1 << 20
-_DONTNEED = 4
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -48,7 +45,7 @@ def round_and_free(values: Tensor, dtype: torch.dtype, factor: Tensor | None = N
     """
     result = values.new_empty(values.shape, dtype=dtype)
     source, target = values.view(-1), result.view(-1)
-    free, address = _free_pages(), values.data_ptr()
+    address = values.data_ptr()
     freed = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     for begin in range(0, source.numel(), _ELEMENTS):
         end = min(begin + _ELEMENTS, source.numel())
@@ -59,17 +56,6 @@ def round_and_free(values: Tensor, dtype: torch.dtype, factor: Tensor | None = N
         # whole pages that nothing else lies in
         stop = (address + end * values.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > freed:
-            free(freed, stop - freed)
+            _pages.free(freed, stop - freed)
             freed = stop
     return result
-
-
-@functools.cache
-def _free_pages() -> Callable[[int, int], object]:
-    """(address, bytes) of private memory, which becomes zeros that take no room."""
-    if not sys.platform.startswith("linux"):
-        return lambda address, size: None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    # where it is refused (locked memory) the pages stay: no harm
-    return lambda address, size: madvise(address, size, _DONTNEED)
