@@ -161,6 +161,8 @@ SYNCS = {
     ("opd_kernels/_linear.py", "nonzero"),
     ("opd_kernels/sparse_gradient.py", "nonzero"),
     ("opd_kernels/_checks.py", "nonzero"),
+    # row counts of the ranks of a process_group
+    ("opd_kernels/_parallel.py", "tolist"),
 }
 
 

@@ -14,6 +14,8 @@ import torch
 
 import opd_kernels as opk
 from tests.checks import dtype_id, leaf
+from tests.row_kernels.gpu import TRITON
+from tests.row_kernels.segment_scan import *  # noqa: F403
 from tests.segments import (
     F32,
     SCANS,
@@ -24,7 +26,6 @@ from tests.segments import (
     eager_scan,
     offsets_of,
     pack,
-    slices,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -46,6 +47,11 @@ def small_chunks(monkeypatch):
 
     monkeypatch.setattr(segment_scan, "CHUNK", 8)
     monkeypatch.setattr(segment_scan, "_TOTALS", 2)
+
+
+@pytest.fixture
+def gpu(small_chunks):
+    return TRITON
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -94,63 +100,6 @@ def test_triton_segment_broadcast_matches_reference(lengths):
     check("segment_broadcast", eager, values, offsets, "triton", "triton", num_tokens=sum(lengths))
 
 
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("lengths", [SHORT["ragged"], SHORT["ones"], [], [0, 0], [30, 2]])
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("correction", [0, 1])
-def test_triton_group_statistics_match_reference(correction, masked, lengths):
-    values, offsets = pack(lengths)
-    mask = torch.rand(values.shape) > 0.4 if masked else None
-    check_group_statistics(values, offsets, "triton", "triton", mask=mask, correction=correction)
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("options", SCANS.values(), ids=SCANS)
-def test_triton_scan_of_a_pack_is_that_of_its_segments_bit_by_bit(options):
-    values, offsets = pack([13, 0, 5, 30])
-    got = opk.segment_scan(values, offsets, backend="triton", **options)
-    for piece in slices(offsets):
-        alone = offsets_of([piece.stop - piece.start])
-        expected = opk.segment_scan(values[piece], alone, backend="triton", **options)
-        assert torch.equal(got[piece], expected)
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("options", SCANS.values(), ids=SCANS)
-def test_triton_scan_spreads_a_bad_value_only_to_those_that_sum_it(options, bad):
-    values, offsets = pack([6, 30, 5])
-    values[20] = bad
-    got = opk.segment_scan(values, offsets, backend="triton", **options)
-    truth = opk.segment_scan(values, offsets, backend="reference", **options)
-    assert torch.equal(got.isfinite(), truth.isfinite())
-    assert torch.equal(got.isnan(), truth.isnan())
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_triton_reduce_keeps_nan_in_its_segment_and_does_not_read_weight_0(reduction):
-    values, offsets = torch.randn(40), torch.tensor([0, 20, 40])
-    values[13] = NAN
-    got = opk.segment_reduce(values, offsets, reduction=reduction, backend="triton")
-    assert got.isnan().tolist() == [True, False]
-    weights = torch.ones(40)
-    weights[13] = 0
-    options = {"reduction": reduction, "token_weights": weights}
-    got = opk.segment_reduce(values, offsets, backend="triton", **options)
-    torch.testing.assert_close(got, opk.segment_reduce(values, offsets, **options))
-
-
-def test_triton_group_statistics_at_the_edges():
-    values = torch.tensor([1.0, NAN, 3.0, 4.0, 6.0, 7.0, INF, 0.1, 0.1, 0.1])
-    groups = torch.tensor([0, 3, 5, 6, 7, 7, 10])
-    got = opk.group_statistics(values, groups, backend="triton")
-    expected = opk.group_statistics(values, groups, backend="cpu")
-    for one, two in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, two, equal_nan=True)
-    assert got.std[-1] == 0
-
-
 @pytest.mark.parametrize("offsets", [[-5, 99, 3], [4, 2, 0], [0, 3, 2], [9, 9, 9], [19, 0, 20]])
 @pytest.mark.usefixtures("small_chunks")
 def test_triton_writes_nothing_outside_whatever_the_offsets(offsets, monkeypatch):
@@ -191,38 +140,6 @@ def test_triton_takes_16_bit_values_and_int32_offsets():
     opk.segment_scan(y, offsets, discount=0.9, backend="cpu").sum().backward()
     assert x.grad.dtype == torch.bfloat16
     assert torch.equal(x.grad, y.grad)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_triton_opcheck():
-    values, offsets = pack([3, 0, 12])
-    weights, ops = torch.rand(15), torch.ops.opd_triton
-    for options in ((0.9, 0, (1 << 63) - 1, 1, False), (0.9, 1, 2, 2, True)):
-        torch.library.opcheck(ops.segment_scan_fwd, (leaf(values), offsets, *options))
-    for reduction in range(4):
-        torch.library.opcheck(ops.segment_scan_reduce, (leaf(values), weights, offsets, reduction))
-    torch.library.opcheck(ops.segment_scan_broadcast, (leaf(torch.randn(3)), None, offsets, 15))
-    mask = torch.ones(15, dtype=torch.uint8)
-    torch.library.opcheck(ops.segment_scan_group_statistics, (values, mask, offsets, 1))
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_triton_compiles_without_a_graph_break():
-    offsets = offsets_of([3, 0, 12])
-
-    def loss(values):
-        returns = opk.segment_scan(values * 1.5, offsets, discount=0.9, backend="triton")
-        means = opk.segment_reduce(returns, offsets, reduction="mean", backend="triton")
-        spread = opk.segment_broadcast(means, offsets, num_tokens=15, backend="triton")
-        baseline = opk.group_statistics(values.detach(), offsets, backend="triton")
-        return (spread * (returns - baseline.leave_one_out_mean)).sum()
-
-    torch._dynamo.reset()
-    values = torch.randn(15)
-    expected, actual = leaf(values), leaf(values)
-    loss(expected).backward()
-    torch.compile(loss, fullgraph=True, backend="aot_eager")(actual).backward()
-    torch.testing.assert_close(actual.grad, expected.grad)
 
 
 @pytest.mark.usefixtures("small_chunks")
