@@ -437,8 +437,9 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def _exit_code(error: Exception) -> int | None:
     """Of errors that say in one sentence what to change; any other is a defect of ours."""
+    from opd.clients import TeacherError
     from opd.schema import ConfigError
 
     if isinstance(error, ConfigError):
         return 2
-    return 1 if isinstance(error, FloatingPointError) else None
+    return 1 if isinstance(error, FloatingPointError | TeacherError) else None

@@ -58,23 +58,9 @@ def test_gpu_tensors_run_on_triton_where_an_op_has_no_cuda_kernel(op):
 
 @pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize("op", [op for op in _dispatch.OPS if op not in OF_TRITON])
-# drawn on a CPU only, so far
-CPU_ONLY = ("sample_tokens", "fused_linear_sample_tokens")
-
-
-@pytest.mark.usefixtures("cuda_kernels")
-@pytest.mark.parametrize("op", [op for op in _dispatch.OPS if op not in CPU_ONLY])
 def test_gpu_tensors_run_on_the_cuda_kernels(op):
     assert select(op, HOPPER) == "cuda"
     assert _dispatch.row_ops("cuda") is torch.ops.opd_cuda
-
-
-@pytest.mark.usefixtures("cuda_kernels")
-@pytest.mark.parametrize("op", CPU_ONLY)
-def test_ops_of_a_cpu_alone_say_so_of_gpu_tensors(op):
-    with pytest.raises(opk.UnsupportedBackendError, match="cuda: this op has a kernel on a CPU"):
-        select(op, HOPPER)
-    assert select(op, HOPPER, "reference") == "reference"
 
 
 @pytest.mark.usefixtures("cuda_kernels")
