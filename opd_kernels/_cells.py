@@ -47,6 +47,18 @@ def log_complement(logprob: Tensor) -> Tensor:
     return torch.where(logprob.isnan(), logprob, value)
 
 
+def log_rest(logprobs: Tensor, dtype: torch.dtype, is_all: Tensor) -> Tensor:
+    """log(1 - sum_k exp logprobs_k) of float64 values that were given in `dtype`.
+
+    -inf where the ids are the whole vocabulary (`is_all` [T]). Elsewhere a sum of 1, or a little
+    more, is rounding: what is left is not 0, which would make a divergence infinite, but less than
+    numbers of this dtype tell apart from it, and counts as one unit of theirs.
+    """
+    rest = log_complement(logprobs.logsumexp(1))
+    rest = rest.masked_fill(rest == -math.inf, math.log(torch.finfo(dtype).eps))
+    return rest.masked_fill(is_all, -math.inf)
+
+
 def _cells(
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
@@ -77,13 +89,14 @@ def _cells(
     logprobs = torch.where((mass > most).unsqueeze(1), math.nan, logprobs)
     if tail == BUCKET:
         if rest is None:
-            rest = log_complement(mass)
-            # there is nothing off the ids, whatever rounding has left
-            rest = rest.masked_fill((ids >= 0).sum(1) == vocab_size, -math.inf)
+            rest = log_rest(logprobs, teacher_logprobs.dtype, (ids >= 0).sum(1) == vocab_size)
         else:
+            most = max(most, math.log1p(_tolerance(tail_logprob)))
             _check_whole(torch.logaddexp(mass, rest), most)
     elif tail == RENORMALIZE_TEACHER:
         rest = torch.full_like(mass, -math.inf)
+    if tail in (RENORMALIZE_BOTH, RENORMALIZE_TEACHER):
+        _check_some_id(mass, token_weights)
     if has_tail_cell(tail):
         logprobs = torch.cat([logprobs, rest.unsqueeze(1)], dim=1)
     real = torch.float64 if in_float64 else torch.float32
@@ -106,6 +119,22 @@ def _check_mass(mass: Tensor, most: float) -> None:
             f"most 1, got exp(teacher_logprobs) that sum to {math.exp(mass[position]):.6g} at "
             f"position {position}. Logits become log-probabilities through log_softmax over the "
             "whole vocabulary."
+        )
+
+
+def _check_some_id(mass: Tensor, token_weights: Tensor | None) -> None:
+    """On CPU: elsewhere it would wait, and such a row is NaN."""
+    if mass.device.type != "cpu" or mass.numel() == 0:
+        return
+    is_empty = mass == -math.inf
+    if token_weights is not None:
+        is_empty &= token_weights != 0
+    if bool(is_empty.any()):
+        position = int(is_empty.to(torch.int32).argmax())
+        raise ValueError(
+            f"{_OP}: teacher_ids must name a token of some probability in every row that counts "
+            f"where the teacher is renormalized, got none at position {position}. Give the row the "
+            "token weight 0, or use tail='bucket', of which such a row is 0."
         )
 
 

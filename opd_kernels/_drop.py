@@ -100,7 +100,8 @@ def _neyman_chi2(m: Masses, *_: float) -> Summand:
 
 
 def _todi(m: Masses, *_: float) -> Summand:
-    share = m.p / (m.p + m.q)
+    # p / (p + q), also where both are below the smallest float64
+    share = torch.sigmoid(torch.where(m.neither(), 0.0, m.lp - m.lq))
     forward, reverse = _times(m.p, m.lp - m.lq), _times(m.q, m.lq - m.lp)
     term = _times(share, forward) + _times(1 - share, reverse)
     return term, _times(1 - share, reverse + m.q) - share * m.p

@@ -75,19 +75,21 @@ def _plan_of(
     weights, group = _parallel.local_heads(op, weights, options.get("process_group"))
     widths = {name: weight.shape[0] for name, weight in weights.items()}
     vocab_size, group_name = _parallel.vocabulary(op, options.get("vocab_size"), widths, group)
-    whole_rows, in_parts, trained = _plan.NO_PATH_B, True, True
+    whole_rows, in_parts = _plan.NO_PATH_B, True
+    trained = bool(group_name) or (tensors[1].requires_grad and torch.is_grad_enabled())
+    if op in ("fused_linear_topk", "fused_linear_sample_tokens"):
+        trained = False
     if op == "fused_linear_divergence":
         ids = [
             divergence.id for _, divergence in parse_sum(options.get("divergence", "reverse_kl"))
         ]
         whole_rows = _parallel.WHOLE_ROWS if group_name else _laws.needs_whole_rows(ids)
         in_parts = not group_name and not options.get("gradient_tolerance")
-        trained = bool(group_name) or (tensors[1].requires_grad and torch.is_grad_enabled())
     per_token = 0
     if op == "fused_linear_topk_divergence":
         whole_rows = _parallel.WHOLE_ROWS if group_name else whole_rows
         in_parts = False
-        if len(tensors) > 2:
+        if len(tensors) > 2 and tensors[2].dim() == 2:
             per_token = _topk_divergence_path.BYTES_PER_ID * tensors[2].shape[1]
     lora = options.get("student_lora", options.get("lora"))
     return _plan.plan(

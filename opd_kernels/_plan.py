@@ -157,7 +157,7 @@ def plan(
     column_bytes = itemsize * len(heads)
     token_bytes = fixed_bytes + column_bytes * vocab_size
     fewest = min(num_tokens, _FEWEST_TOKENS)
-    if workspace_bytes >= _checks.DEFAULT_WORKSPACE_BYTES:
+    if workspace_bytes == _checks.DEFAULT_WORKSPACE_BYTES:
         workspace_bytes = _default_on_cpu(vocab_size, heads, token_bytes + row_bytes, trained)
     # what a call that cannot cut the vocabulary needs at least
     one_token = 0 if whole_rows is None else token_bytes + row_bytes

@@ -31,6 +31,7 @@ def is_worth_it(values: Tensor, dtype: torch.dtype) -> bool:
         and values.is_contiguous()
         and values.untyped_storage().nbytes() == values.nbytes
         and not values.is_shared()
+        and not values.is_pinned()
     )
 
 

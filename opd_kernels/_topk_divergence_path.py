@@ -89,6 +89,8 @@ def plan_of(
         in_parts=False,
         low_rank=0 if inputs.student_lora_a is None else inputs.student_lora_a.shape[0],
         per_token=BYTES_PER_ID * num_ids,
+        # ranks must cut alike
+        trained=options.with_grads[1] or bool(options.process_group),
     )
     if group is None:
         return plan

@@ -80,7 +80,7 @@ def fused_linear_sample_tokens(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
-        bias=None if bias is None else bias.detach(),
+        bias=bias.detach() if isinstance(bias, Tensor) else bias,
     )
     low_rank = _checks.lora(rows, lora, lm_head_weight, "lora")
     proposal_temperature = checked_proposal(_OP, proposal_temperature)
@@ -149,6 +149,7 @@ def _fwd(*arguments):
         workspace_bytes,
         whole_rows=_plan.NO_PATH_B,
         low_rank=0 if inputs.lora_a is None else inputs.lora_a.shape[0],
+        trained=False,
     )
     outputs, low_rank = fwd_outputs(inputs.hidden, inputs.uniforms), inputs.low_rank()
     head = inputs.lm_head_weight

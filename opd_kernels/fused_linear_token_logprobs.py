@@ -147,7 +147,9 @@ def _split(arguments: Sequence) -> tuple[Inputs, Law, list]:
     )
 
 
-def plan_of(inputs: Inputs, law: Law, workspace_bytes: int, num_tokens: int) -> _plan.Plan:
+def plan_of(
+    inputs: Inputs, law: Law, workspace_bytes: int, num_tokens: int, *, trained: bool = False
+) -> _plan.Plan:
     """How a call with so many tokens that count is cut."""
     return _plan.plan(
         _OP,
@@ -157,6 +159,7 @@ def plan_of(inputs: Inputs, law: Law, workspace_bytes: int, num_tokens: int) -> 
         workspace_bytes,
         whole_rows=_plan.NO_PATH_B,
         low_rank=0 if inputs.lora_a is None else inputs.lora_a.shape[0],
+        trained=trained,
     )
 
 
@@ -273,7 +276,7 @@ def _run_backward(head_sum: Tensor | None, grad_logprobs, grad_lse, grad_entropy
     is_active = (grad_logprobs != 0) | (grad_lse != 0) | (grad_entropy != 0)
     token_idx = _linear.active_tokens(is_active, compact_tokens)
     num_active = hidden.shape[0] if token_idx is None else token_idx.shape[0]
-    plan = plan_of(inputs, law, workspace_bytes, num_active)
+    plan = plan_of(inputs, law, workspace_bytes, num_active, trained=with_grads[1])
     unit = _linear.gradient_unit(head, grad_logprobs, grad_lse, grad_entropy)
     upstream = [
         _linear.in_units(values, unit, num_active)

@@ -102,7 +102,7 @@ def fused_linear_topk(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
-        bias=None if bias is None else bias.detach(),
+        bias=bias.detach() if isinstance(bias, Tensor) else bias,
     )
     low_rank = _checks.lora(rows, lora, lm_head_weight, "lora")
     table = id_table(rows, token_ids)
@@ -180,6 +180,7 @@ def _fwd(*arguments):
         workspace_bytes,
         whole_rows=_plan.NO_PATH_B,
         low_rank=0 if inputs.lora_a is None else inputs.lora_a.shape[0],
+        trained=False,
     )
     head, low_rank = inputs.lm_head_weight, inputs.low_rank()
     part = None

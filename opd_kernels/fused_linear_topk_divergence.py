@@ -375,12 +375,12 @@ def _bwd(grad_loss, *arguments):
         weights = torch.where(given == 0, torch.zeros_like(grad_loss), given * grad_loss)
     options = _path.Options(workspace_bytes, with_grads, False, *rest)
     _, gradients, _ = _path.run(inputs, target._replace(token_weights=weights), law, options)
-    return _as_sources(gradients, inputs, law, with_grads)
+    return _as_sources(gradients, inputs, law, with_grads, _linear.rounded)
 
 
-def _as_sources(gradients, inputs, law, with_grads):
+def _as_sources(gradients, inputs, law, with_grads, rounded=torch.Tensor.to):
     return tuple(
-        gradient.to(source.dtype) if wanted else gradient
+        rounded(gradient, source.dtype) if wanted else gradient
         for gradient, source, wanted in zip(
             gradients, _path.sources(inputs, law), with_grads, strict=True
         )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, reference
+from . import _cells, _checks, _dispatch, reference
 from ._registration import register
 
 _OP = "topk_codec"
@@ -125,7 +125,7 @@ def encode_topk(
     chosen = _dispatch.select(_OP, _dispatch.meta_of(ids), backend)
     logprobs = logprobs.detach()
     if tail_logprob is None:
-        tail_logprob = _tail_of(logprobs)
+        tail_logprob = _tail_of(ids, logprobs, vocab_size)
     tail_logprob = tail_logprob.detach()
     if chosen == "reference":
         codes = reference.encode_topk(
@@ -241,13 +241,12 @@ def _topk(op: str, num_topk: int, vocab_size: int) -> int:
     return num_topk
 
 
-def _tail_of(logprobs: Tensor) -> Tensor:
+def _tail_of(ids: Tensor, logprobs: Tensor, vocab_size: int) -> Tensor:
     """log(1 - sum_k exp logprobs_k); NaN, which is refused, where the sum is above 1."""
-    inside = torch.logsumexp(logprobs.double(), 1)
+    values = logprobs.double()
     # what K roundings of 2^-10 relative size can add up to; beyond it these are no log-probs
-    is_law = inside <= 2.0**-10
-    tail = torch.log(-torch.expm1(torch.where(inside < 0, inside, -torch.inf)))
-    tail = torch.where(inside < 0, tail, -torch.inf)
+    is_law = values.logsumexp(1) <= 2.0**-10
+    tail = _cells.log_rest(values, logprobs.dtype, (ids >= 0).sum(1) == vocab_size)
     return torch.where(is_law, tail, torch.nan)
 
 

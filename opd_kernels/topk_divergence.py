@@ -100,6 +100,7 @@ def topk_divergence(
         token_weights=token_weights,
     )
     chosen = _dispatch.select(_OP, _dispatch.meta_of(student_logits), backend)
+    ids, cells = target.cells(vocab_size, rows.real)
     if chosen == "reference":
         return reference.topk_divergence(
             student_logits,
@@ -116,7 +117,6 @@ def topk_divergence(
             vocab_size=vocab_size,
         ).to(rows.real)
     _checks.no_forward_mode(_OP, student_logits)
-    ids, cells = target.cells(vocab_size, rows.real)
     if target.tail == _cells.RENORMALIZE_BOTH:
         # ratios of what is at the ids: the rest of a row is not even read
         student = _logits_at(student_logits, ids, law)

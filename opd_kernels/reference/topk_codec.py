@@ -120,7 +120,7 @@ def encode_topk(
     """
     num_topk = ids.shape[1]
     row = _Row(num_topk, vocab_size, bits)
-    tails = tail_of(logprobs) if tail_logprob is None else tail_logprob.float()
+    tails = tail_of(ids, logprobs, vocab_size) if tail_logprob is None else tail_logprob.float()
     encoded = []
     for one_ids, one_logprobs, tail in zip(
         ids.tolist(), logprobs.float().tolist(), tails.tolist(), strict=True
@@ -133,10 +133,18 @@ def encode_topk(
     return TopkCodes(flat.reshape(ids.shape[0], row.num_bytes), num_topk, vocab_size, bits)
 
 
-def tail_of(logprobs: Tensor) -> Tensor:
-    """log(1 - sum_k exp logprobs_k) of each row; -inf where the sum is 1 or rounds to more."""
-    inside = [math.fsum(math.exp(value) for value in row) for row in logprobs.double().tolist()]
-    tails = [math.log1p(-mass) if mass < 1 else -_INF for mass in inside]
+def tail_of(ids: Tensor, logprobs: Tensor, vocab_size: int) -> Tensor:
+    """log(1 - sum_k exp logprobs_k) of each row.
+
+    Where the sum is 1 or rounds to more: log of the dtype's eps, or -inf if the ids are all there
+    are.
+    """
+    tails = []
+    unit = math.log(torch.finfo(logprobs.dtype).eps)
+    for row_ids, row in zip(ids.tolist(), logprobs.double().tolist(), strict=True):
+        mass = math.fsum(math.exp(value) for value in row)
+        rest = math.log1p(-mass) if mass < 1 else unit
+        tails.append(-_INF if sum(i >= 0 for i in row_ids) == vocab_size else rest)
     return torch.tensor(tails, dtype=torch.float32)
 
 

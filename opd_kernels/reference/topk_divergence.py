@@ -41,7 +41,8 @@ def topk_divergence(
         student_logits: [T, >= V], any floating dtype; upcast to float64. Differentiable.
         teacher_ids: [T, K]; negative = none; of an id named twice the first counts.
         teacher_logprobs: [T, K], log p; no gradient.
-        tail_logprob: [T], log(1 - p(S)); default: computed from teacher_logprobs.
+        tail_logprob: [T], log(1 - p(S)); default: computed from teacher_logprobs, and log of their
+            dtype's eps where they sum to 1.
         divergence: as `reference.divergence` takes it, without cross_entropy.
         support: whose ids they are; says nothing about the value.
         tail: see above.
@@ -58,7 +59,8 @@ def topk_divergence(
     del support
     ids, log_p, skipped = _teacher(teacher_ids, teacher_logprobs, token_weights)
     law = _student_law(student_logits, skipped, temperature, softcap, logit_scale, vocab_size)
-    p_cells, q_cells = _cells(ids, log_p, tail_logprob, law, tail, skipped)
+    unit = torch.finfo(teacher_logprobs.dtype).eps
+    p_cells, q_cells = _cells(ids, log_p, tail_logprob, law, tail, skipped, unit)
     weights = torch.ones_like(log_p[:, 0]) if token_weights is None else token_weights.double()
     total = torch.zeros_like(weights)
     pairs = divergence if isinstance(divergence, (tuple, list)) else ((1.0, divergence),)
@@ -92,7 +94,8 @@ def topk_divergence_statistics(
         ids, log_p, skipped = _teacher(teacher_ids, teacher_logprobs, token_weights)
         scaled = _scaled(student_logits, skipped, temperature, softcap, logit_scale, vocab_size)
         law = torch.log_softmax(scaled, -1)
-        p_cells, q_cells = _cells(ids, log_p, tail_logprob, law, tail, skipped)
+        unit = torch.finfo(teacher_logprobs.dtype).eps
+        p_cells, q_cells = _cells(ids, log_p, tail_logprob, law, tail, skipped, unit)
         named = {
             "student_mass": law.exp().masked_fill(~_membership(ids, law), 0.0).sum(-1),
             "teacher_mass": log_p.exp().sum(-1),
@@ -156,8 +159,9 @@ def _cells(
     law: Tensor,
     tail: str,
     skipped: Tensor,
+    unit: float,
 ) -> tuple[Tensor, Tensor]:
-    """(log p', log q'); rows that are skipped are anything finite."""
+    """(log p', log q'); rows that are skipped are anything finite. unit: eps of the given log p."""
     log_q = law.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -math.inf)
     if tail == "renormalize_both":
         log_p = log_p.masked_fill(skipped.unsqueeze(1), 0.0)
@@ -176,7 +180,8 @@ def _cells(
         log_p_rest = tail_logprob.detach().to(torch.float64)
     else:
         rest = -torch.expm1(log_p.logsumexp(-1))
-        log_p_rest = torch.where(rest > 0, rest, 0.0).log()
+        # a sum of 1 is rounding: what is left is less than the given numbers can say
+        log_p_rest = torch.where(rest > 0, rest, unit).log()
         log_p_rest = torch.where(everywhere, -math.inf, log_p_rest)
     log_p_rest = log_p_rest.masked_fill(skipped, 0.0)
     p_cells = torch.log_softmax(torch.cat([log_p, log_p_rest.unsqueeze(-1)], -1), -1)

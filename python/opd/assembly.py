@@ -286,6 +286,7 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
     """
     if config.teacher is None:
         return None
+    _check_topk(config, student)
     teacher = config.teacher.build(
         tokenizer,
         device=config.device,
@@ -307,6 +308,16 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
     _check_same_tokens(config.teacher, tokenizer, config.vocab_size, key)
     _tell_of_other_ends(teacher, student, tokenizer)
     return teacher
+
+
+def _check_topk(config: TrainConfig, student: LanguageModel) -> None:
+    wanted, size = getattr(config.objective, "teacher_top_k", 0), student.lm_head_weight.shape[0]
+    size = config.vocab_size or size
+    if wanted > size:
+        raise ConfigError(
+            f"objective.teacher_top_k: must be at most {size}, the size of the vocabulary, got "
+            f"{wanted}"
+        )
 
 
 def _check_temperature(config: TrainConfig, theirs: float | None) -> None:

@@ -32,6 +32,13 @@ _UNHASHED = (
     "save_steps",
     "save_total_limit",
 )
+_UNHASHED_OF_SERVERS = (
+    "url",
+    "concurrency",
+    "request_timeout_s",
+    "deadline_s",
+    "patience_s",
+)
 
 
 class TrainConfig(OptimConfig):
@@ -258,7 +265,7 @@ def dump_config(config: TrainConfig) -> str:
 
 def config_hash(config: TrainConfig) -> str:
     """16 hex digits over every key that can change the weights."""
-    values = {k: v for k, v in config.model_dump(mode="json").items() if k not in unhashed(config)}
+    values = _weighty(config.model_dump(mode="json"), unhashed(config))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -270,8 +277,17 @@ def unhashed(config: TrainConfig) -> set[str]:
 def differences(config: TrainConfig, theirs: dict[str, Any]) -> list[str]:
     """`path (a there, b here)` for every weight-changing key in which a dumped config differs."""
     skipped = unhashed(config)
-    ours = {k: v for k, v in config.model_dump(mode="json").items() if k not in skipped}
-    return _differences(ours, {k: v for k, v in theirs.items() if k not in skipped}, "")
+    ours = _weighty(config.model_dump(mode="json"), skipped)
+    return _differences(ours, _weighty(theirs, skipped), "")
+
+
+def _weighty(values: dict[str, Any], skipped: set[str]) -> dict[str, Any]:
+    """The values that can change the weights: not where a teacher's server is, or how to wait."""
+    kept = {key: value for key, value in values.items() if key not in skipped}
+    teacher = kept.get("teacher")
+    if isinstance(teacher, dict) and teacher.get("kind") == "server":
+        kept["teacher"] = {k: v for k, v in teacher.items() if k not in _UNHASHED_OF_SERVERS}
+    return kept
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> list[str]:

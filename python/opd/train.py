@@ -18,6 +18,7 @@ from opd.evaluation import evaluate
 from opd.metrics import Clock, Meter, MetricsWriter, last_evaluation, memory_metrics
 from opd.optim import apply_gradients, learning_rate
 from opd.progress import Display
+from opd.teachers import ServerTeacher
 
 
 class Interrupted(Exception):
@@ -62,6 +63,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         clock, meter = Clock(run.student.device), Meter()
         # from here on a signal waits for the end of the step
         stop = stack.enter_context(_stop_signals())
+        if isinstance(run.teacher, ServerTeacher):
+            run.teacher.on_wait = lambda: _give_up(stop)
         if run.step == 0:
             evaluated = _evaluate(run, writer, display)
         else:
@@ -123,6 +126,12 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         metrics=evaluated,
         ledger=run.ledger.state_dict(),
     )
+
+
+def _give_up(stop: list[int]) -> None:
+    """End a wait for a teacher when a signal has asked for it; the step is not over."""
+    if stop:
+        raise KeyboardInterrupt
 
 
 def _judge(run: Run, batch: Batch) -> Law | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd_kernels import _cells
+from opd_kernels import _cells, reference
 from tests.cases import F32, F64
 from tests.checks import leaf
 from tests.sparse import MASSES, TAILS, logits_with_tail
@@ -72,7 +72,8 @@ def test_topk_divergence_computes_the_tail_where_the_numbers_allow():
 def test_topk_divergence_of_a_teacher_with_all_its_mass_on_the_ids():
     z = torch.randn(1, 9, dtype=F64)
     ids, logprobs = torch.tensor([[4, 7]]), torch.tensor([[0.25, 0.75]]).log()
-    loss = opk.topk_divergence(z, ids, logprobs)
+    nothing = torch.tensor([-INF])
+    loss = opk.topk_divergence(z, ids, logprobs, tail_logprob=nothing)
     law = z.log_softmax(-1)
     expected = 0.25 * (math.log(0.25) - law[0, 4]) + 0.75 * (math.log(0.75) - law[0, 7])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-7)
@@ -80,9 +81,24 @@ def test_topk_divergence_of_a_teacher_with_all_its_mass_on_the_ids():
         pytest.approx(expected.item(), rel=1e-7)
     )
     # the teacher forbids the rest
-    assert opk.topk_divergence(z, ids, logprobs, divergence="reverse_kl").item() == INF
-    one = opk.topk_divergence(z, ids[:, :1], torch.zeros(1, 1))
+    loss = opk.topk_divergence(z, ids, logprobs, tail_logprob=nothing, divergence="reverse_kl")
+    assert loss.item() == INF
+    one = opk.topk_divergence(z, ids[:, :1], torch.zeros(1, 1), tail_logprob=nothing)
     assert one.item() == pytest.approx(-law[0, 4].item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jeffreys", "neyman_chi2", "forward_kl"])
+def test_topk_divergence_of_log_probs_that_round_to_a_sum_of_1(divergence):
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(64, 1000, generator=generator)
+    teacher = torch.randn(64, 1000, generator=generator)
+    teacher[:, 0] += 40
+    found = teacher.log_softmax(-1).topk(8)
+    assert bool((found.values.double().exp().sum(1) >= 1).any())
+    loss = opk.topk_divergence(student, found.indices, found.values, divergence=divergence)
+    assert bool(loss.isfinite().all())
+    truth = reference.topk_divergence(student, found.indices, found.values, divergence=divergence)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -173,4 +189,8 @@ def test_topk_divergence_of_a_row_without_ids():
     # everything is in the one bucket, on both sides
     assert loss.tolist() == [0.0, 0.0] and bool((student.grad == 0).all())
     assert opk.topk_divergence(z, ids, none, tail="drop").tolist() == [0.0, 0.0]
-    assert bool(opk.topk_divergence(z, ids, none, tail="renormalize_both").isnan().all())
+    for tail in ("renormalize_both", "renormalize_teacher"):
+        with pytest.raises(ValueError, match="must name a token of some probability"):
+            opk.topk_divergence(z, ids, none, tail=tail)
+        weights = torch.zeros(2)
+        assert opk.topk_divergence(z, ids, none, tail=tail, token_weights=weights).sum() == 0

@@ -141,10 +141,16 @@ def test_tail_from_the_entries():
     outside = 1 - logprobs.double().exp().sum(1)
     torch.testing.assert_close(laws.tail_logprob.double(), outside.log(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
-        laws.tail_logprob, reference.topk_codec.tail_of(logprobs), rtol=1e-6, atol=1e-6
+        laws.tail_logprob,
+        reference.topk_codec.tail_of(ids, logprobs, 500),
+        rtol=1e-6,
+        atol=1e-6,
     )
     whole = torch.tensor([[0.0, -INF]])
     laws = opk.decode_topk(opk.encode_topk(ids[:1, :2], whole, vocab_size=500))
+    # one more id may have anything up to the rounding of float32
+    assert laws.tail_logprob.item() == pytest.approx(math.log(torch.finfo(torch.float32).eps))
+    laws = opk.decode_topk(opk.encode_topk(ids[:1, :2], whole, vocab_size=2))
     assert laws.tail_logprob.item() == -INF
     assert laws.ids.tolist() == [[0, 1]] and laws.logprobs.tolist() == [[0.0, -INF]]
     with pytest.raises(ValueError, match="row 0 is none: a log-prob is NaN"):

@@ -133,12 +133,13 @@ def tail_of(logprobs: Tensor) -> Tensor:
     """[C] log of the mass outside: log(1 - sum_k exp logprobs[:, k]), in float64, as float32.
 
     The subtraction cancels: below 1e-7 nothing of it is known, as the log-probabilities are
-    float32. -inf where nothing is left.
+    float32. Where they sum to 1, or round to more, the tail is taken to be that 1e-7: with none at
+    all a reverse KL would be infinite.
     """
     if not logprobs.shape[1]:
         return torch.zeros(len(logprobs))
-    inside = logprobs.double().logsumexp(1).clamp(max=0.0)
-    return (-torch.expm1(inside)).log().float()
+    rest = -torch.expm1(logprobs.double().logsumexp(1))
+    return torch.where(rest > 0, rest, torch.finfo(torch.float32).eps).log().float()
 
 
 def _repeated(ids: Tensor) -> Tensor:

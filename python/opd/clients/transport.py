@@ -57,7 +57,8 @@ class Transport:
         *,
         token_variable: str = TOKEN_VARIABLE,
         request_timeout_s: float = 120.0,
-        max_reply_bytes: int = 1 << 31,
+        # the head of a large model has several GiB
+        max_reply_bytes: int = 1 << 34,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self.url = _checked_url(url)
@@ -168,7 +169,7 @@ class Transport:
                 body = self._read(reply, deadline)
             finally:
                 reply.close()
-        except httpx2.TransportError as error:
+        except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise _Transient(_words(error)) from None
         if reply.status_code in _TRANSIENT:
             raise _Transient(

@@ -71,6 +71,15 @@ class Topk(Section):
                 "over the support is least when the student's mass has left it; use 'bucket' or "
                 "'renormalize_both'"
             )
+        # what the op refuses, before anything is loaded
+        with torch.no_grad():
+            opk.topk_divergence(
+                torch.zeros(1, 3),
+                torch.zeros(1, 1, dtype=torch.int64),
+                torch.full((1, 1), -1.0),
+                divergence=self._divergence,
+                tail=self.tail,
+            )
         return self
 
     @cached_property
@@ -108,7 +117,13 @@ class Topk(Section):
             workspace_bytes=student.workspace_bytes,
         )
         statistics = dict(out.statistics)
-        statistics["entropy"] = statistics.pop("student_entropy")
+        # of the cells: lower bounds of what full_vocab has under the plain names
+        for name, of_cells in (
+            ("student_entropy", "entropy"),
+            ("forward_kl", "forward_kl_topk"),
+            ("reverse_kl", "reverse_kl_topk"),
+        ):
+            statistics[of_cells] = statistics.pop(name)
         return Signal(loss=out.loss, statistics=statistics)
 
     def _cells(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -312,7 +311,8 @@ def _number(meta: dict[str, Any], key: str, default: int, low: int, high: int) -
 
 def _temperature(meta: dict[str, Any]) -> float:
     value = meta.get("temperature", 1.0)
-    is_number = type(value) in (int, float) and math.isfinite(value)
+    # compared as it is: an int of JSON may be too large for a float
+    is_number = type(value) in (int, float)
     if not is_number or not 1 / _MAX_TEMPERATURE <= value <= _MAX_TEMPERATURE:
         raise RequestError(
             422,

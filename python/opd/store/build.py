@@ -115,7 +115,10 @@ def build(
     num_known = 0
     with _bar(steps.num_steps, quiet) as advance, store.writer(shard_bytes=shard_bytes) as writer:
         written_at = time.monotonic()
-        first = min(_steps_done(store, progress_file), steps.num_steps)
+        first = 0
+        # the data's own completions are looked up, not counted: the file may have changed
+        if not steps.is_data:
+            first = min(_steps_done(store, progress_file), steps.num_steps)
         for step in range(first, steps.num_steps):
             known = _score_step(steps.collect(step), teacher, store, writer, config, temperature)
             num_known += known
@@ -167,9 +170,9 @@ class _Steps:
             student, teacher, tokenizer, seed=config.seed, max_steps=config.max_steps
         )
         # the data's own completions are there once, whatever the length of a run
-        self._is_data = config.rollouts.kind == "dataset" and not config.rollouts.needs_teacher
+        self.is_data = config.rollouts.kind == "dataset" and not config.rollouts.needs_teacher
         self.num_steps = config.max_steps
-        if self._is_data:
+        if self.is_data:
             self.num_steps = -(-len(self._prompts) // config.num_trajectories)
 
     def collect(self, step: int) -> list[Trajectory]:
@@ -179,7 +182,7 @@ class _Steps:
         return self._rollouts.collect(self._take(step), step)
 
     def _take(self, step: int) -> Sequence[Prompt]:
-        if not self._is_data:
+        if not self.is_data:
             return self._stream.take(step, self._config.num_prompts)
         size = self._config.num_trajectories
         return self._prompts[step * size : (step + 1) * size]
@@ -228,6 +231,10 @@ def _score_step(
 def _check(config: TrainConfig) -> None:
     if config.teacher is None:
         raise ConfigError("teacher: is required to build a store of its laws")
+    if config.teacher.kind != "local":
+        raise ConfigError(
+            f"teacher.kind: must be 'local' to build a store, got {config.teacher.kind!r}"
+        )
     if config.rollouts.needs_evaluation:
         raise ConfigError(
             f"rollouts.kind: {config.rollouts.kind!r} follows a student that trains, and none does "

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from opd.batch import Batch, Law
+from opd.batch import Batch, Head, Law
 from opd.clients import Client, Scores, Signal, TeacherRefused, TeacherUnavailable, connect
 from opd.schema import Section
 from opd.sparse_law import SparseLaw, TopkRows
@@ -29,7 +31,7 @@ class ServerConfig(Section):
             exactly; or `topk`, log-probabilities of a few tokens. Default: hidden for `opd`.
         teacher_top_k: likeliest tokens to ask for where nobody says how many, as in evaluation.
         model: name of the served model, where the protocol asks for one.
-        hidden_dtype: of hidden states on the wire.
+        hidden_dtype: of hidden states on the wire; default: that of the teacher's weights.
         projected: hidden states on the leading singular directions of the head, which the server
             must have been started with; docs/teacher_server.md has the error.
         concurrency: requests under way at one time.
@@ -46,11 +48,11 @@ class ServerConfig(Section):
     signal: Literal["hidden", "topk"] | None = None
     teacher_top_k: int = Field(16, ge=1, le=4096)
     model: str | None = None
-    hidden_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    hidden_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     projected: bool = False
     concurrency: int = Field(4, ge=1)
     request_timeout_s: float = Field(120.0, gt=0)
-    deadline_s: float = Field(300.0, gt=0)
+    deadline_s: float = Field(60.0, gt=0)
     patience_s: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
@@ -62,6 +64,8 @@ class ServerConfig(Section):
             )
         if self.model is not None and self.protocol != "vllm":
             raise ValueError("model: is for protocol 'vllm', other servers serve one model")
+        if self.hidden_dtype is not None and self._sent != "hidden":
+            raise ValueError("hidden_dtype: needs signal 'hidden'")
         if self.projected and self._sent != "hidden":
             raise ValueError("projected: needs signal 'hidden'")
         return self
@@ -89,16 +93,15 @@ class ServerConfig(Section):
         """Connect; nothing is asked before the first check."""
         settings: dict[str, Any] = {}
         if self.protocol == "opd":
-            settings = {
-                "law_size": vocab_size,
-                "hidden_dtype": self.hidden_dtype,
-                "projected": self.projected,
-            }
+            settings = {"law_size": vocab_size, "projected": self.projected}
+            if self.hidden_dtype is not None:
+                settings["hidden_dtype"] = self.hidden_dtype
         elif self.protocol == "vllm":
             settings = {"model": self.model}
         client = connect(
             self.protocol,
             self.url,
+            vocab_size=vocab_size,
             concurrency=self.concurrency,
             request_timeout_s=self.request_timeout_s,
             deadline_s=self.deadline_s,
@@ -140,6 +143,9 @@ class ServerTeacher:
         self._config = config
         self._device = resolve_device(device)
         self._vocab_size = vocab_size
+        self._moved_head: Head | None = None
+        # called between two tries of a server that does not answer; may raise
+        self.on_wait: Callable[[], None] = lambda: None
         self._workspace_bytes = workspace_bytes
 
     @property
@@ -163,6 +169,13 @@ class ServerTeacher:
                 f"{ours}; if only their padding differs, set "
                 f"vocab_size={min(len(tokenizer), ours, theirs)}"
             )
+        # what comes back must lie within the student's vocabulary, whatever the server has
+        self.client.vocab_size = self._vocab_size or ours
+        if self._config.protocol != "opd":
+            from opd.clients.probe import probe
+
+            # rows that are off by one train without a word
+            probe(self.client, vocab_size=self._vocab_size or len(tokenizer), num_topk=1)
 
     def law(self, batch: Batch) -> Law | SparseLaw:
         """Its next-token law at the trained positions, fetched when first asked for."""
@@ -182,12 +195,12 @@ class ServerTeacher:
             temperature=None if self._config.takes_temperature else 1.0,
         )
 
-    def _head(self) -> Any:
-        from dataclasses import replace
-
-        head = self.client.head()
-        bias = None if head.bias is None else head.bias.to(self._device)
-        return replace(head, weight=head.weight.to(self._device), bias=bias)
+    def _head(self) -> Head:
+        if self._moved_head is None:
+            head = self.client.head()
+            bias = None if head.bias is None else head.bias.to(self._device)
+            self._moved_head = replace(head, weight=head.weight.to(self._device), bias=bias)
+        return self._moved_head
 
     def _hidden(self, batch: Batch) -> Tensor:
         scores = self._score(batch, signal="hidden")
@@ -228,7 +241,7 @@ class ServerTeacher:
         sequences, starts = batch.sequences(), list(batch.prompt_lengths)
         queries = asked.pop("query_ids", None)
         done: list[Scores | None] = [None] * len(sequences)
-        waited = 0.0
+        last_answer = time.monotonic()
         while missing := [i for i, score in enumerate(done) if score is None]:
             some = {} if queries is None else {"query_ids": [queries[i] for i in missing]}
             try:
@@ -241,9 +254,10 @@ class ServerTeacher:
                 )
             except TeacherUnavailable as error:
                 found = error.results or [None] * len(missing)
-                waited += self._config.deadline_s
+                if any(score is not None for score in found):
+                    last_answer = time.monotonic()
                 patience = self._config.patience_s
-                if patience is not None and waited >= patience:
+                if patience is not None and time.monotonic() - last_answer >= patience:
                     raise
                 _log.warning(
                     "%s; training waits and asks again, %d of %d completions are scored and kept",
@@ -251,6 +265,7 @@ class ServerTeacher:
                     len(done) - sum(score is None for score in found),
                     len(done),
                 )
+                self.on_wait()
             for i, score in zip(missing, found, strict=True):
                 done[i] = score
         return [score for score in done if score is not None]

@@ -80,7 +80,7 @@ def test_the_bucket_is_a_lower_bound_that_rises_with_k(student, teacher, batch):
 
 def test_statistics_are_per_token(student, teacher, batch):
     signal, _ = _loss(Topk(teacher_top_k=3), student, teacher.law(batch), batch)
-    names = {"student_mass", "teacher_mass", "entropy", "forward_kl", "reverse_kl"}
+    names = {"student_mass", "teacher_mass", "entropy", "forward_kl_topk", "reverse_kl_topk"}
     assert signal.statistics.keys() == names
     for values in signal.statistics.values():
         assert values.shape == (batch.num_tokens,) and not values.requires_grad
@@ -100,6 +100,7 @@ def test_temperature_divides_both(student, teacher, batch):
     ("settings", "words"),
     [
         ({"tail": "drop", "divergence": "reverse_kl"}, "tail: must not be 'drop' with divergence"),
+        ({"tail": "renormalize_teacher", "divergence": "reverse_kl"}, "renormalize_teacher"),
         ({"divergence": "cross_entropy"}, "cross_entropy has no teacher; use kind: token_nll"),
         ({"teacher_top_k": 0}, "teacher_top_k"),
         ({"support": "given"}, "support"),

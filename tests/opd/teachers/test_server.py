@@ -127,11 +127,39 @@ def test_a_dead_server_loses_no_answer(student, teacher, client, batch, caplog):
     assert "training waits and asks again, 2 of 5 completions are scored" in caplog.text
 
 
-def test_patience_ends(student, client, batch):
+def test_patience_counts_from_the_last_answer(student, client, batch, monkeypatch):
+    seconds = iter(range(100))
+    monkeypatch.setattr("opd.teachers.server.time.monotonic", lambda: 2.0 * next(seconds))
+    # an answer to four, then none to the fifth
     client.failures = [[0]] * 10
     with pytest.raises(TeacherUnavailable):
-        _loss(Topk(teacher_top_k=6), student, _served(client, patience_s=3.0), batch)
-    assert len(client.calls) == 3
+        _loss(Topk(teacher_top_k=6), student, _served(client, patience_s=5.0), batch)
+    assert [len(call) for call in client.calls] == [5, 1, 1]
+
+
+def test_a_signal_ends_the_wait(student, client, batch):
+    client.failures = [[0]] * 10
+    teacher = _served(client)
+
+    def give_up():
+        raise KeyboardInterrupt
+
+    teacher.on_wait = give_up
+    with pytest.raises(KeyboardInterrupt):
+        _loss(Topk(teacher_top_k=6), student, teacher, batch)
+    assert len(client.calls) == 1
+
+
+def test_where_a_server_is_changes_no_weight(values):
+    from opd.config import config_hash
+
+    hashes = set()
+    for url in ("http://here:1", "http://there:2"):
+        values["teacher"] = {"kind": "server", "url": url, "deadline_s": 1 + len(url)}
+        hashes.add(config_hash(parse_config(values)))
+    values["teacher"]["signal"] = "topk"
+    values["objective"] = {"kind": "topk"}
+    assert len(hashes) == 1 and config_hash(parse_config(values)) not in hashes
 
 
 def test_untrained_tokens_and_empty_completions(student, teacher, client, make_trajectories):
@@ -164,6 +192,7 @@ def test_refuses_a_vocabulary_of_another_size(client, tokenizer):
         ({"signal": "topk", "projected": True}, {}, "projected: needs signal 'hidden'"),
         ({"signal": "topk"}, {"kind": "full_vocab"}, "asks for hidden states"),
         ({"protocol": "opd", "model": "x"}, {}, "model: is for protocol 'vllm'"),
+        ({"signal": "topk", "hidden_dtype": "float32"}, {}, "hidden_dtype: needs signal 'hidden'"),
     ],
 )
 def test_refuses_what_does_not_fit(values, teacher, objective, words):
