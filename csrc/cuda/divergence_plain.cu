@@ -16,7 +16,10 @@ constexpr int kThreads = 512;
 
 // two blocks share a multiprocessor where a kernel fits into 64 registers without spilling
 constexpr int blocks_of(int id) {
-  return id == OPD_PEARSON_CHI2 || id == OPD_NEYMAN_CHI2 || id == OPD_ALPHA_BETA ? 1 : 2;
+  return id == OPD_PEARSON_CHI2 || id == OPD_NEYMAN_CHI2 || id == OPD_ALPHA_BETA ||
+                 id == OPD_SQUARED_HELLINGER || id == OPD_ALPHA
+             ? 1
+             : 2;
 }
 
 template <int kId>

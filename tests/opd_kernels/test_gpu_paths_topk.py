@@ -32,18 +32,23 @@ every_reduction = pytest.mark.parametrize("reduction", ["sum", "none"])
 every_width = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=dtype_id)
 
 
-@pytest.fixture(params=["cuda", pytest.param("triton", marks=pytest.mark.triton)])
+# the interpreter takes seconds a case, and test_triton_topk_divergence.py holds its kernels
+@pytest.fixture(
+    params=["cuda", pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.slow])]
+)
 def gpu(request, monkeypatch):
     """Either backend, and cuts as on a GPU at a hundredth of its sizes."""
     is_cuda = request.param == "cuda"
     request.getfixturevalue("emulated_cuda" if is_cuda else "interpreted_triton")
     monkeypatch.setattr(_gemms, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(_gemms, "_ALIGNMENT", 8)
+    monkeypatch.setattr(_gemms, "_ALIGNMENTS", (8, 4))
     for name, value in (
         ("_TILE", 4),
         ("_FEWEST_TOKENS_GPU", 6),
+        ("_FEWEST_TOKENS_FROZEN", 6),
         ("_ENOUGH_TOKENS", 8),
         ("_FEWEST_SPLIT_COLUMNS", 64),
+        ("_LAUNCH_SECONDS", 0.0),
     ):
         monkeypatch.setattr(_plan, name, value)
     return twins.cuda() if is_cuda else twins.triton()
