@@ -31,8 +31,8 @@ __device__ void load_rows(const View& block) {
       // a copy moves whole quads, and what lies behind a row is not to be read
       if (whole < count && block.lane < kQuad) {
         const int i = whole + block.lane;
-        to[i] = i < count ? student[i] : kLowest;
-        to[chunk + i] = i < count ? teacher[i] : kLowest;
+        to[i] = i < count ? student[i] : kMinusInfinity;
+        to[chunk + i] = i < count ? teacher[i] : kMinusInfinity;
       }
       __syncwarp();
       if (block.lane == 0) {

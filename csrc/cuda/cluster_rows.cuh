@@ -75,7 +75,6 @@ OPD_HD RowLaws laws_of(const Factor& student, const Factor& teacher, const Relat
 
 // -- log-sum-exps --------------------------------------------------------------------------------
 
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr int kNoColumn = 0x7fffffff;
 
 __device__ __forceinline__ float largest_of(const float4& x) {
@@ -111,7 +110,7 @@ struct LaneLse {
   int column;  // the first that attains the largest, of this warp's columns
 
   __device__ __forceinline__ void begin(float with_exponents) {
-    exponents = with_exponents, largest = kLowest, reference = 0.0f, column = kNoColumn;
+    exponents = with_exponents, largest = kMinusInfinity, reference = 0.0f, column = kNoColumn;
 #pragma unroll
     for (int j = 0; j < 4; ++j) sums[j] = 0.0f;
   }
@@ -132,7 +131,8 @@ struct LaneLse {
       sums[j] += detail::exp2_device((logits[j] - reference) * exponents);
       if constexpr (kWithColumn) {
         // columns come in order
-        const bool first = (logits[j] == largest) & (column == kNoColumn) & (largest != kLowest);
+        const bool first =
+            (logits[j] == largest) & (column == kNoColumn) & (largest != kMinusInfinity);
         column = first ? first_column + j : column;
       }
     }

@@ -153,7 +153,7 @@ class Sweeper {
 #pragma unroll 1
     for (int chunk = begin; chunk < end; ++chunk) {
       wait(block_.full(at->slot), at->parity);
-      float student_largest = kLowest, teacher_largest = kLowest;
+      float student_largest = kMinusInfinity, teacher_largest = kMinusInfinity;
       for_quads<2, false>(at->slot, chunk, [&](const float4& s, const float4& t, int) {
         student_largest = detail::max_device(student_largest, largest_of(s));
         teacher_largest = detail::max_device(teacher_largest, largest_of(t));

@@ -104,13 +104,73 @@ inline cudaLaunchConfig_t config_of(const Shape& shape, void* stream,
   return config;
 }
 
-// More than 48 KiB of shared memory, or more than 8 blocks in a cluster, a kernel has to be allowed
-// first: occupancy.h.
+// Devices by kernel, kept by whoever finds them first. No locks and no memory of its own, so that
+// any thread may launch, also into a stream whose work is captured.
+class KnownKernels {
+ public:
+  // The bits of the devices of a kernel; nullptr if there is no room for it.
+  std::atomic<uint64_t>* devices_of(const void* kernel) {
+    constexpr uint64_t kOdd = 0x9e3779b97f4a7c15u;
+    const uint64_t first = static_cast<uint64_t>(reinterpret_cast<uintptr_t>(kernel)) * kOdd >> 56;
+    for (int i = 0; i < kNear; ++i) {
+      Entry& entry = entries_[(first + static_cast<uint64_t>(i)) % kEntries];
+      const void* there = nullptr;
+      if (entry.kernel.compare_exchange_strong(there, kernel) || there == kernel) {
+        return &entry.devices;
+      }
+    }
+    return nullptr;
+  }
+
+ private:
+  static constexpr int kEntries = 256, kNear = 32;
+  struct Entry {
+    std::atomic<const void*> kernel{nullptr};
+    std::atomic<uint64_t> devices{0};
+  };
+  Entry entries_[kEntries];
+};
+
+// Those that may have all the shared memory that a block may.
+inline KnownKernels& allowed_kernels() {
+  static KnownKernels kernels;
+  return kernels;
+}
+
+// Lets a kernel have all the shared memory that a block of the current device may, not what one
+// shape needs: the attribute is the kernel's, and another thread's launch or a graph that has been
+// captured may need more. Once for each kernel and device.
+template <class Kernel>
+void allow_shared_memory(Kernel kernel) {
+  const Device device = current_device();
+  constexpr auto kSharedBytes = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  std::atomic<uint64_t>* const devices =
+      allowed_kernels().devices_of(reinterpret_cast<const void*>(kernel));
+  const uint64_t bit = device.ordinal < 64 ? uint64_t{1} << device.ordinal : 0;
+  if (devices && (devices->load(std::memory_order_acquire) & bit) != 0) return;
+  check_cuda(cudaFuncSetAttribute(kernel, kSharedBytes, device.shared_bytes_per_block),
+             "shared memory");
+  if (devices) devices->fetch_or(bit, std::memory_order_release);
+}
+
+// A kernel that needs more shared memory than any has by default is allowed it here. More than 8
+// blocks in a cluster it has to be allowed first: occupancy.h.
 template <class... Parameters, class... Arguments>
 void launch(const Shape& shape, void* stream, void (*kernel)(Parameters...),
             Arguments&&... arguments) {
   if (shape.blocks == 0) return;
   OPD_CHECK(shape.blocks <= 0x7fffffff, "a launch has at most 2^31 - 1 blocks, got ", shape.blocks);
+  constexpr int64_t kSharedByDefault = 48 * 1024;
+  if (shape.shared_bytes > kSharedByDefault) {
+    const int64_t most = current_device().shared_bytes_per_block;
+    if (shape.shared_bytes > most) {
+      throw Error(OPD_UNSUPPORTED,
+                  concat("a block needs ", shape.shared_bytes, " bytes of shared memory, this GPU ",
+                         "has ", most, " for it. Ask for fewer ids in a row, use a GPU with more, ",
+                         "or call the CPU's entry point."));
+    }
+    allow_shared_memory(kernel);
+  }
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = config_of(shape, stream, &attribute);
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");

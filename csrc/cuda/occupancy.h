@@ -47,13 +47,10 @@ class KnownNumbers {
   std::atomic<uint64_t> entries_[kEntries] = {};
 };
 
-// Lets a kernel have all the shared memory that a block of this device may, not what one shape
-// needs: the attribute is the kernel's, and another thread's launch or a graph that has been captured
-// may need more. Likewise for clusters of any size.
+// All the shared memory that a block of the current device may have, and clusters of any size.
 template <class Kernel>
-void allow_any_shape(Kernel kernel, int shared_bytes) {
-  constexpr auto kSharedBytes = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  check_cuda(cudaFuncSetAttribute(kernel, kSharedBytes, shared_bytes), "shared memory");
+void allow_any_shape(Kernel kernel) {
+  allow_shared_memory(kernel);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
              "cluster size");
 }
@@ -69,7 +66,7 @@ int resident_clusters(Kernel kernel, const Shape& shape, const Device& device,
                        static_cast<uint64_t>(shape.shared_bytes >> 4);
   int count = 0;
   if (known->find(key, &count)) return count;
-  allow_any_shape(kernel, device.shared_bytes_per_block);
+  allow_any_shape(kernel);
   cudaError_t error;
   if (shape.cluster == 1) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(

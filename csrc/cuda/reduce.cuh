@@ -2,6 +2,8 @@
 // Reductions over the threads of a warp and of a block, in an order that is always the same.
 #pragma once
 
+#include <limits>
+
 #include "launch.h"
 
 namespace opd {
@@ -9,6 +11,7 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 struct Sum {
   template <class T>

@@ -3,19 +3,15 @@
 // W = sum_v e^(z_v - m) (z_v - m), from which log-sum-exp and entropy follow.
 #pragma once
 
-#include <limits>
-
 #include "opd/math.h"
 #include "reduce.cuh"
 
 namespace opd {
 namespace cuda {
 
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
-
 // The largest logit, and the sums S and W relative to it.
 struct Seen {
-  float largest = kLowest, sum = 0.0f, weighted = 0.0f;
+  float largest = kMinusInfinity, sum = 0.0f, weighted = 0.0f;
 
   // `other` is at least as large as `largest`
   __device__ __forceinline__ void move_to(float other) {
@@ -32,7 +28,7 @@ struct Seen {
 #pragma unroll
     for (int i = 1; i < N; ++i) here = fmaxf(here, logits[i]);
     if (here > largest) move_to(here);
-    const float reference = largest == kLowest ? 0.0f : largest;
+    const float reference = largest == kMinusInfinity ? 0.0f : largest;
     float more = 0.0f, more_weighted = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -55,8 +51,8 @@ struct SeenByAll {
 // Every thread gets the result; `scratch` as in reduce_block.
 __device__ __forceinline__ SeenByAll reduce_block(Seen seen, double* scratch) {
   const float largest =
-      reduce_block(seen.largest, reinterpret_cast<float*>(scratch), kLowest, Max());
-  if (largest != kLowest) seen.move_to(largest);
+      reduce_block(seen.largest, reinterpret_cast<float*>(scratch), kMinusInfinity, Max());
+  if (largest != kMinusInfinity) seen.move_to(largest);
   const double sum = reduce_block(static_cast<double>(seen.sum), scratch, 0.0, Sum());
   const double weighted = reduce_block(static_cast<double>(seen.weighted), scratch, 0.0, Sum());
   return {largest, sum, weighted};

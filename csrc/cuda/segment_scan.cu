@@ -147,9 +147,9 @@ __device__ __forceinline__ int64_t first_token(int64_t token) {
 // The first token that attains the largest value times `sign`, or the first NaN.
 template <class Real>
 __global__ void __launch_bounds__(kThreads) segment_extreme(ReduceParameters<Real> p) {
-  constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
+  constexpr Real kNone = kMinusInfinity;
   const Ends ends = ends_of(p.offsets, p.num_tokens);
-  Real best = kLowest;
+  Real best = kNone;
   int64_t where_best = kNoToken, where_nan = kNoToken;
   for (int64_t i = ends.begin + threadIdx.x; i < ends.end; i += kThreads) {
     if (p.weights && p.weights[i] == Real(0)) continue;
@@ -161,12 +161,12 @@ __global__ void __launch_bounds__(kThreads) segment_extreme(ReduceParameters<Rea
       where_best = i;
     }
   }
-  const Real largest = reduce_block(best, reinterpret_cast<Real*>(shared_memory()), kLowest, Max());
+  const Real largest = reduce_block(best, reinterpret_cast<Real*>(shared_memory()), kNone, Max());
   where_best = first_token(best == largest ? where_best : kNoToken);
   where_nan = first_token(where_nan);
   if (threadIdx.x != 0) return;
   const int64_t where = where_nan != kNoToken ? where_nan : where_best;
-  p.out[blockIdx.x] = where == kNoToken ? p.sign * kLowest : p.values[where];
+  p.out[blockIdx.x] = where == kNoToken ? p.sign * kNone : p.values[where];
   if (p.index) p.index[blockIdx.x] = where == kNoToken ? -1 : where;
 }
 

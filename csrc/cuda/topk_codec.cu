@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kMostThreads)
     faults = reduce_block(faults, scratch, 0u, BitOr());
   }
   if (faults == 0) {
-    const float top = count > 0 ? logprobs[0] : -std::numeric_limits<float>::infinity();
+    const float top = count > 0 ? logprobs[0] : kMinusInfinity;
     const double range =
         num_finite > 0 ? static_cast<double>(top) - static_cast<double>(logprobs[num_finite - 1])
                        : 0.0;
@@ -264,12 +264,11 @@ __global__ void __launch_bounds__(kMostThreads)
   int32_t* const ids = p.ids + row * at.num_topk;
   float* const logprobs = p.logprobs + row * at.num_topk;
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  const float negative_infinity = -std::numeric_limits<float>::infinity();
   if (faults == 0) sort_block(keys, p.num_sorted);
   const double scale = scale_value(header.scale_bits);
   for (int k = threadIdx.x; k < at.num_topk; k += blockDim.x) {
     int32_t id = -1;
-    float logprob = faults ? nan : negative_infinity;
+    float logprob = faults ? nan : kMinusInfinity;
     if (faults == 0 && k < count) {
       const int32_t code = static_cast<int32_t>(keys[k] >> kPositionBits);
       id = entry_ids[keys[k] & (kMaxTopk - 1)];

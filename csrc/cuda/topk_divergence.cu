@@ -57,7 +57,7 @@ struct Law {
     const auto add = [&](const SeenByAll& part) {
       const double distance = static_cast<double>(part.largest) - largest;
       // of a part of nothing, or of a row of nothing, the sum is 0, or NaN if it saw one
-      const bool is_nothing = part.largest == kLowest;
+      const bool is_nothing = part.largest == kMinusInfinity;
       const double decay = is_nothing ? 1.0 : ::exp(distance);
       sum += decay * part.sum;
       weighted += is_nothing ? part.sum : decay * (part.weighted + part.sum * distance);
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kThreads, 2) topk_divergence_forward(ForwardPa
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const bool is_on = (bits >> i) & 1;
-        chosen[i] = is_on ? values[i] : kLowest;
-        values[i] = is_on ? kLowest : values[i];
+        chosen[i] = is_on ? values[i] : kMinusInfinity;
+        values[i] = is_on ? kMinusInfinity : values[i];
       }
       on.add(chosen);
     }
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_divergence_forward(ForwardPa
   const Law all(all_on, reduce_block(off, scratch));
   for (int64_t k = threadIdx.x; k < p.num_ids; k += kThreads) {
     const int64_t id = ids[k];
-    float value[1] = {id < 0 ? kLowest : std::numeric_limits<float>::quiet_NaN()};
+    float value[1] = {id < 0 ? kMinusInfinity : std::numeric_limits<float>::quiet_NaN()};
     if (id >= 0 && id < p.vocab_size) {
       value[0] = to_real(logits[id]);
       law.apply(id, value);

@@ -246,6 +246,8 @@ void check_windows() {
   constexpr int64_t kWindow = 1 << 19;
   Case c{"two windows", F32, F32, 1, kWindow + 300, kWindow + 301, 40, 1};
   check(c);
+  // one window, of more than the 48 KiB that a kernel has without asking
+  check({"more than 48 KiB", F32, F32, 1, 400000, 400000, 5});
   const int64_t V = c.vocab_size;
   std::vector<float> logits(V + 4);
   std::mt19937 generator(5);

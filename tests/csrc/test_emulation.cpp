@@ -4,9 +4,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cluster.cuh"
@@ -179,6 +182,99 @@ void check_vectors() {
   }
 }
 
+// The last byte of the shared memory it asked for, and of which kernel it is.
+template <int kKernel>
+__global__ void last_byte(int shared_bytes, int* out) {
+  shared_memory()[shared_bytes - 1] = static_cast<unsigned char>(kKernel);
+  *out = shared_memory()[shared_bytes - 1];
+}
+
+template <int kKernel>
+bool launches(int shared_bytes) {
+  int out = -1;
+  launch({1, 1, shared_bytes}, nullptr, &last_byte<kKernel>, shared_bytes, &out);
+  return out == kKernel;
+}
+
+// What the runtime says, without launch().
+template <int kKernel>
+bool is_allowed(int shared_bytes) {
+  int out = -1;
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = config_of({1, 1, shared_bytes}, nullptr, &attribute);
+  return cudaLaunchKernelEx(&config, &last_byte<kKernel>, shared_bytes, &out) == cudaSuccess;
+}
+
+// Above 48 KiB a kernel has to be allowed on each device, which launch() does, once.
+void check_shared_memory() {
+  constexpr int kDefault = 48 * 1024, kMost = 227 * 1024;
+  constexpr auto kAttribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  expect::that(is_allowed<0>(kDefault) && !is_allowed<0>(kDefault + 1), "48 KiB without asking");
+  expect::that(cudaFuncSetAttribute(&last_byte<0>, kAttribute, kMost + 1) != cudaSuccess,
+               "not more than a block may have");
+  expect::that(cudaFuncSetAttribute(&last_byte<0>, kAttribute, 60000) == cudaSuccess, "more");
+  expect::that(is_allowed<0>(60000) && !is_allowed<0>(60001), "what was asked for");
+  expect::that(!is_allowed<1>(60000), "another kernel has to be allowed, too");
+
+  expect::that(launches<1>(kDefault) && !is_allowed<1>(kDefault + 1), "launch() asks when it must");
+  const int before = emulated_questions();
+  expect::that(launches<1>(kDefault + 1) && launches<1>(kMost), "launch() allows what there is");
+  expect::that(launches<1>(kDefault + 1), "and again");
+  expect::that(emulated_questions() == before + 1, "once");
+  expect::that(!is_allowed<2>(kDefault + 1) && launches<2>(kMost), "each kernel");
+  try {
+    launches<1>(kMost + 1);
+    expect::that(false, "more than a block may have is refused");
+  } catch (const opd::Error& error) {
+    expect::that(error.status() == OPD_UNSUPPORTED &&
+                     std::strstr(error.what(), "232449 bytes of shared memory") &&
+                     std::strstr(error.what(), "232448"),
+                 error.what());
+  }
+
+  setenv("OPD_EMULATION_CAPABILITY", "80", 1);
+  expect::that(!is_allowed<1>(kDefault + 1) && launches<1>(163 * 1024), "each device");
+  try {
+    launches<1>(kMost);
+    expect::that(false, "a smaller device refuses");
+  } catch (const opd::Error& error) {
+    expect::that(error.status() == OPD_UNSUPPORTED, error.what());
+  }
+  unsetenv("OPD_EMULATION_CAPABILITY");
+
+  std::vector<std::thread> threads;
+  std::vector<char> all_right(4);
+  for (char& right : all_right) {
+    threads.emplace_back([&] {
+      right = launches<3>(kMost) && launches<4>(kMost) && launches<5>(kMost) && launches<3>(kMost);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (char right : all_right) expect::that(right, "threads that launch at once");
+}
+
+// More kernels than there is room for: each has bits of its own or none, and keeps them.
+void check_known_kernels() {
+  KnownKernels known;
+  static char kernels[1000];
+  int kept = 0;
+  for (int round = 0; round < 2; ++round) {
+    for (char& kernel : kernels) {
+      std::atomic<uint64_t>* const devices = known.devices_of(&kernel);
+      const uint64_t number = static_cast<uint64_t>(&kernel - kernels) + 1;
+      if (devices == nullptr) continue;
+      if (round == 0) {
+        expect::that(devices->exchange(number) == 0, "bits that are nobody's");
+        ++kept;
+      } else {
+        expect::that(*devices == number, "the bits of a kernel are its own");
+        --kept;
+      }
+    }
+    expect::that(round == 0 ? kept > 128 && kept <= 256 : kept == 0, "as many as have room");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -187,5 +283,7 @@ int main() {
   check_cluster();
   check_that_races_are_caught();
   check_vectors();
+  check_shared_memory();
+  check_known_kernels();
   return expect::report("test_emulation");
 }

@@ -28,7 +28,8 @@ struct Shape {
 
 constexpr Shape kShapes[] = {{3, 1, 1, 4},       {5, 2, 2, 16},           {6, 5, 7, 8},
                              {9, 64, 151936, 8}, {4, 128, 151936, 10},    {3, 33, 100, 7},
-                             {2, 700, 152064, 12}, {2, 1000, int64_t(1) << 31, 16}};
+                             {2, 700, 152064, 12}, {2, 1000, int64_t(1) << 31, 16},
+                             {1, 4096, int64_t(1) << 31, 16}};
 
 // Best first; some rows have fewer entries, entries of probability 0, equal ones, or none at all.
 inline Laws laws_of(const Shape& shape, std::mt19937& random) {

@@ -10,7 +10,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <map>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "emulation.h"
@@ -98,7 +100,7 @@ struct alignas(8) uint2 {
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidClusterSize = 912;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidClusterSize = 912;
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributeNonPortableClusterSizeAllowed
@@ -184,9 +186,42 @@ inline std::atomic<int>& emulated_questions() {
   static std::atomic<int> count{0};
   return count;
 }
+// The dynamic shared memory that a launch of a kernel may have on the current device: 48 KiB, or
+// what its attribute has been set to.
+class EmulatedAllowances {
+ public:
+  void set(const void* kernel, int bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bytes_[key(kernel)] = bytes;
+  }
+  size_t of(const void* kernel) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto at = bytes_.find(key(kernel));
+    return at == bytes_.end() ? 48 * 1024 : static_cast<size_t>(at->second);
+  }
+
+ private:
+  using Key = std::pair<int, const void*>;
+  static Key key(const void* kernel) {
+    int device = 0;
+    cudaGetDevice(&device);
+    return {device, kernel};
+  }
+  std::mutex mutex_;
+  std::map<Key, int> bytes_;
+};
+inline EmulatedAllowances& emulated_allowances() {
+  static EmulatedAllowances allowances;
+  return allowances;
+}
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute attribute, int value) {
   ++emulated_questions();
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  int most = 0;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  if (value < 0 || value > most) return cudaErrorInvalidValue;
+  emulated_allowances().set(reinterpret_cast<const void*>(kernel), value);
   return cudaSuccess;
 }
 template <class Kernel>
@@ -217,6 +252,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       cluster = config->attrs[i].val.clusterDim.x;
     }
   }
+  const size_t allowed = emulated_allowances().of(reinterpret_cast<const void*>(kernel));
+  if (config->dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
   emulation::launch(config->gridDim_, config->blockDim_, cluster, config->dynamicSmemBytes,
                     [&] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;
