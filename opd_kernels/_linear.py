@@ -73,13 +73,19 @@ def form_logits(
     head: Tensor,
     low_rank: _gemms.LowRank | None,
     head_slice_rows: int,
-) -> None:
-    """Fills `logits` [C, V] with chunk @ head[:V].T, and what a low-rank pair adds to it."""
+) -> Tensor | None:
+    """Fills `logits` [C, V] with chunk @ head[:V].T, and what a low-rank pair adds to it.
+
+    Returns chunk @ A.T of the pair.
+    """
     with phase(chunk, op, "logits"):
         _gemms.logits_into(logits, chunk, head, head_slice_rows)
-    if low_rank is not None:
-        with phase(chunk, op, "low_rank"):
-            low_rank.add_logits(logits, low_rank.project(chunk))
+    if low_rank is None:
+        return None
+    with phase(chunk, op, "low_rank"):
+        projected = low_rank.project(chunk)
+        low_rank.add_logits(logits, projected)
+        return projected
 
 
 def put(target: Tensor, token_idx: Tensor | None, begin: int, end: int, rows: Tensor) -> None:

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from . import _buffers, _checks, _dispatch, _gemms, _laws, _linear, _plan, reference
+from . import _checks, _dispatch, _laws, _one_head, _plan, reference
 from ._registration import register
 from .sample_tokens import TokenSamples, checked_proposal, fwd_outputs, outputs_of, uniform_table
-from .token_logprobs import Law, pack_law
+from .token_logprobs import pack_law
 
 _OP = "fused_linear_sample_tokens"
 
@@ -111,70 +108,24 @@ def fused_linear_sample_tokens(
     return outputs_of(values, rows.real)
 
 
-class Inputs(NamedTuple):
-    """The tensors of the op; lora_a carries the scaling."""
-
-    hidden: Tensor
-    lm_head_weight: Tensor
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    uniforms: Tensor
-
-    def low_rank(self) -> _gemms.LowRank | None:
-        if self.lora_a is None:
-            return None
-        return _gemms.LowRank.of(self.lora_a, self.lora_b, self.lm_head_weight, _gemms.AS_LOGITS)
-
-
-_NUM_INPUTS, _NUM_LAW = len(Inputs._fields), len(Law._fields)
-
-
-def _split(arguments: Sequence) -> tuple[Inputs, Law, list]:
-    law = _NUM_INPUTS + _NUM_LAW
-    return (
-        Inputs(*arguments[:_NUM_INPUTS]),
-        Law(*arguments[_NUM_INPUTS:law]),
-        list(arguments[law:]),
-    )
-
-
 def _fwd(*arguments):
-    inputs, law, (proposal_temperature, workspace_bytes, backend) = _split(arguments)
-    rows = _dispatch.row_ops(backend)
-    plan = _plan.plan(
-        _OP,
-        inputs.hidden.shape[0],
-        law.vocab_size,
-        (inputs.lm_head_weight,),
-        workspace_bytes,
-        whole_rows=_plan.NO_PATH_B,
-        low_rank=0 if inputs.lora_a is None else inputs.lora_a.shape[0],
-        trained=False,
-    )
-    outputs, low_rank = fwd_outputs(inputs.hidden, inputs.uniforms), inputs.low_rank()
-    head = inputs.lm_head_weight
+    inputs, law, (proposal_temperature, workspace_bytes, backend) = _one_head.split(arguments)
+    kernels, uniforms = _dispatch.row_ops(backend), inputs.per_token
+    plan = inputs.plan(_OP, law.vocab_size, workspace_bytes)
+    outputs = fwd_outputs(inputs.hidden, uniforms)
 
-    def run_chunk(buffer: Tensor, begin: int, end: int) -> None:
-        here = slice(begin, end)
-        chunk, logits = _linear.take(inputs.hidden, None, begin, end), buffer[: end - begin]
-        _linear.form_logits(_OP, logits, chunk, head, low_rank, plan.head_slice_rows)
-        with _linear.phase(chunk, _OP, "rows"):
-            values = rows.sample_tokens_fwd(
-                logits, inputs.uniforms[here], *law.rows(here), proposal_temperature
-            )
-        for output, value in zip(outputs, values, strict=True):
-            output[here] = value
+    def rows(logits: Tensor, here: slice) -> tuple[Tensor, ...]:
+        return kernels.sample_tokens_fwd(
+            logits, uniforms[here], *law.rows(here), proposal_temperature
+        )
 
-    shapes = [(plan.chunk_tokens, law.vocab_size)]
-    with _buffers.borrowed_buffers(inputs.hidden, shapes) as (buffer,):
-        for begin, end in plan.chunks():
-            run_chunk(buffer, begin, end)
+    _one_head.fill(_OP, outputs, inputs, law, plan, rows)
     return outputs
 
 
 def _fwd_fake(*arguments):
-    inputs, *_ = _split(arguments)
-    return fwd_outputs(inputs.hidden, inputs.uniforms)
+    inputs, *_ = _one_head.split(arguments)
+    return fwd_outputs(inputs.hidden, inputs.per_token)
 
 
 register("fused_linear_sample_tokens_fwd", fake=_fwd_fake, python=_fwd)

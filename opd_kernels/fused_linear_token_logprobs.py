@@ -3,14 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _buffers, _checks, _dispatch, _gemms, _grad_sums, _laws, _linear, _plan, reference
+from . import (
+    _buffers,
+    _checks,
+    _dispatch,
+    _gemms,
+    _grad_sums,
+    _laws,
+    _linear,
+    _one_head,
+    _plan,
+    reference,
+)
+from ._one_head import NUM_INPUTS, Inputs
 from ._registration import register
 from .token_logprobs import Law, TokenLogprobs, fwd_outputs, pack_law
 
@@ -118,91 +128,21 @@ def fused_linear_token_logprobs(
     return TokenLogprobs(*(value.to(rows.real) for value in values))
 
 
-class Inputs(NamedTuple):
-    """The tensors of OPD_LINEAR in csrc/torch/ops.cpp; the low-rank pair carries its scale in A."""
-
-    hidden: Tensor
-    lm_head_weight: Tensor
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    token_ids: Tensor
-
-    def low_rank(self, grad_dtype: int = _gemms.AS_LOGITS) -> _gemms.LowRank | None:
-        if self.lora_a is None:
-            return None
-        return _gemms.LowRank.of(self.lora_a, self.lora_b, self.lm_head_weight, grad_dtype)
-
-
-_NUM_INPUTS, _NUM_LAW = len(Inputs._fields), len(Law._fields)
 # where the differentiable tensors are among the arguments: hidden, head, bias, A and B
-_DIFFERENTIABLE = (0, 1, _NUM_INPUTS, 2, 3)
-
-
-def _split(arguments: Sequence) -> tuple[Inputs, Law, list]:
-    law = _NUM_INPUTS + _NUM_LAW
-    return (
-        Inputs(*arguments[:_NUM_INPUTS]),
-        Law(*arguments[_NUM_INPUTS:law]),
-        list(arguments[law:]),
-    )
-
-
-def plan_of(
-    inputs: Inputs, law: Law, workspace_bytes: int, num_tokens: int, *, trained: bool = False
-) -> _plan.Plan:
-    """How a call with so many tokens that count is cut."""
-    return _plan.plan(
-        _OP,
-        num_tokens,
-        law.vocab_size,
-        (inputs.lm_head_weight,),
-        workspace_bytes,
-        whole_rows=_plan.NO_PATH_B,
-        low_rank=0 if inputs.lora_a is None else inputs.lora_a.shape[0],
-        trained=trained,
-    )
-
-
-def _form_logits(
-    logits: Tensor,
-    chunk: Tensor,
-    head: Tensor,
-    low_rank: _gemms.LowRank | None,
-    head_slice_rows: int,
-) -> Tensor | None:
-    """Fills `logits`; returns chunk @ A.T of the low-rank pair."""
-    with _linear.phase(chunk, _OP, "logits"):
-        _gemms.logits_into(logits, chunk, head, head_slice_rows)
-    if low_rank is None:
-        return None
-    with _linear.phase(chunk, _OP, "low_rank"):
-        projected = low_rank.project(chunk)
-        low_rank.add_logits(logits, projected)
-        return projected
+_DIFFERENTIABLE = (0, 1, NUM_INPUTS, 2, 3)
 
 
 def _fwd(*arguments):
-    inputs, law, (_, workspace_bytes, _, backend) = _split(arguments)
-    rows = _dispatch.row_ops(backend)
-    _checks.token_ids_in_range(_OP, inputs.token_ids, law.vocab_size)
-    plan = plan_of(inputs, law, workspace_bytes, inputs.hidden.shape[0])
+    inputs, law, (_, workspace_bytes, _, backend) = _one_head.split(arguments)
+    kernels, token_ids = _dispatch.row_ops(backend), inputs.per_token
+    _checks.token_ids_in_range(_OP, token_ids, law.vocab_size)
+    plan = inputs.plan(_OP, law.vocab_size, workspace_bytes)
     outputs = fwd_outputs(inputs.hidden)
-    low_rank = inputs.low_rank()
 
-    def run_chunk(buffer: Tensor, begin: int, end: int) -> None:
-        chunk = _linear.take(inputs.hidden, None, begin, end)
-        logits = buffer[: end - begin]
-        _form_logits(logits, chunk, inputs.lm_head_weight, low_rank, plan.head_slice_rows)
-        with _linear.phase(chunk, _OP, "rows"):
-            here = slice(begin, end)
-            values = rows.token_logprobs_fwd(logits, inputs.token_ids[here], *law.rows(here))
-        for output, value in zip(outputs, values, strict=True):
-            output[begin:end] = value
+    def rows(logits: Tensor, here: slice) -> tuple[Tensor, ...]:
+        return kernels.token_logprobs_fwd(logits, token_ids[here], *law.rows(here))
 
-    shapes = [(plan.chunk_tokens, law.vocab_size)]
-    with _buffers.borrowed_buffers(inputs.hidden, shapes) as (buffer,):
-        for begin, end in plan.chunks():
-            run_chunk(buffer, begin, end)
+    _one_head.fill(_OP, outputs, inputs, law, plan, rows)
     return outputs
 
 
@@ -212,7 +152,7 @@ def _fwd_fake(hidden, *_):
 
 def _fwd_setup_context(ctx, inputs, output):
     _, lse, entropy = output
-    tensors = _NUM_INPUTS + 2
+    tensors = NUM_INPUTS + 2
     ctx.save_for_backward(*inputs[:tensors], lse, entropy)
     # not with the saved tensors: it may change before the backward, which only adds to it
     *ctx.numbers, ctx.head_sum, ctx.workspace_bytes, ctx.compact_tokens, ctx.backend = inputs[
@@ -265,9 +205,9 @@ def _bwd_(head_sum, *arguments):
 
 
 def _run_backward(head_sum: Tensor | None, grad_logprobs, grad_lse, grad_entropy, *arguments):
-    *tensors, lse, entropy = arguments[: _NUM_INPUTS + 2]
-    inputs, law, (workspace_bytes, with_grads, compact_tokens, backend) = _split(
-        (*tensors, *arguments[_NUM_INPUTS + 2 :])
+    *tensors, lse, entropy = arguments[: NUM_INPUTS + 2]
+    inputs, law, (workspace_bytes, with_grads, compact_tokens, backend) = _one_head.split(
+        (*tensors, *arguments[NUM_INPUTS + 2 :])
     )
     hidden, head = inputs[:2]
     grad_dtype = _gemms.grad_dtype(head)
@@ -276,7 +216,7 @@ def _run_backward(head_sum: Tensor | None, grad_logprobs, grad_lse, grad_entropy
     is_active = (grad_logprobs != 0) | (grad_lse != 0) | (grad_entropy != 0)
     token_idx = _linear.active_tokens(is_active, compact_tokens)
     num_active = hidden.shape[0] if token_idx is None else token_idx.shape[0]
-    plan = plan_of(inputs, law, workspace_bytes, num_active, trained=with_grads[1])
+    plan = inputs.plan(_OP, law.vocab_size, workspace_bytes, num_active, trained=with_grads[1])
     unit = _linear.gradient_unit(head, grad_logprobs, grad_lse, grad_entropy)
     upstream = [
         _linear.in_units(values, unit, num_active)
@@ -291,7 +231,7 @@ def _run_backward(head_sum: Tensor | None, grad_logprobs, grad_lse, grad_entropy
         torch.zeros_like(source, dtype=real) if wanted else None
         for source, wanted in zip(_sources(inputs, law)[2:], with_grads[2:], strict=True)
     )
-    per_token = (*upstream, inputs.token_ids, lse, entropy)
+    per_token = (*upstream, inputs.per_token, lse, entropy)
 
     def run_chunk(buffer: Tensor, begin: int, end: int) -> None:
         here = slice(begin, end) if token_idx is None else token_idx[begin:end]
@@ -299,7 +239,7 @@ def _run_backward(head_sum: Tensor | None, grad_logprobs, grad_lse, grad_entropy
             chunk = _linear.take(hidden, token_idx, begin, end, is_active[here])
             *upstream, token_ids, chunk_lse, chunk_entropy = (values[here] for values in per_token)
         logits = buffer[: end - begin]
-        projected = _form_logits(logits, chunk, head, low_rank, plan.head_slice_rows)
+        projected = _linear.form_logits(_OP, logits, chunk, head, low_rank, plan.head_slice_rows)
         with _linear.phase(chunk, _OP, "rows"):
             rows.token_logprobs_bwd_(
                 *upstream, logits, token_ids, chunk_lse, chunk_entropy, *law.rows(here), grad_dtype
@@ -346,8 +286,8 @@ def _run_backward(head_sum: Tensor | None, grad_logprobs, grad_lse, grad_entropy
 
 
 def _bwd_fake(grad_logprobs, grad_lse, grad_entropy, *arguments):
-    inputs, law, (_, with_grads, *_) = _split(
-        (*arguments[:_NUM_INPUTS], *arguments[_NUM_INPUTS + 2 :])
+    inputs, law, (_, with_grads, *_) = _one_head.split(
+        (*arguments[:NUM_INPUTS], *arguments[NUM_INPUTS + 2 :])
     )
     hidden = inputs.hidden
     return tuple(

@@ -3,27 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import (
-    _buffers,
     _checks,
     _dispatch,
-    _gemms,
     _laws,
     _linear,
+    _one_head,
     _parallel,
     _plan,
     _topk_shards,
     reference,
 )
 from ._registration import register
-from .token_logprobs import Law, pack_law
+from .token_logprobs import pack_law
 from .topk_logprobs import TopkLogprobs, fwd_outputs, id_table, outputs_of
 
 _OP = "fused_linear_topk"
@@ -138,51 +134,14 @@ def fused_linear_topk(
     return outputs_of(values, token_ids, rows.real)
 
 
-class Inputs(NamedTuple):
-    """The tensors of OPD_LINEAR_OF_ANY_IDS in csrc/torch/ops.cpp; lora_a carries the scaling."""
-
-    hidden: Tensor
-    lm_head_weight: Tensor
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    token_ids: Tensor | None
-
-    def low_rank(self) -> _gemms.LowRank | None:
-        if self.lora_a is None:
-            return None
-        return _gemms.LowRank.of(self.lora_a, self.lora_b, self.lm_head_weight, _gemms.AS_LOGITS)
-
-
-_NUM_INPUTS, _NUM_LAW = len(Inputs._fields), len(Law._fields)
-
-
-def _split(arguments: Sequence) -> tuple[Inputs, Law, list]:
-    law = _NUM_INPUTS + _NUM_LAW
-    return (
-        Inputs(*arguments[:_NUM_INPUTS]),
-        Law(*arguments[_NUM_INPUTS:law]),
-        list(arguments[law:]),
-    )
-
-
 def _fwd(*arguments):
-    inputs, law, (num_topk, workspace_bytes, group_name, backend) = _split(arguments)
-    shard, rows = _parallel.resolve(group_name), _dispatch.row_ops(backend)
+    inputs, law, (num_topk, workspace_bytes, group_name, backend) = _one_head.split(arguments)
+    shard, kernels = _parallel.resolve(group_name), _dispatch.row_ops(backend)
     total_size = law.vocab_size if shard is None else shard.total_columns
-    table = inputs.token_ids
+    table = inputs.per_token
     if table is not None:
         _checks.token_ids_in_range(_OP, table, total_size, padding=True)
-    plan = _plan.plan(
-        _OP,
-        inputs.hidden.shape[0],
-        _parallel.planned_size(group_name, law.vocab_size),
-        (inputs.lm_head_weight,),
-        workspace_bytes,
-        whole_rows=_plan.NO_PATH_B,
-        low_rank=0 if inputs.lora_a is None else inputs.lora_a.shape[0],
-        trained=False,
-    )
-    head, low_rank = inputs.lm_head_weight, inputs.low_rank()
+    plan = inputs.plan(_OP, _parallel.planned_size(group_name, law.vocab_size), workspace_bytes)
     part = None
     if shard is None:
         outputs = fwd_outputs(inputs.hidden, table, num_topk)
@@ -191,31 +150,23 @@ def _fwd(*arguments):
         outputs = fwd_outputs(inputs.hidden, None, num_topk_here)
         part = _topk_shards.Part.of(inputs.hidden, table, num_topk_here, shard.first_column)
 
-    def run_chunk(buffer: Tensor, begin: int, end: int) -> None:
-        here = slice(begin, end)
-        chunk = _linear.take(inputs.hidden, None, begin, end)
-        logits = buffer[: end - begin, : law.vocab_size]
-        _linear.form_logits(_OP, logits, chunk, head, low_rank, plan.head_slice_rows)
-        with _linear.phase(chunk, _OP, "rows"):
-            ids = table[here] if table is not None and shard is None else None
-            values = rows.topk_logprobs_fwd(logits, ids, *law.rows(here), outputs[0].shape[1])
-            if part is not None:
-                part.read(logits, values[0], law.rows(here), here)
-        for output, value in zip(outputs, values, strict=True):
-            output[here] = value
+    def rows(logits: Tensor, here: slice) -> tuple[Tensor, ...]:
+        ids = table[here] if table is not None and shard is None else None
+        values = kernels.topk_logprobs_fwd(logits, ids, *law.rows(here), outputs[0].shape[1])
+        if part is not None:
+            part.read(logits, values[0], law.rows(here), here)
+        return values
 
-    shapes = [(plan.chunk_tokens, law.vocab_size)]
-    with _buffers.borrowed_buffers(inputs.hidden, shapes) as (buffer,):
-        for begin, end in plan.chunks():
-            run_chunk(buffer, begin, end)
+    _one_head.fill(_OP, outputs, inputs, law, plan, rows)
     if part is None:
         return outputs
     with _linear.phase(inputs.hidden, _OP, "exchange"):
         return _topk_shards.merge(part, outputs, shard.group, num_topk)
 
 
-def _fwd_fake(hidden, lm_head_weight, lora_a, lora_b, token_ids, *rest):
-    return fwd_outputs(hidden, token_ids, rest[_NUM_LAW])
+def _fwd_fake(*arguments):
+    inputs, _, (num_topk, *_) = _one_head.split(arguments)
+    return fwd_outputs(inputs.hidden, inputs.per_token, num_topk)
 
 
 register("fused_linear_topk_fwd", fake=_fwd_fake, python=_fwd)

@@ -119,6 +119,7 @@ TESTED_ELSEWHERE = {
     "opd_kernels/_laws.py": "tests/opd_kernels/test_divergence.py and test_fused_linear_*.py",
     "opd_kernels/_library.py": "every test: it loads the ops",
     "opd_kernels/_linear.py": "tests/opd_kernels/test_fused_linear_*.py",
+    "opd_kernels/_one_head.py": "tests/opd_kernels/test_fused_linear_*.py",
     "opd_kernels/_registration.py": "opcheck in each op's test, and this file",
     "opd_kernels/_topk_divergence_path.py": (
         "tests/opd_kernels/test_fused_linear_topk_divergence.py"
