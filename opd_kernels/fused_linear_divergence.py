@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _grad_sums, _laws, _linear, _parallel, _plan, reference
+from . import _checks, _dispatch, _formed, _grad_sums, _laws, _linear, _parallel, _plan, reference
 from ._divergence_paths import Gradients, Inputs, Options, Sum, empty_gradients, run
 from ._registration import register
 
@@ -361,31 +361,8 @@ def _sum_fake(*arguments):
     )
 
 
-def _sum_setup_context(ctx, inputs, output):
-    _, *gradients, statistics = output
-    ctx.mark_non_differentiable(*gradients, statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
-    ctx.formed = Options(*_split(inputs)[2]).with_grads
-    ctx.dtypes = [
-        None if inputs[position] is None else inputs[position].dtype for position in _DIFFERENTIABLE
-    ]
-    ctx.num_inputs = len(inputs)
-
-
-def _sum_backward(_):
-    def backward(ctx, grad_loss, *__):
-        gradients = [None] * ctx.num_inputs
-        if grad_loss is None:
-            return tuple(gradients)
-        for position, formed, saved, dtype in zip(
-            _DIFFERENTIABLE, ctx.formed, ctx.saved_tensors, ctx.dtypes, strict=True
-        ):
-            if formed and ctx.needs_input_grad[position]:
-                gradients[position] = _linear.scaled(saved, grad_loss, dtype)
-        return tuple(gradients)
-
-    return backward
+def _with_grads(inputs) -> list[bool]:
+    return Options(*_split(inputs)[2]).with_grads
 
 
 def _fwd(*arguments):
@@ -416,9 +393,8 @@ def _fwd_setup_context(ctx, inputs, output):
 
 def _fwd_backward(_):
     def backward(ctx, grad_loss, *__):
-        gradients = [None] * ctx.num_inputs
         if grad_loss is None:
-            return tuple(gradients)
+            return (None,) * ctx.num_inputs
         *numbers, workspace_bytes, _, group, compact_tokens, backend = ctx.rest
         wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
         formed = torch.ops.opd.fused_linear_divergence_bwd(
@@ -431,30 +407,17 @@ def _fwd_backward(_):
             compact_tokens,
             backend,
         )
-        for position, want, gradient in zip(_DIFFERENTIABLE, wanted, formed, strict=True):
-            if want:
-                gradients[position] = gradient
-        return tuple(gradients)
+        return _formed.at_places(ctx.num_inputs, _DIFFERENTIABLE, wanted, formed)
 
     return backward
 
 
 def _bwd(grad_loss, *arguments):
     inputs, laws, (workspace_bytes, with_grads, group, *rest) = _split(arguments)
-    # the upstream gradient is one more token weight, and its zeros cost nothing either
-    weights = grad_loss
-    if laws.token_weights is not None:
-        # a token of weight 0 stays out whatever comes from above, inf included
-        given = laws.token_weights
-        weights = torch.where(given == 0, torch.zeros_like(grad_loss), given * grad_loss)
     options = Options(workspace_bytes, with_grads, False, group, 0.0, *rest)
+    weights = _formed.upstream_weights(grad_loss, laws.token_weights)
     _, gradients, _ = run(inputs, laws._replace(token_weights=weights), options)
-    return tuple(
-        _linear.rounded(gradient, like.dtype) if wanted else gradient
-        for gradient, like, wanted in zip(
-            gradients, _sources(inputs, laws), with_grads, strict=True
-        )
-    )
+    return _formed.in_dtypes(gradients, _sources(inputs, laws), with_grads)
 
 
 def _sources(inputs: Inputs, laws: _laws.Laws) -> tuple[Tensor | None, ...]:
@@ -464,19 +427,14 @@ def _sources(inputs: Inputs, laws: _laws.Laws) -> tuple[Tensor | None, ...]:
 def _bwd_fake(grad_loss, *arguments):
     inputs, laws, (_, with_grads, *_) = _split(arguments)
     gradients: Gradients = empty_gradients(inputs, laws, with_grads)
-    return tuple(
-        gradient.to(like.dtype) if wanted else gradient
-        for gradient, like, wanted in zip(
-            gradients, _sources(inputs, laws), with_grads, strict=True
-        )
-    )
+    return _formed.in_dtypes(gradients, _sources(inputs, laws), with_grads, Tensor.to)
 
 
 register(
     "fused_linear_divergence_sum",
     fake=_sum_fake,
-    setup_context=_sum_setup_context,
-    backward=_sum_backward,
+    setup_context=_formed.sum_setup_context(_DIFFERENTIABLE, _with_grads),
+    backward=_formed.sum_backward(_DIFFERENTIABLE),
     python=_sum,
 )
 register("fused_linear_divergence_sum_", fake=_sum_into_fake, python=_sum_)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _grad_sums, _laws, _linear, _parallel, _plan, reference
+from . import _checks, _dispatch, _formed, _grad_sums, _laws, _linear, _parallel, _plan, reference
 from . import _topk_divergence_path as _path
 from ._divergence_paths import Sum
 from ._registration import register
@@ -291,31 +291,8 @@ def _sum_into_fake(_, __, *arguments):
     return _sum_fake(*kept, workspace_bytes, [hidden, False, *others], a, b, c, d)
 
 
-def _sum_setup_context(ctx, inputs, output):
-    _, *gradients, statistics = output
-    ctx.mark_non_differentiable(*gradients, statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
-    ctx.formed = _path.Options(*inputs[_END:]).with_grads
-    ctx.dtypes = [
-        None if inputs[position] is None else inputs[position].dtype for position in _DIFFERENTIABLE
-    ]
-    ctx.num_inputs = len(inputs)
-
-
-def _sum_backward(_):
-    def backward(ctx, grad_loss, *__):
-        gradients = [None] * ctx.num_inputs
-        if grad_loss is None:
-            return tuple(gradients)
-        for position, formed, saved, dtype in zip(
-            _DIFFERENTIABLE, ctx.formed, ctx.saved_tensors, ctx.dtypes, strict=True
-        ):
-            if formed and ctx.needs_input_grad[position]:
-                gradients[position] = _linear.scaled(saved, grad_loss, dtype)
-        return tuple(gradients)
-
-    return backward
+def _with_grads(inputs) -> list[bool]:
+    return _path.Options(*inputs[_END:]).with_grads
 
 
 def _fwd(*arguments):
@@ -342,9 +319,8 @@ def _fwd_setup_context(ctx, inputs, output):
 
 def _fwd_backward(_):
     def backward(ctx, grad_loss, __):
-        gradients = [None] * len(ctx.is_tensor)
         if grad_loss is None:
-            return tuple(gradients)
+            return (None,) * len(ctx.is_tensor)
         tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
         inputs = [next(tensors) if is_tensor else next(rest) for is_tensor in ctx.is_tensor]
         *arguments, workspace_bytes, _, group, compact_tokens, backend = inputs
@@ -358,46 +334,30 @@ def _fwd_backward(_):
             compact_tokens,
             backend,
         )
-        for position, want, gradient in zip(_DIFFERENTIABLE, wanted, formed, strict=True):
-            if want:
-                gradients[position] = gradient
-        return tuple(gradients)
+        return _formed.at_places(len(ctx.is_tensor), _DIFFERENTIABLE, wanted, formed)
 
     return backward
 
 
 def _bwd(grad_loss, *arguments):
     inputs, target, law, (workspace_bytes, with_grads, *rest) = _split(arguments)
-    # the upstream gradient is one more token weight, and its zeros cost nothing either
-    weights, given = grad_loss, target.token_weights
-    if given is not None:
-        # a token of weight 0 stays out whatever comes from above, inf included
-        weights = torch.where(given == 0, torch.zeros_like(grad_loss), given * grad_loss)
     options = _path.Options(workspace_bytes, with_grads, False, *rest)
+    weights = _formed.upstream_weights(grad_loss, target.token_weights)
     _, gradients, _ = _path.run(inputs, target._replace(token_weights=weights), law, options)
-    return _as_sources(gradients, inputs, law, with_grads, _linear.rounded)
-
-
-def _as_sources(gradients, inputs, law, with_grads, rounded=torch.Tensor.to):
-    return tuple(
-        rounded(gradient, source.dtype) if wanted else gradient
-        for gradient, source, wanted in zip(
-            gradients, _path.sources(inputs, law), with_grads, strict=True
-        )
-    )
+    return _formed.in_dtypes(gradients, _path.sources(inputs, law), with_grads)
 
 
 def _bwd_fake(_, *arguments):
     inputs, _, law, (_, with_grads, *_) = _split(arguments)
     gradients = _path.empty_gradients(inputs, law, with_grads)
-    return _as_sources(gradients, inputs, law, with_grads)
+    return _formed.in_dtypes(gradients, _path.sources(inputs, law), with_grads, Tensor.to)
 
 
 register(
     "fused_linear_topk_divergence_sum",
     fake=_sum_fake,
-    setup_context=_sum_setup_context,
-    backward=_sum_backward,
+    setup_context=_formed.sum_setup_context(_DIFFERENTIABLE, _with_grads),
+    backward=_formed.sum_backward(_DIFFERENTIABLE),
     python=_sum,
 )
 register("fused_linear_topk_divergence_sum_", fake=_sum_into_fake, python=_sum_)

@@ -115,6 +115,7 @@ TESTED_ELSEWHERE = {
     "opd_kernels/_catalogue.py": "tests/opd_kernels/test_divergences.py",
     "opd_kernels/_checks.py": "the error texts of each op's test",
     "opd_kernels/_divergence_paths.py": "tests/opd_kernels/test_fused_linear_divergence.py",
+    "opd_kernels/_formed.py": "tests/opd_kernels/test_fused_linear_*.py",
     "opd_kernels/_gemms.py": "tests/opd_kernels/test_gpu_paths.py and test_fused_linear_*.py",
     "opd_kernels/_laws.py": "tests/opd_kernels/test_divergence.py and test_fused_linear_*.py",
     "opd_kernels/_library.py": "every test: it loads the ops",
