@@ -41,19 +41,6 @@ struct alignas(64) Block {
 
 inline int round_up_to_lanes(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// Sum of the first `count` values, a multiple of kLanes.
-template <class T>
-double lane_sum(const T* values, int count) {
-  T lanes[kLanes] = {};
-  for (int i = 0; i < count; i += kLanes) {
-OPD_IVDEP
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
-  }
-  double sum = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(lanes[lane]);
-  return sum;
-}
-
 // The elementwise loops are functions of their own, never inlined: inside the row walkers the
 // compiler does not prove the buffers distinct and leaves the loops scalar.
 #define OPD_ELEMENTWISE __attribute__((noinline))
@@ -77,6 +64,27 @@ template <>
 struct Register<double> {
   typedef double Type __attribute__((vector_size(kRegisterBytes)));
 };
+
+// Sum of the first `count` values, a multiple of kLanes: each lane's own, then of the lanes in order.
+template <class T>
+OPD_ELEMENTWISE double lane_sum(const T* values, int count) {
+  using Vector = typename Register<T>::Type;
+  constexpr int kSize = kRegisterBytes / static_cast<int>(sizeof(T));
+  constexpr int kRegisters = kLanes / kSize;
+  Vector lanes[kRegisters] = {};
+  for (int i = 0; i < count; i += kLanes) {
+    for (int r = 0; r < kRegisters; ++r) {
+      Vector value;
+      std::memcpy(&value, values + i + r * kSize, sizeof(value));
+      lanes[r] += value;
+    }
+  }
+  double sum = 0.0;
+  for (const Vector& part : lanes) {
+    for (int lane = 0; lane < kSize; ++lane) sum += static_cast<double>(part[lane]);
+  }
+  return sum;
+}
 
 // The largest of `count` values, a multiple of kLanes; a NaN counts as none.
 template <class T>

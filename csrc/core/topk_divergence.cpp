@@ -16,37 +16,6 @@ namespace {
 
 constexpr double kNothing = -std::numeric_limits<double>::infinity();
 
-// lane_sum and lane_max on vectors that GCC and clang keep in registers; the same bits.
-template <class T>
-struct Lanes {
-  typedef T Vector __attribute__((vector_size(kLanes * sizeof(T))));
-
-  static double sum(const T* values, int count) {
-    Vector lanes = {}, vector;
-    for (int i = 0; i < count; i += kLanes) {
-      std::memcpy(&vector, values + i, sizeof(vector));
-      lanes += vector;
-    }
-    double sum = 0.0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(lanes[lane]);
-    return sum;
-  }
-
-  static T max(const T* values, int count) {
-    Vector lanes, vector;
-    std::memcpy(&lanes, values, sizeof(lanes));
-    for (int i = kLanes; i < count; i += kLanes) {
-      std::memcpy(&vector, values + i, sizeof(vector));
-      lanes = vector > lanes ? vector : lanes;
-    }
-    T largest = -std::numeric_limits<T>::infinity();
-    for (int lane = 0; lane < kLanes; ++lane) {
-      largest = lanes[lane] > largest ? lanes[lane] : largest;
-    }
-    return largest;
-  }
-};
-
 // exp(d) and -d exp(d) of d = block - shift.
 template <class T>
 OPD_ELEMENTWISE void moments_block(const T* __restrict__ block, T shift, int padded,
@@ -77,7 +46,7 @@ class PartialLaw {
  public:
   // `padded` is a multiple of kLanes; entries of -inf add nothing.
   void add(const T* block, int padded) {
-    const T largest = std::max(largest_, Lanes<T>::max(block, padded));
+    const T largest = std::max(largest_, lane_max(block, padded));
     if (largest > largest_) {
       if (sum_ > 0.0) {
         const double step = static_cast<double>(largest) - static_cast<double>(largest_);
@@ -90,8 +59,8 @@ class PartialLaw {
     // a block of nothing but -inf adds zero, and a NaN in it still shows
     const T shift = largest_ == -std::numeric_limits<T>::infinity() ? T(0) : largest_;
     moments_block(block, shift, padded, exps_.values, products_.values);
-    sum_ += Lanes<T>::sum(exps_.values, padded);
-    weighted_ += Lanes<T>::sum(products_.values, padded);
+    sum_ += lane_sum(exps_.values, padded);
+    weighted_ += lane_sum(products_.values, padded);
   }
 
   double lse() const { return static_cast<double>(largest_) + std::log(sum_); }
