@@ -15,7 +15,7 @@ import torch
 
 from opd import checkpoint as ckpt
 from opd.batch import Prompt
-from opd.config import TrainConfig, config_hash, differences, dump_config
+from opd.config import TrainConfig, config_hash, differences, dump_config, in_words
 from opd.data import PromptStream, tokenize_rows, training_rows
 from opd.evaluation import HeldOut, load_held_out
 from opd.ledger import Ledger
@@ -295,6 +295,7 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
     )
     if not isinstance(teacher, LanguageModel):
         teacher.check_fits(student, tokenizer)
+        _check_told(config, teacher)
         _check_temperature(config, getattr(teacher, "temperature", None))
         return teacher
     ours, theirs = student.lm_head_weight.shape[0], teacher.lm_head_weight.shape[0]
@@ -317,6 +318,17 @@ def _check_topk(config: TrainConfig, student: LanguageModel) -> None:
         raise ConfigError(
             f"objective.teacher_top_k: must be at most {size}, the size of the vocabulary, got "
             f"{wanted}"
+        )
+
+
+def _check_told(config: TrainConfig, teacher: Any) -> None:
+    """What only the teacher itself knows that it tells: a store, of what it was filled with."""
+    asked, told = config.objective.asks, getattr(teacher, "tells", None)
+    if asked and told is not None and asked not in told:
+        raise ConfigError(
+            f"objective.kind: must be one that asks for {in_words(told)}, which is what the store "
+            f"'{teacher.store.path}' holds, got {config.objective.kind!r}, which asks for "
+            f"{in_words([asked])}"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short hashes that say whether two tokenizers, or two models, are the same one."""
+"""Short hashes: of bytes, and of tokenizers and models, to say whether two are the same one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,21 @@ from torch import nn
 # of each weight: enough to tell checkpoints of one run apart, little enough to read at every start
 _SAMPLED_BYTES = 1 << 20
 _DIGITS = 32
+HASH_BYTES = 16
+
+
+def hash_bytes(data: bytes) -> bytes:
+    """BLAKE2b-128, 16 bytes."""
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+
+
+def hash_parts(*parts: bytes) -> bytes:
+    """The same of several parts and where each ends, which stands before it in 8 bytes."""
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from opd.identity import model_fingerprint, tokenizer_hash
+from opd.identity import hash_bytes, model_fingerprint, tokenizer_hash
 
 # of a configuration, what says where it came from and not what it is
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "architectures", "use_cache")
@@ -35,7 +34,7 @@ class TeacherFingerprint:
     def digest(self) -> str:
         """32 hex digits of everything but the name."""
         values = {key: value for key, value in asdict(self).items() if key != "model"}
-        return _hash(json.dumps(values, sort_keys=True).encode())
+        return hash_bytes(json.dumps(values, sort_keys=True).encode()).hex()
 
     def differences(self, other: TeacherFingerprint) -> list[str]:
         """What is another one there, in words; empty for the same teacher."""
@@ -67,12 +66,8 @@ def fingerprint_of(
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_MODEL}
     return TeacherFingerprint(
         model=name,
-        config_hash=_hash(json.dumps(config, sort_keys=True, default=str).encode()),
+        config_hash=hash_bytes(json.dumps(config, sort_keys=True, default=str).encode()).hex(),
         weights_hash=model_fingerprint(model),
         tokenizer_hash=tokenizer_hash(tokenizer),
         temperature=float(temperature),
     )
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -16,7 +16,7 @@ class LocalConfig(ModelSource):
     """A Hugging Face causal LM next to the student."""
 
     tells: ClassVar[frozenset[str]] = frozenset(
-        {"hidden", "topk", "given_tokens", "token_logprobs"}
+        {"hidden", "topk", "given_tokens", "token_logprobs", "samples"}
     )
     takes_temperature: ClassVar[bool] = True
 

@@ -117,6 +117,7 @@ def test_refuses_another_tokenizer_and_another_size(store, student, tokenizer):
 def test_objectives_that_need_more_are_refused(values):
     values["teacher"] = {"kind": "cached", "path": "nowhere"}
     with pytest.raises(
-        ConfigError, match=r"tells its likeliest tokens; objective\.kind 'full_vocab'"
+        ConfigError,
+        match=r"likeliest tokens, tokens that it draws; .* asks for hidden states",
     ):
         parse_config(values)
