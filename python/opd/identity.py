@@ -30,9 +30,30 @@ def hash_parts(*parts: bytes) -> bytes:
     return digest.digest()
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """32 hex digits over every (id, token) pair of a vocabulary, added tokens included."""
-    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+def vocabulary(tokenizer: Any, vocab_size: int | None = None) -> list[tuple[int, str]]:
+    """The (id, token) pairs, added tokens included, that a law over `vocab_size` ids is about.
+
+    Two tokenizers have one vocabulary where these are equal: what a teacher and a student call by
+    ids that no law has does not matter, wherever the teacher is.
+    """
+    pairs = ((i, token) for token, i in tokenizer.get_vocab().items())
+    return sorted(pair for pair in pairs if vocab_size is None or pair[0] < vocab_size)
+
+
+def first_difference(theirs: Any, ours: Any, vocab_size: int | None = None) -> str | None:
+    """The first id that two tokenizers differ in, in words; None where they have one vocabulary."""
+    there, here = (dict(vocabulary(tokenizer, vocab_size)) for tokenizer in (theirs, ours))
+    if there == here:
+        return None
+    i = min(i for i in there.keys() | here.keys() if there.get(i) != here.get(i))
+    words = [repr(tokens[i]) if i in tokens else "none" for tokens in (there, here)]
+    hint = f" (vocab_size={i} leaves out all from there on)" if i else ""
+    return f"token {i} is {words[0]} there and {words[1]} for the student{hint}"
+
+
+def tokenizer_hash(tokenizer: Any, vocab_size: int | None = None) -> str:
+    """32 hex digits over the `vocabulary`."""
+    pairs = vocabulary(tokenizer, vocab_size)
     text = json.dumps(pairs, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 

@@ -107,6 +107,7 @@ def build(
             tokenizer,
             name=config.teacher.model_name_or_path or "random weights",
             temperature=temperature,
+            vocab_size=vocab_size,
         ),
         vocab_size=vocab_size,
         num_topk=num_topk,

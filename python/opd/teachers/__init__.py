@@ -20,11 +20,15 @@ class Teacher(Protocol):
     Its config says what its laws tell (`tells`: `hidden`, `topk`, `given_tokens`,
     `token_logprobs`, `samples`), and whether at any temperature (`takes_temperature`); a teacher
     that knows better has a `tells` of its own. One that is no `LanguageModel` has a
-    `check_fits(student, tokenizer)`, which refuses another vocabulary.
+    `check_fits(student, tokenizer)`, which refuses another vocabulary. `fingerprint` is
+    `opd.identity.model_fingerprint` of its weights wherever they are, None where nobody says.
     """
 
     # False: only at states that it was asked about before, so not in evaluation
     judges_any_state: bool
+
+    @property
+    def fingerprint(self) -> str | None: ...
 
     @property
     def num_parameters(self) -> int: ...

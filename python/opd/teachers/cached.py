@@ -60,6 +60,11 @@ class CachedTeacher:
         self._device = resolve_device(device)
 
     @property
+    def fingerprint(self) -> str:
+        """Of the weights whose laws these are."""
+        return self.store.manifest.fingerprint.weights_hash
+
+    @property
     def tells(self) -> frozenset[str]:
         """What the store holds."""
         return frozenset({self.store.manifest.form.tells})
@@ -77,13 +82,15 @@ class CachedTeacher:
         """
         from opd.identity import tokenizer_hash
 
-        theirs, ours = self.store.manifest.fingerprint.tokenizer_hash, tokenizer_hash(tokenizer)
+        size, rows = self.store.manifest.vocab_size, student.lm_head_weight.shape[0]
+        theirs = self.store.manifest.fingerprint.tokenizer_hash
+        ours = tokenizer_hash(tokenizer, size)
         if theirs != ours:
             raise ConfigError(
-                f"teacher.path: the store '{self.store.path}' is of a tokenizer with the hash "
-                f"{theirs} and the student's has {ours}; token-by-token losses need one vocabulary"
+                f"teacher.path: the store '{self.store.path}' is of a tokenizer whose first {size} "
+                f"tokens have the hash {theirs} and the student's have {ours}; token-by-token "
+                "losses need one vocabulary"
             )
-        size, rows = self.store.manifest.vocab_size, student.lm_head_weight.shape[0]
         wanted = student.vocab_size or rows
         if size != wanted:
             raise ConfigError(

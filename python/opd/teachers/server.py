@@ -151,6 +151,11 @@ class ServerTeacher:
         self._workspace_bytes = workspace_bytes
 
     @property
+    def fingerprint(self) -> str | None:
+        """Of the weights, where the server says so."""
+        return self.client.info().fingerprint
+
+    @property
     def max_positions(self) -> int | None:
         """Tokens that a sequence may have, where the server says so."""
         return self.client.info().max_length
