@@ -66,6 +66,17 @@ def test_bytes_are_those_of_the_page():
     assert len(form.encode(ids, weights, REAL_VOCAB)) == 2 * 5 + 3 * int((ids >= 0).sum())
 
 
+def test_laws_like_those_of_words_take_some_dozens_of_bytes():
+    """z_v = -a log v with a from 1 to 3, as the page has it."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = 1 + 2 * torch.rand(64, 1, generator=generator)
+    logits = -slopes * torch.arange(1, REAL_VOCAB + 1).log()
+    uniforms = torch.rand(64, 50, dtype=torch.float64, generator=generator)
+    found = opk.sample_tokens(logits, uniforms)
+    size = len(DrawsForm().encode(found.ids, found.weights, REAL_VOCAB)) / 64
+    assert 35 < size < 50
+
+
 def test_tokens_in_any_order_are_the_same_draws():
     form = DrawsForm(num_draws=4)
     one = form.encode(torch.tensor([[7, 2, -1]]), torch.tensor([[0.75, 0.25, 0.0]]), 10)
