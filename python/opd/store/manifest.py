@@ -34,7 +34,8 @@ class Manifest:
     def values(self) -> dict[str, Any]:
         """What store.json holds besides its format."""
         values = asdict(self)
-        return {**values, **values.pop("form")}
+        form = values.pop("form")
+        return {**values, **form}
 
     def write(self, path: Path) -> bool:
         """Create store.json in a directory; False if there is one."""
@@ -51,9 +52,10 @@ class Manifest:
         """
         differing = self.fingerprint.differences(found.fingerprint)
         here, there = self.values(), found.values()
-        words = {"vocab_size": "vocab_size", **self.form.words}
-        if type(self.form) is not type(found.form):
-            words = {"vocab_size": "vocab_size"}
+        words = {"vocab_size": "vocab_size"}
+        if type(self.form) is type(found.form):
+            words |= self.form.words
+        else:
             differing.append(
                 f"what is kept of a law ({found.form.in_words()} there, {self.form.in_words()} "
                 "here)"
