@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import opd_kernels as opk
+from opd.sparse_law import DrawnRows
 
 Origin = Literal["student", "teacher", "data"]
 
@@ -210,6 +211,41 @@ class Law:
                 vocab_size=self.vocab_size,
                 workspace_bytes=self.workspace_bytes,
             )
+
+    def samples(
+        self,
+        num_draws: int,
+        *,
+        proposal_temperature: float = 1.0,
+        temperature: float = 1.0,
+        uniforms: Tensor | None = None,
+    ) -> DrawnRows:
+        """Tokens drawn from softmax(z / (temperature proposal_temperature)), with weights that are
+        the law on average. Without gradient.
+
+        Args:
+            num_draws: N per position.
+            proposal_temperature, temperature: as `opd_kernels.fused_linear_sample_tokens`.
+            uniforms: [T, N] in [0, 1). Default: from torch's generator.
+        """
+        with torch.no_grad():
+            hidden = self.hidden().detach()
+            if uniforms is None:
+                shape = (len(hidden), num_draws)
+                uniforms = torch.rand(shape, dtype=torch.float64, device=hidden.device)
+            drawn = opk.fused_linear_sample_tokens(
+                hidden,
+                self.head.weight,
+                uniforms,
+                proposal_temperature=proposal_temperature,
+                temperature=temperature,
+                **self.head.options(),
+                vocab_size=self.vocab_size,
+                workspace_bytes=self.workspace_bytes,
+            )
+            terms = drawn.weights * drawn.logprobs
+            entropy = -torch.where(drawn.weights > 0, terms, 0.0).sum(1)
+        return DrawnRows(ids=drawn.ids, weights=drawn.weights, entropy=entropy)
 
     def token_logprobs(self, token_ids: Tensor, *, temperature: float = 1.0) -> Any:
         """Log-probabilities of chosen tokens: `.logprobs`, `.lse`, `.entropy`, [T] each, nats."""

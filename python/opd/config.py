@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -147,7 +147,7 @@ class TrainConfig(OptimConfig):
             )
         if objective.asks and objective.asks not in teacher.tells:
             raise ValueError(
-                f"teacher.kind: {teacher.kind!r} as configured tells {_in_words(teacher.tells)}; "
+                f"teacher.kind: {teacher.kind!r} as configured tells {in_words(teacher.tells)}; "
                 f"objective.kind {objective.kind!r} asks for {_SIGNALS[objective.asks]}"
             )
         temperature = getattr(objective, "temperature", 1.0)
@@ -163,10 +163,12 @@ _SIGNALS = {
     "topk": "its likeliest tokens",
     "given_tokens": "log-probabilities of tokens it is given",
     "token_logprobs": "log-probabilities of the sampled tokens",
+    "samples": "tokens that it draws",
 }
 
 
-def _in_words(signals: frozenset[str]) -> str:
+def in_words(signals: Collection[str]) -> str:
+    """What a teacher tells, or an objective asks for, in words."""
     return ", ".join(words for name, words in _SIGNALS.items() if name in signals) or "nothing"
 
 

@@ -12,6 +12,7 @@ import torch
 from opd.config import parse_config
 from opd.metrics import read_jsonl
 from opd.server.engine import Engine
+from opd.store import DrawsForm
 from opd.store.build import build
 from opd.tasks import TASKS
 from opd.teachers import LocalTeacher
@@ -20,6 +21,7 @@ from tests.opd.server.live import running
 
 VOCAB_SIZE = 45
 TOPK = {"kind": "topk", "divergence": "forward_kl", "teacher_top_k": VOCAB_SIZE}
+DRAWS = {"kind": "teacher_samples"}
 DATASET = {"kind": "dataset", "max_completion_length": 60}
 
 
@@ -116,12 +118,12 @@ def test_a_store_is_the_teacher_of_an_offline_stage(run, values, tmp_path, model
     _same(cached, local, rel=1e-3)
 
 
-@pytest.mark.parametrize("transport", ["local", "hidden", "topk", "store"])
+@pytest.mark.parametrize("transport", ["local", "hidden", "topk", "store", "draws"])
 def test_a_student_that_is_the_teacher_has_no_loss(
     run, values, tmp_path, model_path, url, transport
 ):
     twin = {"model_name_or_path": model_path}
-    rollouts = DATASET if transport == "store" else values["rollouts"]
+    rollouts = DATASET if transport in ("store", "draws") else values["rollouts"]
     changes = {"student": twin, "rollouts": rollouts, "learning_rate": 1e-12}
     if transport == "local":
         losses, _ = run("run", **changes)
@@ -132,10 +134,10 @@ def test_a_student_that_is_the_teacher_has_no_loss(
         teacher = {"kind": "server", "url": url, "signal": "topk"}
         losses, _ = run("run", teacher=teacher, objective={**TOPK, "teacher_top_k": 6}, **changes)
     else:
-        config = {**copy.deepcopy(values), **changes, "objective": TOPK}
-        config["teacher"] = {"kind": "local", **twin}
+        changes["objective"] = {**TOPK, "teacher_top_k": 8} if transport == "store" else DRAWS
+        config = {**copy.deepcopy(values), **changes, "teacher": {"kind": "local", **twin}}
         path = tmp_path / "store"
-        build(parse_config(config), path, num_topk=8, bits=16, quiet=True)
-        teacher = {"kind": "cached", "path": str(path)}
-        losses, _ = run("run", teacher=teacher, objective={**TOPK, "teacher_top_k": 8}, **changes)
+        forms = {"num_topk": 8, "bits": 16} if transport == "store" else {"draws": DrawsForm()}
+        build(parse_config(config), path, **forms, quiet=True)
+        losses, _ = run("run", teacher={"kind": "cached", "path": str(path)}, **changes)
     assert max(abs(loss) for loss in losses) < 1e-6

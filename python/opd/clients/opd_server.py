@@ -92,20 +92,21 @@ class OpdClient(HttpClient):
         self._head_lock = threading.Lock()
 
     def check(self, tokenizer: Any) -> list[str]:
-        """As `HttpClient.check`: by the hash of all tokens."""
+        """As `HttpClient.check`: by the hash of the tokens that the laws are over."""
         from opd.identity import tokenizer_hash
 
-        theirs = self.info().tokenizer_hash
+        info = self.info()
+        theirs, size = info.tokenizer_hash, self._law_size or info.vocab_size
         if theirs is None:
             return [
                 f"teacher {self.url}: its model came without a tokenizer, so nothing checks that "
                 "its tokens are the student's"
             ]
-        ours = tokenizer_hash(tokenizer)
+        ours = tokenizer_hash(tokenizer, size)
         if theirs != ours:
             raise TeacherRefused(
-                f"teacher {self.url}: its tokenizer has the hash {theirs} and the student's "
-                f"{ours}; token-by-token losses need one vocabulary"
+                f"teacher {self.url}: the first {size} tokens of its tokenizer have the hash "
+                f"{theirs} and the student's have {ours}; token-by-token losses need one vocabulary"
             )
         return []
 
@@ -178,7 +179,10 @@ class OpdClient(HttpClient):
                     )
             return found
 
-        found = self.transport.call("GET", "/v1/info", deadline=deadline, parse=parse)
+        path = "/v1/info"
+        if self._law_size is not None and self._law_size > 0:
+            path += f"?vocab_size={self._law_size}"
+        found = self.transport.call("GET", path, deadline=deadline, parse=parse)
         self._limits = ServerLimits(
             found["max_request_tokens"],
             max(1, found["max_sequences"]),

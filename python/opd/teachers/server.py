@@ -16,7 +16,7 @@ from torch import Tensor
 from opd.batch import Batch, Head, Law
 from opd.clients import Client, Scores, Signal, TeacherRefused, TeacherUnavailable, connect
 from opd.schema import Section
-from opd.sparse_law import SparseLaw, TopkRows
+from opd.sparse_law import SparseLaw, TopkRows, gather_rows
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,9 @@ class ServerConfig(Section):
         told = {"topk", "token_logprobs"}
         if self.protocol == "opd":
             told.add("given_tokens")
-        return frozenset(told | ({"hidden"} if self._sent == "hidden" else set()))
+        if self._sent == "hidden":
+            told |= {"hidden", "samples"}
+        return frozenset(told)
 
     @property
     def takes_temperature(self) -> bool:
@@ -149,6 +151,11 @@ class ServerTeacher:
         self._workspace_bytes = workspace_bytes
 
     @property
+    def fingerprint(self) -> str | None:
+        """Of the weights, where the server says so."""
+        return self.client.info().fingerprint
+
+    @property
     def max_positions(self) -> int | None:
         """Tokens that a sequence may have, where the server says so."""
         return self.client.info().max_length
@@ -204,12 +211,7 @@ class ServerTeacher:
 
     def _hidden(self, batch: Batch) -> Tensor:
         scores = self._score(batch, signal="hidden")
-        rows = torch.cat(
-            [
-                score.hidden[kept]
-                for score, kept in zip(scores, batch.completion_rows(), strict=True)
-            ]
-        )
+        rows = gather_rows(scores, batch.completion_rows(), ["hidden"])["hidden"]
         return rows.to(self._device, self._head().weight.dtype)
 
     def _topk(
@@ -222,19 +224,9 @@ class ServerTeacher:
             asked["query_ids"] = _spread(batch, kept, token_ids.cpu())
         scores = self._score(batch, temperature=temperature, **asked)
 
-        def rows(name: str) -> Tensor | None:
-            values = [getattr(score, name) for score in scores]
-            if any(value is None for value in values):
-                return None
-            return torch.cat([v[k] for v, k in zip(values, kept, strict=True)])
-
-        return TopkRows(
-            ids=rows("ids"),
-            logprobs=rows("logprobs"),
-            tail_logprob=rows("tail_logprob"),
-            token_logprobs=None if token_ids is None else rows("token_logprobs"),
-            entropy=rows("entropy"),
-        ).to(self._device)
+        names = ["ids", "logprobs", "tail_logprob", "entropy"]
+        names += [] if token_ids is None else ["token_logprobs"]
+        return TopkRows(**gather_rows(scores, kept, names)).to(self._device)
 
     def _score(self, batch: Batch, *, signal: Signal, **asked: Any) -> list[Scores]:
         """Scores of all sequences; waits for a server that does not answer."""
