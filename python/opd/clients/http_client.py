@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from opd.clients.protocol import (
     TeacherUnavailable,
 )
 from opd.clients.transport import Deadline, Transport
+from opd.wire import JSON_TYPE
 
 _NO_PROGRESS = 3
 
@@ -205,6 +207,16 @@ class HttpClient(ABC):
             # neither a refusal nor Ctrl-C waits for a dead teacher
             deadline.cancel()
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _post_json(self, path: str, body: Any, deadline: Deadline, parse: Any) -> Any:
+        return self.transport.call(
+            "POST",
+            path,
+            deadline=deadline,
+            parse=parse,
+            content=json.dumps(body).encode(),
+            headers={"content-type": JSON_TYPE},
+        )
 
     def _must_finish(self, *arguments: Any) -> None:
         failure = self._finish(*arguments)

@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 import json
-import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd.server.engine import Rows
-from opd.server.requests import JSON_TYPE, RequestError, ScoreRequest
-from opd.wire import CONTENT_TYPE, pack
-
-CRC_HEADER = "x-opd-crc32"
+from opd.server.requests import RequestError, ScoreRequest
+from opd.wire import CONTENT_TYPE, CRC_HEADER, JSON_TYPE, json_checksum, pack
 
 
 def reply_body(
@@ -42,7 +39,7 @@ def reply_body(
 def json_body(value: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
     """JSON with a checksum in a header."""
     body = json.dumps(value, allow_nan=False).encode()
-    return body, {"content-type": JSON_TYPE, CRC_HEADER: f"{zlib.crc32(body):08x}"}
+    return body, {"content-type": JSON_TYPE, CRC_HEADER: json_checksum(body)}
 
 
 def _finite(tensor: Tensor) -> Tensor:
