@@ -27,7 +27,6 @@ def checked_topk(
     """Of our own server: in order already, so anything else is an error and not to be mended."""
     logprobs, tail = (finite_logprobs(x, where, zero=ZERO_LOGPROB) for x in (logprobs, tail))
     check_ids(ids, vocab_size=vocab_size, where=where)
-    # numpy is many times faster than torch at these
     tokens, values = ids.numpy(), logprobs.numpy()
     falling = (values[:, :-1] >= values[:, 1:]).all()
     ordered = np.sort(tokens, axis=1)

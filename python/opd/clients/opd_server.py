@@ -187,9 +187,7 @@ class OpdClient(HttpClient):
             found["dtype"],
         )
         if found["dtype"] not in DTYPES:
-            raise BadReply(
-                f"{where}: dtype must be one of {[*DTYPES]}, got {found['dtype']!r:.50}"
-            )
+            raise BadReply(f"{where}: dtype must be one of {[*DTYPES]}, got {found['dtype']!r:.50}")
         law_size = self._law_size
         if law_size is not None and not 0 < law_size <= found["vocab_size"]:
             raise TeacherRefused(

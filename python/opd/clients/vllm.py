@@ -58,7 +58,10 @@ class VllmClient(HttpClient):
         where = f"teacher {self.url}: /tokenize"
         try:
             found = self._post_json(
-                "/tokenize", body, Deadline(self._deadline_s), lambda reply, _: read_json(reply, where)
+                "/tokenize",
+                body,
+                Deadline(self._deadline_s),
+                lambda reply, _: read_json(reply, where),
             )
         except HttpRefused:
             return super().check(tokenizer)
