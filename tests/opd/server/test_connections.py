@@ -19,12 +19,20 @@ def _open(url):
     return socket.create_connection((parts.hostname, parts.port), timeout=5)
 
 
+def _is_closed(line):
+    try:
+        return line.recv(100) == b""
+    except ConnectionResetError:
+        # what it had sent was not read
+        return True
+
+
 @pytest.mark.parametrize("sent", ["", HEAD])
 def test_a_head_that_does_not_come_is_not_waited_for(live, engine, sent):
     url = live(engine, head_timeout_s=0.3)
     with _open(url) as line:
         line.sendall(sent.encode())
-        assert line.recv(100) == b""
+        assert _is_closed(line)
 
 
 def test_nor_is_the_second_head_of_a_connection(live, engine):
@@ -45,6 +53,6 @@ def test_connections_without_a_request_give_way_to_those_with_one(live, engine):
             line.sendall(b"GET /health HTTP/1.1\r\n")
         assert get(url, "/health").status_code == 200
         # the oldest were closed, the newest may still send the rest
-        assert lines[0].recv(100) == b""
+        assert _is_closed(lines[0])
         lines[-1].sendall(b"host: localhost\r\n\r\n")
         assert b"200 OK" in lines[-1].recv(100)
