@@ -132,11 +132,11 @@ def test_a_teacher_that_dies_costs_no_step(run, values, tmp_path, url, monkeypat
 
     def dies(*arguments):
         asked.append(1)
-        if len(asked) < 5:
+        if len(asked) < 9:
             return original(*arguments)
         if how == "fault":
             raise ServerFault("teacher http://x: /v1/hidden_states failed 8 times in a row")
-        if len(asked) == 5:
+        if len(asked) == 9:
             signalled.at = time.monotonic()
             os.kill(os.getpid(), signal.SIGINT)
         # as one that takes connections and says nothing
@@ -150,7 +150,7 @@ def test_a_teacher_that_dies_costs_no_step(run, values, tmp_path, url, monkeypat
     if how == "signal":
         assert time.monotonic() - signalled.at < 3
         signalled.set()
-    # two requests a step: the third step's first was not answered, save_steps is far away
+    # four requests a step: the third step's first was not answered, save_steps is far away
     assert closed == [1]
     assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
     losses, weights = run("cut", teacher=teacher)
