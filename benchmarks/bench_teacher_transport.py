@@ -4,7 +4,8 @@
 A server of its own process scores texts, and both forms carry the same law, to the bit. JSON is
 what a server writes with `json.dumps`, per text lists of K ids and K log-probs a row, as TRL's and
 SGLang's are, and what a client makes of it with `json.loads` and `torch.tensor`. vLLM's, a map of
-{logprob, rank, decoded_token} per token, is several times as long: this is the faster of the two.
+{logprob, rank, decoded_token} per token, is three times as long and takes four times as long to
+write and read: this is the lighter of the two.
 
 `stored`: the teacher has scored these texts before, so that requests, replies and their checks are
 all of the time: the transport alone. `live`: it is a model of one narrow layer over 2K tokens. Its
