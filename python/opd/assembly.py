@@ -31,7 +31,7 @@ from opd.model import (
 from opd.optim import build_optimizer
 from opd.rollouts.hf import end_token_ids
 from opd.schema import ConfigError
-from opd.teachers import TeacherConfig
+from opd.teachers import ServerTeacher, TeacherConfig
 
 _log = logging.getLogger(__name__)
 _LONGER = "completions may grow to the length limit, see completions/clipped_ratio"
@@ -53,9 +53,22 @@ class Run:
     optimizer: torch.optim.Optimizer
     ledger: Ledger = field(default_factory=Ledger)
     step: int = 0
+    _marked: dict[str, Any] | None = None
 
-    def save(self) -> Path:
-        """A checkpoint of this moment."""
+    def mark(self) -> None:
+        """Note what the next step changes before the weights, for `save(as_marked=True)`."""
+        if isinstance(self.teacher, ServerTeacher):
+            self._marked = {"random": ckpt.random_state(), "rollouts": self.rollouts.state_dict()}
+
+    def close(self) -> None:
+        """Let go of a teacher's connections."""
+        close_teacher(self.teacher)
+
+    def save(self, *, as_marked: bool = False) -> Path:
+        """A checkpoint of this moment, or of the last `mark` if no step was taken since."""
+        moving = self._marked if as_marked else None
+        if moving is None:
+            moving = {"random": ckpt.random_state(), "rollouts": self.rollouts.state_dict()}
         return ckpt.save_checkpoint(
             self.output_dir,
             save_model=self._save_model,
@@ -69,8 +82,7 @@ class Run:
             },
             tensors={
                 "optimizer": self.optimizer.state_dict(),
-                "random": ckpt.random_state(),
-                "rollouts": self.rollouts.state_dict(),
+                **moving,
             },
             save_total_limit=self.config.save_total_limit,
         )
@@ -335,6 +347,12 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
     _check_same_tokens(config.teacher, tokenizer, config.vocab_size or theirs, key)
     _tell_of_other_ends(teacher, student, tokenizer)
     return teacher
+
+
+def close_teacher(teacher: Any) -> None:
+    """Let go of the connections of a teacher that has any."""
+    if isinstance(teacher, ServerTeacher):
+        teacher.close()
 
 
 def _check_topk(config: TrainConfig, student: LanguageModel) -> None:

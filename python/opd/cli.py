@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# what an argparse.Namespace of ours has beside the options
+_NO_OPTIONS = {"overrides", "run", "behind"}
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -36,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.behind = behind
         if left:
-            options.overrides = _overrides(words, options.overrides, left)
+            known = [
+                f"--{key.replace('_', '-')}" for key in vars(options) if key not in _NO_OPTIONS
+            ]
+            options.overrides = _overrides(words, options.overrides, left, known)
         return options.run(options)
     except KeyboardInterrupt:
         print("interrupted before the end of a step, nothing was saved by it", file=sys.stderr)
@@ -49,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _overrides(words: list[str], found: list[str], left: list[str]) -> list[str]:
+def _overrides(
+    words: list[str], found: list[str], left: list[str], known: Sequence[str]
+) -> list[str]:
     """Also what argparse leaves of them: the ones apart from the others, and `--key=value`.
 
     Raises:
@@ -63,7 +70,7 @@ def _overrides(words: list[str], found: list[str], left: list[str]) -> list[str]
             after = words[words.index(word) + 1 :][:1]
             value = after[0] if after and not after[0].startswith("-") else "value"
             meant = key if "=" in key else f"{key}={value}"
-            hint = did_you_mean(word, ["--config", "--quiet", "--checkpoint", "--output"])
+            hint = did_you_mean(word, known)
             hint = hint or f", did you mean {meant!r}?"
             raise ConfigError(f"unknown option {word!r}{hint}")
     # in the order of the command line, for the last one counts
@@ -321,6 +328,7 @@ def _eval(options: argparse.Namespace) -> int:
 
     from opd.assembly import (
         check_positions,
+        close_teacher,
         load_run_tokenizer,
         load_student,
         load_teacher,
@@ -359,6 +367,7 @@ def _eval(options: argparse.Namespace) -> int:
             settings,
             max_completion_length=config.rollouts.max_completion_length,
         )
+        close_teacher(teacher)
     _print_table(["metric", "value"], [[k, f"{v:.4f}"] for k, v in sorted(found.metrics.items())])
     if output is not None:
         output.write_text(json.dumps(found.metrics, indent=2), encoding="utf-8")
