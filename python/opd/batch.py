@@ -108,8 +108,7 @@ class Batch:
         lengths: tokens of each trajectory, prompt included, B plain numbers.
         prompt_lengths: tokens of each trajectory's prompt.
         behaviour_logprobs: [T] float32, or None when a trajectory has none.
-        student_logprobs: [T] float32 of the student at sampling time, where it was not the only
-            writer; None when a trajectory has none.
+        token_origin: [T] uint8, as in `Trajectory`; None when each has one writer.
         num_input_tokens: tokens that a model reads, padding excluded; a plain number, so that
             counting them does not wait for a GPU.
     """
@@ -124,7 +123,7 @@ class Batch:
     prompt_lengths: tuple[int, ...]
     behaviour_logprobs: Tensor | None
     num_input_tokens: int
-    student_logprobs: Tensor | None = None
+    token_origin: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -270,23 +269,24 @@ def collate(
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     predicted = torch.zeros(shape, dtype=torch.bool)
-    known = {
-        name: torch.zeros(shape)
-        for name in ("behaviour_logprobs", "student_logprobs")
-        if all(getattr(trajectory, name) is not None for trajectory in trajectories)
-    }
+    with_behaviour = all(t.behaviour_logprobs is not None for t in trajectories)
+    behaviour = torch.zeros(shape) if with_behaviour else None
+    with_origin = any(t.token_origin is not None for t in trajectories)
+    origin = torch.zeros(shape, dtype=torch.uint8) if with_origin else None
     for row, trajectory in enumerate(trajectories):
         length = len(trajectory.ids)
         input_ids[row, :length] = trajectory.ids
         attention_mask[row, :length] = 1
         predicted[row, :length] = trajectory.loss_mask
-        for name, values in known.items():
-            values[row, :length] = getattr(trajectory, name)
+        if behaviour is not None:
+            behaviour[row, :length] = trajectory.behaviour_logprobs
+        if origin is not None:
+            own = trajectory.token_origin
+            origin[row, :length] = WRITERS.index(trajectory.origin) if own is None else own
     # nothing predicts the first token of a sequence
     predicted[:, 0] = False
     flat = predicted.flatten().nonzero().squeeze(1)
     position_ids = torch.arange(seq_len).expand(shape) * attention_mask
-    trained = {name: values.flatten()[flat].to(device) for name, values in known.items()}
     return Batch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
@@ -296,8 +296,8 @@ def collate(
         segment_ends=predicted.sum(1).cumsum(0),
         lengths=tuple(len(trajectory.ids) for trajectory in trajectories),
         prompt_lengths=tuple(trajectory.prompt_length for trajectory in trajectories),
-        behaviour_logprobs=trained.get("behaviour_logprobs"),
-        student_logprobs=trained.get("student_logprobs"),
+        behaviour_logprobs=None if behaviour is None else behaviour.flatten()[flat].to(device),
+        token_origin=None if origin is None else origin.flatten()[flat].to(device),
         num_input_tokens=sum(len(trajectory.ids) for trajectory in trajectories),
     )
 

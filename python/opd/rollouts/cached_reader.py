@@ -141,7 +141,9 @@ def _probe_error(model: LanguageModel, keeps_cache: bool) -> float:
     # from the fourth token on
     wrong = torch.cat([sequences[:, :3], sequences.flip(0)[:, 3:]], dim=1)
     with reading(model):
-        alone = torch.stack([_last_state(model, row[:n]) for row, n in zip(sequences, lengths, strict=True)])
+        alone = torch.stack(
+            [_last_state(model, row[:n]) for row, n in zip(sequences, lengths, strict=True)]
+        )
         try:
             reader = CachedReader(model, keeps_cache=keeps_cache)
             reader.read(wrong, torch.tensor([3, 5]))

@@ -26,7 +26,7 @@ class MixtureConfig(Sampling):
     """
 
     needs_evaluation: ClassVar[bool] = False
-    always_on_policy: ClassVar[bool] = False
+    tells_behaviour: ClassVar[bool] = False
 
     kind: Literal["mixture"] = "mixture"
     lmbda: float = Field(0.5, ge=0, le=1)

@@ -11,104 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import opd_kernels as opk
 from opd.batch import WRITERS, Prompt, Trajectory
-from opd.model import LanguageModel
-from opd.rollouts.cached_reader import CachedReader, can_take_back, reading, right_padded
+from opd.rollouts.cached_reader import reading, right_padded
 from opd.rollouts.hf import Sampling, end_token_ids
 from opd.rollouts.protocol import Rollouts
+from opd.rollouts.writer import Writer, judge
 
 STUDENT, TEACHER = WRITERS.index("student"), WRITERS.index("teacher")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Writer:
-    """A model, and the law that it draws from: softmax(z / temperature), cut to top_k and top_p."""
-
-    model: LanguageModel
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    keeps_cache: bool = True
-
-    def reader(self) -> CachedReader:
-        """Of new sequences."""
-        return CachedReader(self.model, keeps_cache=self.keeps_cache)
-
-
-def verify(
-    student: Writer,
-    teacher: Writer,
-    draft_ids: Tensor,
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    uniforms: Tensor | None,
-    **settings: Any,
-) -> Any:
-    """What the kernel says of drafts [B, G], from hidden states [B, G, Ds] and [B, G + 1, Dt]."""
-    return opk.fused_linear_speculative_verify(
-        draft_ids,
-        student_hidden,
-        student.model.head.weight,
-        teacher_hidden,
-        teacher.model.head.weight,
-        uniforms=uniforms,
-        temperature=teacher.temperature,
-        student_temperature=student.temperature,
-        top_k=teacher.top_k,
-        student_top_k=student.top_k,
-        top_p=teacher.top_p,
-        student_top_p=student.top_p,
-        **student.model.head.options("student"),
-        **teacher.model.head.options("teacher"),
-        vocab_size=student.model.vocab_size,
-        workspace_bytes=student.model.workspace_bytes,
-        **settings,
-    )
-
-
-def draw(
-    writer: Writer, hidden: Tensor, uniforms: Tensor | None, *, is_greedy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """One token [B] int64 for each hidden state [B, D], and its log-probability [B].
-
-    The id is -1 where the law is broken. The token after no draft at all is drawn from the law of
-    its place, so that drafts are drawn from bit for bit the law that they are verified with.
-    """
-    told = verify(
-        writer,
-        writer,
-        torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device),
-        hidden[:, None][:, :0],
-        hidden[:, None],
-        None if is_greedy else uniforms[:, None],
-        mode="greedy" if is_greedy else "rejection",
-    )
-    return told.next_token.long(), told.teacher_logprobs[:, 0]
-
-
-def judge(
-    student: Writer,
-    teacher: Writer,
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    token_ids: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N] of tokens [N] under both laws, -inf for what a law never draws."""
-    size = student.model.vocab_size or len(student.model.lm_head_weight)
-    told = verify(
-        student,
-        teacher,
-        token_ids[:, None],
-        student_hidden[:, None],
-        # the place after the token is not looked at
-        teacher_hidden[:, None].expand(-1, 2, -1),
-        torch.zeros(len(token_ids), 2, dtype=torch.float64, device=token_ids.device),
-        mode="topk",
-        # the token is among all of them, so it is kept, and told of
-        num_topk=size,
-    )
-    return told.student_logprobs[:, 0], told.teacher_logprobs[:, 0]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,6 +30,7 @@ class Writing:
     writers: list[int] = field(default_factory=list)
     student_logprobs: list[float] = field(default_factory=list)
     teacher_logprobs: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
     is_terminated: bool = False
     tokens_read: dict[str, int] = field(default_factory=lambda: {"student": 0, "teacher": 0})
 
@@ -131,9 +41,7 @@ class Writing:
         """[count] float64 in [0, 1), new ones at each call."""
         return torch.rand(count, generator=self.random, dtype=torch.float64)
 
-    def add(
-        self, token: int, writer: int, student_logprob: float, teacher_logprob: float
-    ) -> None:
+    def add(self, token: int, writer: int, student_logprob: float, teacher_logprob: float) -> None:
         """The next token, who wrote it, and what both think of it (NaN: not asked)."""
         self.ids.append(token)
         self.writers.append(writer)
@@ -171,6 +79,57 @@ class Writing:
             group_id=self.prompt.group_id,
             **logprobs,
         )
+
+
+class Desk:
+    """Completions that are written together: their tokens, and a reader for each model at work.
+
+    Args:
+        writings: what is to be written.
+        limit: of completion tokens.
+        num_spare: columns of `tokens` beyond that, for drafts that are not kept.
+        writers: by the names that `tokens_read` has.
+    """
+
+    def __init__(
+        self, writings: Sequence[Writing], *, limit: int, num_spare: int = 0, **writers: Writer
+    ) -> None:
+        self.writings = list(writings)
+        self.readers = {name: writer.reader() for name, writer in writers.items()}
+        self.limit = limit
+        self.ends = torch.tensor([len(writing) for writing in writings])
+        (self.device,) = {writer.model.device for writer in writers.values()}
+        longest = max(len(writing.prompt.ids) for writing in writings)
+        sequences = [writing.sequence() for writing in writings]
+        self.tokens = right_padded(sequences, longest + limit + num_spare, self.device)
+
+    def read(self, name: str) -> Tensor:
+        """[B, D], the hidden states of a model that its next tokens are drawn from."""
+        return self.readers[name].read(self.tokens, self.ends)[:, 0]
+
+    def uniforms(self, count: int) -> Tensor:
+        """[B, count] float64, each row from its own generator."""
+        return torch.stack([writing.uniforms(count) for writing in self.writings]).to(self.device)
+
+    def put(self, token_ids: Tensor, offset: Tensor | int = 0) -> None:
+        """Tokens [B] that many places behind the ends; broken ones, -1, as 0."""
+        places = (self.ends + offset).to(self.device)
+        self.tokens.scatter_(1, places[:, None], token_ids.clamp_min(0)[:, None].long())
+
+    def go_on(self, counts: Sequence[int], alive: Sequence[bool]) -> None:
+        """Each row has got `counts[b]` tokens more; those not alive leave."""
+        self.ends = self.ends + torch.tensor(counts)
+        rows = torch.tensor(alive).nonzero().flatten()
+        if len(rows) == len(self.writings):
+            return
+        for name, reader in self.readers.items():
+            for writing, is_alive, count in zip(
+                self.writings, alive, reader.num_read.tolist(), strict=True
+            ):
+                writing.tokens_read[name] += 0 if is_alive else count
+            reader.keep_rows(rows)
+        self.writings = [self.writings[row] for row in rows.tolist()]
+        self.ends, self.tokens = self.ends[rows], self.tokens[rows.to(self.device)]
 
 
 class PairRollouts(Rollouts):
@@ -269,18 +228,3 @@ class PairRollouts(Rollouts):
             writings[row].student_logprobs[place] = logprob
         for writing in {id(writings[row]): writings[row] for row, _ in asked}.values():
             writing.tokens_read["student"] += len(writing)
-
-
-def make_writer(model: LanguageModel, **law: Any) -> Writer:
-    """A writer; whether its cache can forget is tried on the model."""
-    return Writer(model=model, keeps_cache=can_take_back(model), **law)
-
-
-def refuse_broken(is_broken: bool, *writers: Writer) -> None:
-    """Raises FloatingPointError if so."""
-    if is_broken:
-        names = " or ".join(writer.model.name for writer in writers)
-        raise FloatingPointError(
-            f"{names}: its logits are not finite, so nothing can be sampled; a lower "
-            "learning_rate or max_grad_norm may help"
-        )
