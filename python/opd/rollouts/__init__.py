@@ -19,12 +19,7 @@ ROLLOUTS = {
 }
 
 RolloutConfig = (
-    DatasetConfig
-    | HfConfig
-    | MixtureConfig
-    | ReplayConfig
-    | SpeculativeConfig
-    | TeacherMixedConfig
+    DatasetConfig | HfConfig | MixtureConfig | ReplayConfig | SpeculativeConfig | TeacherMixedConfig
 )
 
 __all__ = [

@@ -28,31 +28,32 @@ class CachedReader:
 
     Args:
         model: in eval mode.
+        num_rows: B.
         keeps_cache: False reads every sequence from its start each time: for models whose state
             cannot be taken back by a token.
     """
 
-    def __init__(self, model: LanguageModel, *, keeps_cache: bool = True) -> None:
+    def __init__(self, model: LanguageModel, num_rows: int, *, keeps_cache: bool = True) -> None:
         from transformers import DynamicCache
 
         self._model = model
         # without a configuration every layer keeps all its tokens, also one with a sliding window
         self._cache = DynamicCache() if keeps_cache else None
         self._slots = 0
-        self._lengths = torch.zeros(0, dtype=torch.int64)
-        self.num_read = torch.zeros(0, dtype=torch.int64)
+        self._lengths = torch.zeros(num_rows, dtype=torch.int64)
+        # tokens of each row, those read again included
+        self.num_read = torch.zeros(num_rows, dtype=torch.int64)
 
     def read(self, tokens: Tensor, ends: Tensor, num_states: int = 1) -> Tensor:
         """Hidden states at the last `num_states` tokens of each row. [B, num_states, D].
 
         Args:
             tokens: [B, M] int64, each row's sequence from its first token, on the model's device.
-            ends: [B] int64 on the CPU, >= 1; row b's sequence is tokens[b, :ends[b]]. Up to
-                min(what was read, ends[b] - num_states) tokens it is the one of the last call.
+            ends: [B] int64 on the CPU, >= 1; row b's sequence is tokens[b, :ends[b]]. It may be
+                shorter than the last one; its tokens before the last `num_states` are as they
+                were when they were read.
             num_states: >= 1. Places before a row's first token hold numbers without meaning.
         """
-        if len(self._lengths) == 0:
-            self._lengths = self.num_read = torch.zeros_like(ends)
         kept = torch.minimum(self._lengths, (ends - num_states).clamp_min(0))
         # one width for all rows: some read a few tokens again
         width = int((ends - kept).max())
@@ -145,7 +146,7 @@ def _probe_error(model: LanguageModel, keeps_cache: bool) -> float:
             [_last_state(model, row[:n]) for row, n in zip(sequences, lengths, strict=True)]
         )
         try:
-            reader = CachedReader(model, keeps_cache=keeps_cache)
+            reader = CachedReader(model, len(lengths), keeps_cache=keeps_cache)
             reader.read(wrong, torch.tensor([3, 5]))
             reader.read(wrong, torch.tensor([4, 6]))
             # one token of the first row is taken back, three of the second

@@ -38,7 +38,7 @@ class SpeculativeConfig(Sampling):
         mode: as above.
         num_draft: tokens drafted before the teacher looks.
         num_topk: of `topk`. The vocabulary's size: on-policy; 0: the teacher samples.
-        threshold: of `threshold`. inf never switches, 0 at the second token.
+        threshold: of `threshold`. 1e30 never switches, 0 at the second token.
         window: of `threshold`.
         temperature, top_k, top_p: of the student's draws.
         teacher_temperature, teacher_top_k, teacher_top_p: of the teacher's. Default: the student's.

@@ -24,9 +24,9 @@ class Writer:
     top_p: float = 1.0
     keeps_cache: bool = True
 
-    def reader(self) -> CachedReader:
-        """Of new sequences."""
-        return CachedReader(self.model, keeps_cache=self.keeps_cache)
+    def reader(self, num_rows: int) -> CachedReader:
+        """Of that many new sequences."""
+        return CachedReader(self.model, num_rows, keeps_cache=self.keeps_cache)
 
 
 def verify(

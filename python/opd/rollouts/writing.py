@@ -95,7 +95,7 @@ class Desk:
         self, writings: Sequence[Writing], *, limit: int, num_spare: int = 0, **writers: Writer
     ) -> None:
         self.writings = list(writings)
-        self.readers = {name: writer.reader() for name, writer in writers.items()}
+        self.readers = {name: writer.reader(len(writings)) for name, writer in writers.items()}
         self.limit = limit
         self.ends = torch.tensor([len(writing) for writing in writings])
         (self.device,) = {writer.model.device for writer in writers.values()}
