@@ -36,13 +36,17 @@ def verify(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
     uniforms: Tensor | None,
+    *,
+    mode: str,
     **settings: Any,
-) -> Any:
+) -> opk.SpeculativeVerification:
     """What the kernel says of drafts [B, G], from hidden states [B, G, Ds] and [B, G + 1, Dt]."""
+    # where nothing is drawn, nobody asks for the student's law
+    is_greedy = mode == "greedy"
     return opk.fused_linear_speculative_verify(
         draft_ids,
-        student_hidden,
-        student.model.head.weight,
+        None if is_greedy else student_hidden,
+        None if is_greedy else student.model.head.weight,
         teacher_hidden,
         teacher.model.head.weight,
         uniforms=uniforms,
@@ -56,6 +60,7 @@ def verify(
         **teacher.model.head.options("teacher"),
         vocab_size=student.model.vocab_size,
         workspace_bytes=student.model.workspace_bytes,
+        mode=mode,
         **settings,
     )
 
