@@ -38,7 +38,7 @@ class SpeculativeConfig(Sampling):
         mode: as above.
         num_draft: tokens drafted before the teacher looks.
         num_topk: of `topk`. The vocabulary's size: on-policy; 0: the teacher samples.
-        threshold: of `threshold`. 1e30 never switches, 0 at the second token.
+        threshold: of `threshold`. .inf never switches, 0 at the second token.
         window: of `threshold`.
         temperature, top_k, top_p: of the student's draws.
         teacher_temperature, teacher_top_k, teacher_top_p: of the teacher's. Default: the student's.
@@ -56,7 +56,7 @@ class SpeculativeConfig(Sampling):
     mode: Literal["rejection", "block", "topk", "threshold", "greedy"] = "rejection"
     num_draft: int = Field(5, ge=1, le=64)
     num_topk: int = Field(25, ge=0)
-    threshold: float = Field(2.0, ge=0)
+    threshold: float = Field(2.0, ge=0, allow_inf_nan=True)
     window: int = Field(8, ge=1)
     temperature: float = Field(1.0, gt=0)
     teacher_temperature: float | None = Field(None, gt=0)
@@ -169,12 +169,11 @@ class SpeculativeRollouts(PairRollouts):
             ids, _ = draw(self.student, states[-1], coins, is_greedy=self.is_greedy)
             desk.put(ids, place)
             drafted.append(ids)
-        width = self.student.model.lm_head_weight.shape[1]
-        empty = desk.tokens.new_empty(len(desk.writings), 0)
-        ids = torch.stack(drafted, dim=1) if drafted else empty
+        head, rows = self.student.model.lm_head_weight, len(desk.writings)
+        ids = torch.stack(drafted, dim=1) if drafted else desk.tokens.new_empty(rows, 0)
         return _Draft(
             ids=ids,
-            states=torch.stack(states, dim=1) if states else empty[..., None].expand(-1, -1, width),
+            states=torch.stack(states, dim=1) if states else head.new_empty(rows, 0, head.shape[1]),
             budget=budget,
             num_real=self._num_real(ids, budget),
             uniforms=uniforms,
