@@ -109,22 +109,17 @@ def test_of_equal_models_every_draft_is_accepted(pair, tokenizer, prompts, setti
         assert {STUDENT, TEACHER} == {w for t in trajectories for w in _writers(t)}
 
 
-def _teachers_law(teacher, prompt, size, length, end=3):
+def _completion_law(model, prompt, size, length, end=3):
     """Every completion of up to `length` tokens with its probability, by enumeration."""
-    law = Counter()
-    for ids in product(range(size), repeat=length):
-        sequence = torch.tensor([*prompt.tolist(), *ids])
-        with torch.no_grad():
-            logprobs = teacher.model(input_ids=sequence[None]).logits[0].double().log_softmax(-1)
-        places = range(len(prompt) - 1, len(sequence) - 1)
-        total = 0.0
-        for number, place in enumerate(places):
-            total += float(logprobs[place, ids[number]])
-            if ids[number] == end or number == length - 1:
-                # each completion that ends early is met once for every tail
-                repeats = size ** (length - 1 - number)
-                law[ids[: number + 1]] += math.exp(total) / repeats
-                break
+    tails = list(product(range(size), repeat=length))
+    sequences = torch.tensor([[*prompt.tolist(), *tail] for tail in tails])
+    with torch.no_grad():
+        logprobs = model.model(input_ids=sequences).logits.double().log_softmax(-1)
+    chosen = logprobs[:, len(prompt) - 1 : -1].gather(2, sequences[:, len(prompt) :, None])
+    law = {}
+    for tail, own in zip(tails, chosen[..., 0].tolist(), strict=True):
+        stop = tail.index(end) + 1 if end in tail else length
+        law[tail[:stop]] = math.exp(sum(own[:stop]))
     return law
 
 
@@ -133,7 +128,7 @@ def test_completions_follow_the_teachers_law(pair, tokenizer, mode):
     size, length = 5, 3
     student, teacher = pair(vocab_size=size, distance=0.3)
     prompt = torch.tensor([4, 1])
-    law = _teachers_law(teacher, prompt, size, length)
+    law = _completion_law(teacher, prompt, size, length)
     assert sum(law.values()) == pytest.approx(1)
     trajectories, metrics = _collect(
         (student, teacher),
@@ -142,13 +137,13 @@ def test_completions_follow_the_teachers_law(pair, tokenizer, mode):
         mode=mode,
         num_draft=2,
         max_completion_length=length,
-        num_generations=20_000,
+        num_generations=8000,
     )
     counts = Counter(tuple(t.completion_ids.tolist()) for t in trajectories)
-    assert set(counts) <= set(law)
     assert chi_squared_p(counts, law) > 1e-3
-    # and not because the two are alike
-    assert metrics["speculative/acceptance_rate"] < 0.9
+    # which is no accident: the drafts alone would not have it
+    assert chi_squared_p(counts, _completion_law(student, prompt, size, length)) < 1e-9
+    assert 0.3 < metrics["speculative/acceptance_rate"] < 0.95
     behaviour = {
         tuple(t.completion_ids.tolist()): float(t.behaviour_logprobs.sum()) for t in trajectories
     }
