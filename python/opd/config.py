@@ -171,6 +171,8 @@ _SIGNALS = {
 
 def _what_needs_it(rollouts: RolloutConfig) -> str:
     """The key for which the teacher must write."""
+    if getattr(rollouts, "on_policy", None) is not None:
+        return "rollouts.on_policy"
     return "rollouts.seq_kd" if hasattr(rollouts, "seq_kd") else f"rollouts.kind {rollouts.kind!r}"
 
 
