@@ -245,8 +245,10 @@ class SpeculativeRollouts(PairRollouts):
                     writing.divergences.append(told.divergence[row][place])
                 is_done = self.finish(writing)
             if not is_done and (is_refused or self._has_bonus):
-                logprob = told.teacher_logprobs[row][accepted]
-                writing.add(told.next_token[row], TEACHER, math.nan, logprob)
+                # of the token after a whole draft the student has not been asked yet
+                own = told.student_logprobs[row][accepted] if is_refused else math.nan
+                taught = told.teacher_logprobs[row][accepted]
+                writing.add(told.next_token[row], TEACHER, own, taught)
                 is_done = self.finish(writing)
             is_switched = is_refused and not is_done and self.config.mode == "threshold"
             if is_switched:
