@@ -23,7 +23,7 @@ def _alone(model, sequence):
 def test_rows_that_grow_shrink_and_leave_are_read_as_if_alone(family, family_model):
     model = LanguageModel(family_model(family, seed=3))
     rng, generator = random.Random(family), torch.Generator().manual_seed(5)
-    tokens = torch.randint(1, 45, (5, 40), generator=generator)
+    tokens = torch.randint(1, 45, (5, 28), generator=generator)
     ends = torch.tensor([1, 3, 8, 2, 5])
     reader = CachedReader(model, len(ends))
     reader.read(tokens, ends)
@@ -31,9 +31,9 @@ def test_rows_that_grow_shrink_and_leave_are_read_as_if_alone(family, family_mod
         # up to three tokens are taken back, one or more others are in their place
         kept = torch.tensor([max(1, int(end) - rng.randint(0, 3)) for end in ends])
         for row, start in enumerate(kept.tolist()):
-            tokens[row, start:] = torch.randint(1, 45, (40 - start,), generator=generator)
-        reader.read(tokens, (kept + 1).clamp(max=40))
-        ends = (kept + torch.tensor([rng.randint(1, 4) for _ in kept])).clamp(max=40)
+            tokens[row, start:] = torch.randint(1, 45, (28 - start,), generator=generator)
+        reader.read(tokens, (kept + 1).clamp(max=28))
+        ends = (kept + torch.tensor([rng.randint(1, 4) for _ in kept])).clamp(max=28)
         num_states = rng.choice([1, 3])
         states = reader.read(tokens, ends, num_states)
         for row, end in enumerate(ends.tolist()):
@@ -52,7 +52,7 @@ def test_rows_that_grow_shrink_and_leave_are_read_as_if_alone(family, family_mod
 def test_the_cache_is_as_wide_as_the_longest_row_and_nothing_is_read_twice(family_model):
     model = LanguageModel(family_model("llama", seed=3))
     reader = CachedReader(model, 2)
-    tokens = torch.arange(1, 31).repeat(2, 1)
+    tokens = torch.arange(1, 29).repeat(2, 1)
     reader.read(tokens, torch.tensor([4, 20]))
     reader.read(tokens, torch.tensor([5, 21]))
     assert reader.num_read.tolist() == [5, 21]

@@ -20,7 +20,7 @@ MODES = ("rejection", "block", "topk", "threshold", "greedy")
 
 
 def _collect(pair, tokenizer, prompts, *, step=0, seed=0, **settings):
-    config = SpeculativeConfig(**{"max_completion_length": 32, **settings})
+    config = SpeculativeConfig(**{"max_completion_length": 20, **settings})
     engine = config.build(*pair, tokenizer, seed=seed)
     return engine.collect(prompts, step), engine.metrics()
 
@@ -43,7 +43,7 @@ def _writers(trajectory):
 )
 def test_greedy_is_the_teachers_own_generation(pair, tokenizer, prompts, family, num_draft):
     student, teacher = pair(family)
-    greedy = Sampling(temperature=0, max_completion_length=32)
+    greedy = Sampling(temperature=0, max_completion_length=20)
     expected = sample(teacher, tokenizer, prompts, greedy)
     got, metrics = _collect(
         (student, teacher), tokenizer, prompts, mode="greedy", num_draft=num_draft
@@ -137,7 +137,7 @@ def test_completions_follow_the_teachers_law(pair, tokenizer, mode):
         mode=mode,
         num_draft=2,
         max_completion_length=length,
-        num_generations=8000,
+        num_generations=5000,
     )
     counts = Counter(tuple(t.completion_ids.tolist()) for t in trajectories)
     assert chi_squared_p(counts, law) > 1e-3

@@ -51,7 +51,7 @@ def test_tokens_have_the_mixtures_law(pair, tokenizer, law_of):
         [prompt],
         alpha=0.4,
         max_completion_length=1,
-        num_generations=5000,
+        num_generations=4000,
     )
     p, q = (law_of(model, trajectories[0])[0].exp() for model in (teacher, student))
     law = dict(enumerate((0.4 * p + 0.6 * q).tolist()))
