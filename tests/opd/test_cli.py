@@ -192,7 +192,7 @@ def test_report_of_no_run_says_so(tmp_path, capsys):
 def test_recipes_are_listed_with_their_sources(capsys):
     assert main(["recipes"]) == 0
     out = capsys.readouterr().out
-    for name in ("seqkd", "gkd", "opd_reverse_kl", "opd_sampled", "distillm", "2306.13649"):
+    for name in ("seqkd", "gkd", "opd_reverse_kl", "opd_sampled", "distillm", "skd", "2306.13649"):
         assert name in out
 
 
