@@ -58,9 +58,10 @@ $(VENV)/.built: $(VENV)/.dependencies $(KERNEL_SOURCES)
 
 build: $(VENV)/.built
 
-# a worker per core, whole files: tests use one thread each, and the fixtures of a file are costly
+# a worker per core, whole files: tests use one thread each, and the fixtures of a file are costly;
+# in the order of tests/conftest.py and not by their number of tests
 test: build test-core
-	$(BIN)/python -m pytest tests -q -m "not slow and not cuda" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest tests -q -m "not slow and not cuda" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-core: $(VENV)/.dependencies
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF $(CORE_CUDA) >/dev/null
@@ -71,9 +72,9 @@ test-full: build test-core
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -G Ninja -DOPD_TORCH=OFF -DOPD_CUDA=OFF -DOPD_SANITIZE=ON >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/asan
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/asan --output-on-failure -j $$(nproc)
-	$(BIN)/python -m pytest tests -q -m "not cuda" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest tests -q -m "not cuda" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# make test compiles all of them for Hopper and a few for the others
+# make test compiles all of them for Hopper and the quick ones for sm_80
 test-cuda-compile: build
 	$(BIN)/python -m pytest tests/opd_kernels/test_cuda_compile.py -q
 
