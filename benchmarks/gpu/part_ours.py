@@ -18,10 +18,10 @@ from benchmarks.gpu.goals import FUSED_TOPK, SPARSE, TOLERANT, TOPK
 from benchmarks.gpu.results import RowKernel, Timing
 from opd_kernels import _dispatch, _gemms, _laws
 
-TOKEN_LOGPROBS = "token_logprobs"
+TOKEN_LOGPROBS, SAMPLES = "token_logprobs", "sample_tokens"
 # of the same cost: one to see, and one whose gradient is not that of a weighted likelihood
 SPARSE_DIVERGENCES = ("forward_kl", "reverse_kl")
-NUM_TOPK = 64
+NUM_TOPK, NUM_DRAWS = 64, 50
 # calls of a row kernel between two events: one alone would be timed with its launch
 CALLS = 10
 
@@ -60,6 +60,12 @@ def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
 def topk_call(backend: str, logits: Tensor) -> Run:
     """Top-k, log-sum-exp, tail and entropy of the rows."""
     return lambda: opk.topk_logprobs(logits, NUM_TOPK, backend=backend)
+
+
+def sample_call(backend: str, logits: Tensor) -> Run:
+    """Draws from the rows, their weights and log-probs."""
+    uniforms = torch.rand(len(logits), NUM_DRAWS, device=logits.device, dtype=torch.float64)
+    return lambda: opk.sample_tokens(logits, uniforms, backend=backend)
 
 
 def logits_pairs(device: Device, sizes: cases.Sizes, count: int = 2) -> list[tuple[Tensor, Tensor]]:
@@ -109,10 +115,17 @@ def row_kernels(device: Device, context: Context, backends: list[str]) -> None:
         variants[TOKEN_LOGPROBS] = in_rotation(runs), size
         variants |= sparse_rows(device, backend, pairs)
         for dtype in (torch.float32, torch.bfloat16):
-            runs = [topk_call(backend, pair[0].to(dtype)) for pair in pairs]
-            name = f"{TOPK} K={NUM_TOPK} {str(dtype).removeprefix('torch.')}"
-            # one read of the logits
-            variants[name] = in_rotation(runs), size * dtype.itemsize // 4
+            logits = [pair[0].to(dtype) for pair in pairs]
+            for call, name in (
+                (topk_call, f"{TOPK} K={NUM_TOPK}"),
+                (sample_call, f"{SAMPLES} N={NUM_DRAWS}"),
+            ):
+                runs = [call(backend, values) for values in logits]
+                # one read of the logits
+                variants[f"{name} {str(dtype).removeprefix('torch.')}"] = (
+                    in_rotation(runs),
+                    size * dtype.itemsize // 4,
+                )
         times = device.turns({name: run for name, (run, _) in variants.items()}, sizes.rounds)
         for name, time in times.items():
             ms = time.median / CALLS

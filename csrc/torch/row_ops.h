@@ -17,7 +17,7 @@
   X(divergence_fwd) X(divergence_bwd) X(divergence_fwd_grad) X(divergence_init) \
   X(divergence_phase) X(divergence_close_lse) X(divergence_finish)              \
   X(token_logprobs_fwd) X(token_logprobs_bwd)                                   \
-  X(topk_logprobs_fwd)                                                          \
+  X(topk_logprobs_fwd) X(sample_tokens_fwd)                                     \
   X(topk_divergence_fwd) X(topk_divergence_bwd)                                 \
   X(topk_codec_encode) X(topk_codec_decode)                                     \
   X(speculative_verify_rows) X(speculative_verify_residual)                     \
@@ -29,7 +29,7 @@
   X(divergence_fwd) X(divergence_bwd) X(divergence_fwd_grad_) X(divergence_phase_) \
   X(divergence_bwd_)                                                               \
   X(token_logprobs_fwd) X(token_logprobs_bwd) X(token_logprobs_bwd_)               \
-  X(topk_logprobs_fwd)                                                             \
+  X(topk_logprobs_fwd) X(sample_tokens_fwd)                                        \
   X(topk_divergence_fwd) X(topk_divergence_bwd) X(topk_divergence_bwd_)            \
   X(topk_codec_encode) X(topk_codec_decode)                                        \
   X(speculative_verify_rows_fwd) X(speculative_verify_residual_fwd)                \
@@ -264,6 +264,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logprobs_fwd(
   args.workspace = workspace.data_ptr();
   kernels.topk_logprobs_fwd(&args);
   return {ids, logprobs, lse, tail_logprob, entropy, token_logprobs};
+}
+
+// ---- sample_tokens ----
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_fwd(const Backend& kernels, Tensor logits,
+                                                             Tensor uniforms,
+                                                             OPD_ONE_LAW_PARAMETERS,
+                                                             double proposal_temperature) {
+  require(numbers.size() == 3, "opd: numbers must hold 3 values");
+  const int64_t num_tokens = logits.dim() > 0 ? logits.size(0) : 0;
+  const ScalarType real = real_of(logits);
+  check_table(uniforms, num_tokens, ScalarType::Double);
+  opd_sample_tokens_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_tokens = num_tokens;
+  args.vocab_size = vocab_size;
+  args.parallel_for = &parallel_for;
+  args.logits = side(logits, num_tokens, vocab_size, real, bias, numbers[0], numbers[1], numbers[2],
+                     temperatures);
+  args.num_draws = uniforms.size(1);
+  args.uniforms = static_cast<const double*>(uniforms.data_ptr());
+  args.proposal_temperature = proposal_temperature;
+  Tensor ids = torch::stable::new_empty(logits, {num_tokens, args.num_draws}, ScalarType::Int);
+  Tensor weights = torch::stable::new_empty(logits, {num_tokens, args.num_draws}, real);
+  Tensor logprobs = torch::stable::new_empty(logits, {num_tokens, args.num_draws}, real);
+  Tensor lse = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Double);
+  Tensor workspace = torch::stable::new_empty(
+      logits, {opd_sample_tokens_workspace_bytes(num_tokens, vocab_size)}, ScalarType::Byte);
+  args.ids = static_cast<int32_t*>(ids.data_ptr());
+  args.weights = weights.data_ptr();
+  args.logprobs = logprobs.data_ptr();
+  args.lse = static_cast<double*>(lse.data_ptr());
+  args.workspace = workspace.data_ptr();
+  kernels.sample_tokens_fwd(&args);
+  return {ids, weights, logprobs, lse};
 }
 
 // ---- topk_divergence ----
