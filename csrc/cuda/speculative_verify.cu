@@ -296,7 +296,7 @@ struct Pair {
 constexpr int kAtOnce = kTileVectors / 2;  // vectors of a side; two sides would fill the registers
 
 template <bool kGeneral>
-__global__ void __launch_bounds__(kThreads, 3) speculative_verify_pair_tiles(ResidualParameters p) {
+__global__ void __launch_bounds__(kThreads, 2) speculative_verify_pair_tiles(ResidualParameters p) {
   const int64_t index = index_of_warp<kWarps>();
   const int64_t at = index / p.num_tiles;
   if (at >= p.num_rows) return;
