@@ -9,6 +9,7 @@ from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
+from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
 from .fused_linear_topk_divergence import (
@@ -23,6 +24,7 @@ from .segment_scan import (
     segment_reduce,
     segment_scan,
 )
+from .speculative_verify import SpeculativeVerification, speculative_verify
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import (
     TopkCodes,
@@ -43,6 +45,7 @@ __all__ = [
     "FusedLinearTopkDivergenceOutput",
     "GroupStatistics",
     "OpdError",
+    "SpeculativeVerification",
     "TokenLogprobs",
     "TokenSamples",
     "TopkCodes",
@@ -58,6 +61,7 @@ __all__ = [
     "explain",
     "fused_linear_divergence",
     "fused_linear_sample_tokens",
+    "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
     "fused_linear_topk_divergence",
@@ -69,6 +73,7 @@ __all__ = [
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",
+    "speculative_verify",
     "targets",
     "token_logprobs",
     "topk_divergence",

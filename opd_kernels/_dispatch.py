@@ -28,6 +28,8 @@ OPS = (
     "fused_linear_topk_divergence",
     "sample_tokens",
     "fused_linear_sample_tokens",
+    "speculative_verify",
+    "fused_linear_speculative_verify",
 )
 # the functions of an op that has no function of its own name
 FUNCTIONS = {"topk_codec": ("encode_topk", "decode_topk")}

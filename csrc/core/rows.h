@@ -229,6 +229,8 @@ OPD_IVDEP
   T scale_, softcap_, temperature_;
 };
 
+inline int64_t num_blocks(int64_t vocab_size) { return (vocab_size + kBlock - 1) / kBlock; }
+
 // fn(begin, count) over the blocks of a row.
 template <class Fn>
 void for_each_block(int64_t vocab_size, Fn&& fn) {

@@ -42,8 +42,6 @@ OPD_IVDEP
   }
 }
 
-int64_t num_blocks(int64_t vocab_size) { return (vocab_size + kBlock - 1) / kBlock; }
-
 template <class T>
 struct Row {
   T largest, factor;

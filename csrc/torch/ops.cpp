@@ -80,6 +80,32 @@ STABLE_TORCH_LIBRARY(opd, m) {
   // ids int32 [T, N], ascending; uniforms float64 [T, N]; in C++ on a CPU only
   m.def("sample_tokens_fwd(Tensor logits, Tensor uniforms, " OPD_LAW
         ", float proposal_temperature) -> " OPD_SAMPLES);
+  // per row: token_ids int64, -1 is none, below it the row is not read; lse and logprobs float64,
+  // ranks and argmax int32; top_k 0 and top_p 1 cut nothing
+  m.def("speculative_verify_rows_fwd(Tensor logits, Tensor token_ids, " OPD_LAW
+        ", int top_k, float top_p) -> (Tensor lse, Tensor floor, Tensor logprobs, Tensor ranks, "
+        "Tensor argmax, Tensor largest)");
+  // row n of max(scale p - scale q, 0) takes row teacher_rows[n] and student_rows[n] of the logits, int64,
+  // negative for none; `numbers` of the student, then of the teacher; scales and uniforms float64
+  m.def("speculative_verify_residual_fwd(Tensor teacher_logits, Tensor? student_logits, "
+        "Tensor teacher_rows, Tensor student_rows, Tensor teacher_lse, Tensor teacher_floor, "
+        "Tensor? student_lse, Tensor? student_floor, Tensor teacher_scale, Tensor student_scale, "
+        "Tensor uniforms, Tensor? student_bias, Tensor? teacher_bias, "
+        "Tensor? student_temperatures, Tensor? teacher_temperatures, float[] numbers, "
+        "int vocab_size, bool draws) -> (Tensor mass, Tensor overlap, Tensor tokens, "
+        "Tensor student_logprobs, Tensor teacher_logprobs)");
+  // the two together, over drafts [B, G] int64; pairs are the student's and the teacher's;
+  // implemented in opd_kernels/_verify.py
+#define OPD_TWO_LAWS \
+  "Tensor? student_bias, Tensor? teacher_bias, float[] numbers, int vocab_size, "
+#define OPD_DECISION                                                                           \
+  "Tensor uniforms, Tensor? num_draft, Tensor? history, int[] top_k, float[] top_p, str mode, " \
+  "int num_topk, float threshold, bool with_acceptance, "
+#define OPD_VERDICT                                                                            \
+  "(Tensor num_accepted, Tensor next_token, Tensor accepted, Tensor student_logprobs, "          \
+  "Tensor teacher_logprobs, Tensor acceptance, Tensor divergence)"
+  m.def("speculative_verify_fwd(Tensor draft_token_ids, Tensor? student_logits, "
+        "Tensor teacher_logits, " OPD_TWO_LAWS OPD_DECISION "str backend) -> " OPD_VERDICT);
   // segments: dtype float32 or float64 throughout, offsets int64, mask uint8; num_steps 2^63 - 1 is
   // the whole segment; reduction is an opd_reduction_t; index is empty for sums and means
   m.def(
@@ -171,6 +197,9 @@ STABLE_TORCH_LIBRARY(opd, m) {
   m.def("fused_linear_sample_tokens_fwd(Tensor hidden, Tensor lm_head_weight, Tensor? lora_a, "
         "Tensor? lora_b, Tensor uniforms, " OPD_LAW
         ", float proposal_temperature, int workspace_bytes, str backend) -> " OPD_SAMPLES);
+  m.def("fused_linear_speculative_verify_fwd(Tensor draft_token_ids, Tensor? student_hidden, "
+        "Tensor? student_lm_head_weight, Tensor teacher_hidden, Tensor teacher_lm_head_weight, "
+        OPD_TWO_LAWS OPD_DECISION "int workspace_bytes, str backend) -> " OPD_VERDICT);
 }
 
 namespace opd::torch_ops {

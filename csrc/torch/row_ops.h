@@ -20,6 +20,7 @@
   X(topk_logprobs_fwd)                                                          \
   X(topk_divergence_fwd) X(topk_divergence_bwd)                                 \
   X(topk_codec_encode) X(topk_codec_decode)                                     \
+  X(speculative_verify_rows) X(speculative_verify_residual)                     \
   X(segment_scan) X(segment_reduce) X(segment_broadcast) X(group_statistics)    \
   X(sparse_gradient_mark) X(sparse_gradient_pack) X(sparse_gradient_add)
 
@@ -31,6 +32,7 @@
   X(topk_logprobs_fwd)                                                             \
   X(topk_divergence_fwd) X(topk_divergence_bwd) X(topk_divergence_bwd_)            \
   X(topk_codec_encode) X(topk_codec_decode)                                        \
+  X(speculative_verify_rows_fwd) X(speculative_verify_residual_fwd)                \
   X(segment_scan_fwd) X(segment_scan_reduce) X(segment_scan_broadcast)             \
   X(segment_scan_group_statistics)                                                 \
   X(sparse_gradient_mark) X(sparse_gradient_pack_) X(sparse_gradient_add_)
@@ -325,6 +327,119 @@ void topk_divergence_bwd_(const Backend& kernels, Tensor logits, Tensor token_id
   const opd_topk_divergence_spec_t spec =
       topk_divergence_spec(logits, token_ids, bias, temperatures, numbers, vocab_size);
   topk_divergence_bwd_into(kernels, logits, grad_ids, grad_rest, lse, spec, grad_dtype);
+}
+
+// ---- verification of drafts ----
+
+inline Tensor verify_workspace(const Tensor& like, int64_t num_rows, int64_t vocab_size) {
+  return torch::stable::new_empty(
+      like, {opd_speculative_verify_workspace_bytes(num_rows, vocab_size)}, ScalarType::Byte);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> speculative_verify_rows_fwd(
+    const Backend& kernels, Tensor logits, Tensor token_ids, OPD_ONE_LAW_PARAMETERS, int64_t top_k,
+    double top_p) {
+  require(numbers.size() == 3, "opd: numbers must hold 3 values");
+  const int64_t num_rows = logits.dim() > 0 ? logits.size(0) : 0;
+  const ScalarType real = real_of(logits);
+  check_rows(token_ids, num_rows, ScalarType::Long);
+  opd_speculative_verify_rows_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_rows = num_rows;
+  args.vocab_size = vocab_size;
+  args.parallel_for = &parallel_for;
+  args.logits = side(logits, num_rows, vocab_size, real, bias, numbers[0], numbers[1], numbers[2],
+                     temperatures);
+  args.token_ids = static_cast<const int64_t*>(token_ids.data_ptr());
+  args.top_k = top_k;
+  args.top_p = top_p;
+  Tensor lse = torch::stable::new_empty(logits, {num_rows}, ScalarType::Double);
+  Tensor floor = torch::stable::new_empty(logits, {num_rows}, real);
+  Tensor logprobs = torch::stable::new_empty(logits, {num_rows}, ScalarType::Double);
+  Tensor ranks = torch::stable::new_empty(logits, {num_rows}, ScalarType::Int);
+  Tensor argmax = torch::stable::new_empty(logits, {num_rows}, ScalarType::Int);
+  Tensor largest = torch::stable::new_empty(logits, {num_rows}, real);
+  Tensor workspace = verify_workspace(logits, num_rows, vocab_size);
+  args.lse = static_cast<double*>(lse.data_ptr());
+  args.floor = floor.data_ptr();
+  args.logprobs = static_cast<double*>(logprobs.data_ptr());
+  args.ranks = static_cast<int32_t*>(ranks.data_ptr());
+  args.argmax = static_cast<int32_t*>(argmax.data_ptr());
+  args.largest = largest.data_ptr();
+  args.workspace = workspace.data_ptr();
+  kernels.speculative_verify_rows(&args);
+  return {lse, floor, logprobs, ranks, argmax, largest};
+}
+
+// One side of the residual law; `law` is three of the six numbers.
+inline opd_cut_law_t cut_law(const Tensor& logits, const Tensor& lse, const Tensor& floor,
+                             const Tensor& rows, const Tensor& scale, int64_t vocab_size,
+                             ScalarType real, const Optional& bias, const Optional& temperatures,
+                             const double* law) {
+  const int64_t num_rows = logits.dim() > 0 ? logits.size(0) : 0;
+  check_rows(lse, num_rows, ScalarType::Double);
+  check_rows(floor, num_rows, real);
+  check_rows(scale, rows.numel(), ScalarType::Double);
+  return {side(logits, num_rows, vocab_size, real, bias, law[0], law[1], law[2], temperatures),
+          num_rows, static_cast<const double*>(lse.data_ptr()), floor.data_ptr(),
+          static_cast<const int64_t*>(rows.data_ptr()),
+          static_cast<const double*>(scale.data_ptr())};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> speculative_verify_residual_fwd(
+    const Backend& kernels, Tensor teacher_logits, Optional student_logits, Tensor teacher_rows,
+    Tensor student_rows, Tensor teacher_lse, Tensor teacher_floor, Optional student_lse,
+    Optional student_floor, Tensor teacher_scale, Tensor student_scale, Tensor uniforms,
+    Optional student_bias, Optional teacher_bias, Optional student_temperatures,
+    Optional teacher_temperatures, std::vector<double> numbers, int64_t vocab_size, bool draws) {
+  require(numbers.size() == 6, "opd: numbers must hold 6 values");
+  require(student_logits.has_value() == student_lse.has_value() &&
+              student_logits.has_value() == student_floor.has_value(),
+          "opd: student_logits, student_lse and student_floor must come together");
+  const int64_t num_rows = teacher_rows.numel();
+  const ScalarType real = real_of(teacher_logits);
+  for (const Tensor& rows : {teacher_rows, student_rows}) {
+    check_rows(rows, num_rows, ScalarType::Long);
+  }
+  check_rows(student_scale, num_rows, ScalarType::Double);
+  check_rows(uniforms, num_rows, ScalarType::Double);
+  opd_speculative_verify_residual_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_rows = num_rows;
+  args.vocab_size = vocab_size;
+  args.parallel_for = &parallel_for;
+  args.teacher = cut_law(teacher_logits, teacher_lse, teacher_floor, teacher_rows, teacher_scale,
+                         vocab_size, real, teacher_bias, teacher_temperatures, &numbers[3]);
+  // without a student's matrix no row of it exists
+  args.student = {{{nullptr, 0, OPD_FLOAT32}, nullptr, 1.0, 0.0, 1.0, nullptr}, 0, nullptr, nullptr,
+                  static_cast<const int64_t*>(student_rows.data_ptr()),
+                  static_cast<const double*>(student_scale.data_ptr())};
+  if (student_logits) {
+    require(real_of(*student_logits) == real, "opd: both sides must be float64 or none");
+    args.student = cut_law(*student_logits, *student_lse, *student_floor, student_rows,
+                           student_scale, vocab_size, real, student_bias, student_temperatures,
+                           numbers.data());
+  }
+  Tensor mass = torch::stable::new_empty(teacher_logits, {num_rows}, ScalarType::Double);
+  Tensor overlap = torch::stable::new_empty(teacher_logits, {num_rows}, ScalarType::Double);
+  Tensor tokens = torch::stable::new_empty(teacher_logits, {num_rows}, ScalarType::Int);
+  Tensor student_logprobs =
+      torch::stable::new_empty(teacher_logits, {num_rows}, ScalarType::Double);
+  Tensor teacher_logprobs =
+      torch::stable::new_empty(teacher_logits, {num_rows}, ScalarType::Double);
+  Tensor workspace = verify_workspace(teacher_logits, num_rows, vocab_size);
+  args.draws = draws;
+  args.uniforms = static_cast<const double*>(uniforms.data_ptr());
+  args.mass = static_cast<double*>(mass.data_ptr());
+  args.overlap = static_cast<double*>(overlap.data_ptr());
+  args.tokens = static_cast<int32_t*>(tokens.data_ptr());
+  args.student_logprobs = static_cast<double*>(student_logprobs.data_ptr());
+  args.teacher_logprobs = static_cast<double*>(teacher_logprobs.data_ptr());
+  args.workspace = workspace.data_ptr();
+  kernels.speculative_verify_residual(&args);
+  return {mass, overlap, tokens, student_logprobs, teacher_logprobs};
 }
 
 // ---- segments ----

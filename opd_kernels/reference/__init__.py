@@ -4,6 +4,7 @@
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
+from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
 from .fused_linear_topk_divergence import (
@@ -18,6 +19,7 @@ from .segment_scan import (
     segment_reduce,
     segment_scan,
 )
+from .speculative_verify import SpeculativeVerification, speculative_verify
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import TopkCodes, TopkLaws, decode_topk, encode_topk
 from .topk_divergence import topk_divergence
@@ -27,6 +29,7 @@ __all__ = [
     "FusedLinearDivergence",
     "FusedLinearTopkDivergence",
     "GroupStatistics",
+    "SpeculativeVerification",
     "TokenLogprobs",
     "TokenSamples",
     "TopkCodes",
@@ -37,6 +40,7 @@ __all__ = [
     "encode_topk",
     "fused_linear_divergence",
     "fused_linear_sample_tokens",
+    "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
     "fused_linear_topk_divergence",
@@ -45,6 +49,7 @@ __all__ = [
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",
+    "speculative_verify",
     "token_logprobs",
     "topk_divergence",
     "topk_logprobs",

@@ -401,6 +401,79 @@ typedef struct opd_sample_tokens_args_t {
 OPD_API int64_t opd_sample_tokens_workspace_bytes(int64_t num_tokens, int64_t vocab_size);
 OPD_API opd_status_t opd_sample_tokens_fwd_cpu(const opd_sample_tokens_args_t* args);
 
+/* ---- Drafts of one law, verified by another: docs/speculative.md. ---- */
+
+/* Of row t's law, the softmax of z = softcap(scale * (logits + bias)) / temperature cut to its best
+ * entries, {z >= floor}: first to those not below the top_k-th largest, then to the fewest largest of
+ * what is left whose mass reaches top_p of it. What equals the last one stays.
+ *   floor: the smallest z that is kept; -inf where nothing is cut.
+ *   lse: log sum exp z_v over what is kept.   largest: of z.   argmax: its id, of equal z the smallest.
+ *   logprobs: z - lse of token_ids; -inf below the floor, NaN without an id.
+ *   ranks: how many entries come before the id, by z descending and then by id; -1 without an id.
+ * A row with a NaN or a +inf among its z has lse, floor, logprobs and largest NaN, ranks and argmax -1;
+ * so has a row of nothing but -inf, but for lse and largest, -inf. */
+typedef struct opd_speculative_verify_rows_args_t {
+  uint32_t struct_size;
+  int64_t num_rows;
+  int64_t vocab_size; /* the columns that count; the rest of a row is never read */
+  opd_parallel_for_fn parallel_for;
+  opd_logits_t logits;
+  const int64_t* token_ids; /* [T], each below vocab_size; -1: none; below -1: the row is not read and
+                               its outputs are those of a row with a NaN */
+  int64_t top_k;            /* 0: no cut; as is vocab_size or more */
+  double top_p;             /* in (0, 1]; 1: no cut */
+  double* lse;              /* [T] out */
+  void* floor;              /* [T] real, out */
+  double* logprobs;         /* [T] out */
+  int32_t* ranks;           /* [T] out */
+  int32_t* argmax;          /* [T] out */
+  void* largest;            /* [T] real, out */
+  void* workspace;          /* opd_speculative_verify_workspace_bytes(num_rows, ..) bytes, aligned to 8 */
+} opd_speculative_verify_rows_args_t;
+
+/* A side of the residual law: its logits with what opd_speculative_verify_rows_* says of them, and
+ * which of these rows each row of the call takes, times what. */
+typedef struct opd_cut_law_t {
+  opd_logits_t logits; /* temperatures by the rows of the matrix */
+  int64_t num_rows;    /* of the matrix */
+  const double* lse;   /* [num_rows] */
+  const void* floor;   /* [num_rows] real */
+  const int64_t* rows; /* [T], below num_rows; negative: none */
+  const double* scale; /* [T], >= 0 */
+} opd_cut_law_t;
+
+/* With p and q the laws of the rows that row t takes of the teacher and of the student:
+ *   r_v = max(teacher scale * p_v - student scale * q_v, 0).
+ *   mass: sum_v r_v.   overlap: sum_v min(p_v, q_v).
+ *   tokens: the first id at which the sum of r up to it exceeds uniforms[t] * mass, none of r_v = 0;
+ *     drawn from p where r has no mass.
+ *   student_logprobs, teacher_logprobs: log q and log p of the token.
+ * Without a row of the student, or with a scale of 0, its law is not read: overlap is NaN. Its log-prob
+ * of the token is NaN only without a row. Without a row of the teacher, or where a law that is read
+ * has an lse that is not finite, tokens is -1 and all else NaN. */
+typedef struct opd_speculative_verify_residual_args_t {
+  uint32_t struct_size;
+  int64_t num_rows;
+  int64_t vocab_size;
+  opd_parallel_for_fn parallel_for;
+  opd_cut_law_t teacher, student; /* the student's matrix may be NULL if all its rows are negative */
+  int32_t draws;            /* 0: tokens are -1 and their log-probs NaN; uniforms are not read */
+  const double* uniforms;   /* [T], each in [0, 1) */
+  double* mass;             /* [T] out */
+  double* overlap;          /* [T] out */
+  int32_t* tokens;          /* [T] out */
+  double* student_logprobs; /* [T] out */
+  double* teacher_logprobs; /* [T] out */
+  void* workspace;          /* opd_speculative_verify_workspace_bytes(num_rows, ..) bytes, aligned to 8;
+                               NULL if nothing is drawn */
+} opd_speculative_verify_residual_args_t;
+
+/* The same for both calls and both devices. */
+OPD_API int64_t opd_speculative_verify_workspace_bytes(int64_t num_rows, int64_t vocab_size);
+OPD_API opd_status_t opd_speculative_verify_rows_cpu(const opd_speculative_verify_rows_args_t* args);
+OPD_API opd_status_t
+opd_speculative_verify_residual_cpu(const opd_speculative_verify_residual_args_t* args);
+
 /* ---- Segments: per-token values packed one segment (sequence, turn, group) after another. ---- */
 
 /* Segment s is the tokens offsets[s] .. offsets[s + 1] - 1; empty segments are allowed. */
@@ -555,6 +628,10 @@ OPD_API opd_status_t opd_topk_divergence_fwd_cuda(const opd_topk_divergence_fwd_
                                                   void* stream);
 OPD_API opd_status_t opd_topk_divergence_bwd_cuda(const opd_topk_divergence_bwd_args_t* args,
                                                   void* stream);
+OPD_API opd_status_t opd_speculative_verify_rows_cuda(const opd_speculative_verify_rows_args_t* args,
+                                                      void* stream);
+OPD_API opd_status_t
+opd_speculative_verify_residual_cuda(const opd_speculative_verify_residual_args_t* args, void* stream);
 OPD_API opd_status_t opd_sparse_gradient_mark_cuda(const opd_sparse_gradient_args_t* args,
                                                    void* stream);
 OPD_API opd_status_t opd_sparse_gradient_pack_cuda(const opd_sparse_gradient_args_t* args,
