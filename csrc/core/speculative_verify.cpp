@@ -3,9 +3,9 @@
 // and the residual law of a pair of rows, with a token drawn from it.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
+#include "law_cut.h"
 #include "parallel.h"
 #include "rows.h"
 #include "speculative_verify_check.h"
@@ -16,140 +16,6 @@ namespace {
 using speculative_verify::kOp;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-
-template <class T>
-constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
-
-// ---- the cut of a law ----
-
-template <class T>
-struct KeyOf;
-template <>
-struct KeyOf<float> {
-  using Type = uint32_t;
-};
-template <>
-struct KeyOf<double> {
-  using Type = uint64_t;
-};
-template <class T>
-using Key = typename KeyOf<T>::Type;
-template <class T>
-constexpr Key<T> kSign = Key<T>{1} << (8 * sizeof(T) - 1);
-
-// Ascends with the value; the same for -0 and +0.
-template <class T>
-inline Key<T> key_of(T value) {
-  value += T(0);
-  Key<T> bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits & kSign<T> ? ~bits : bits | kSign<T>;
-}
-
-template <class T>
-inline T value_of(Key<T> key) {
-  const Key<T> bits = key & kSign<T> ? key & ~kSign<T> : ~key;
-  T value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-template <class T>
-OPD_ELEMENTWISE void kept_block(const T* __restrict__ values, T largest, T floor, int padded,
-                                T* __restrict__ out) {
-OPD_IVDEP
-  for (int i = 0; i < padded; ++i) {
-    const T e = exp_nonpositive(values[i] - largest);
-    out[i] = select(values[i] >= floor, e, T(0));
-  }
-}
-
-// sum of exp(z - largest) over z >= floor
-template <class T>
-double kept_sum(const LogitsRow<T>& logits, T largest, T floor) {
-  Block<T> staged, terms;
-  double sum = 0.0;
-  for_each_block(logits.vocab_size(), [&](int64_t begin, int count) {
-    const T* block = logits.block(begin, count, staged.values);
-    const int padded = round_up_to_lanes(count);
-    kept_block(block, largest, floor, padded, terms.values);
-    sum += lane_sum(terms.values, padded);
-  });
-  return sum;
-}
-
-constexpr int kDigitBits = 11;
-constexpr int kDigits = 1 << kDigitBits;
-
-struct Histogram {
-  int64_t counts[kDigits];
-  double masses[kDigits];
-};
-
-// What the kept entries have to reach: so many of them, or so much of sum exp(z - largest).
-struct Goal {
-  int64_t count;
-  double mass;
-  bool by_mass() const { return count == 0; }
-};
-
-// Adds the entries whose key begins with `prefix` by their next digit, which is above `shift` bits.
-template <class T>
-void count_digits(const LogitsRow<T>& logits, T largest, T least, bool by_mass, Key<T> prefix,
-                  int shift, int digit_bits, Histogram& histogram) {
-  std::memset(&histogram, 0, sizeof(histogram));
-  const Key<T> mask = (Key<T>{1} << digit_bits) - 1;
-  Block<T> staged, terms;
-  for_each_block(logits.vocab_size(), [&](int64_t begin, int count) {
-    const T* block = logits.block(begin, count, staged.values);
-    if (by_mass) kept_block(block, largest, least, round_up_to_lanes(count), terms.values);
-    for (int i = 0; i < count; ++i) {
-      const Key<T> head = key_of(block[i]) >> shift;
-      // two shifts: by all the bits of a key at once would be undefined
-      if (head >> digit_bits != prefix) continue;
-      ++histogram.counts[head & mask];
-      if (by_mass) histogram.masses[head & mask] += static_cast<double>(terms.values[i]);
-    }
-  });
-}
-
-// The digit at which the goal is reached from the largest on, less what lies above it. By rounding
-// a mass may not be: then the last digit that has some.
-int reached_digit(const Histogram& histogram, int digits, Goal* goal) {
-  int last = digits - 1;
-  Goal left = *goal;
-  for (int digit = digits - 1; digit >= 0; --digit) {
-    const bool is_there =
-        goal->by_mass() ? histogram.masses[digit] > 0.0 : histogram.counts[digit] > 0;
-    if (!is_there) continue;
-    last = digit;
-    *goal = left;
-    if (goal->by_mass()) {
-      if (histogram.masses[digit] >= left.mass) break;
-      left.mass -= histogram.masses[digit];
-    } else {
-      if (histogram.counts[digit] >= left.count) break;
-      left.count -= histogram.counts[digit];
-    }
-  }
-  return last;
-}
-
-// The entry z >= least at which the goal is reached from the largest on: its key digit by digit.
-template <class T>
-T reached(const LogitsRow<T>& logits, T largest, T least, Goal goal) {
-  Histogram histogram;
-  Key<T> prefix = 0;
-  int shift = 8 * static_cast<int>(sizeof(T));
-  while (shift > 0) {
-    const int digit_bits = std::min(kDigitBits, shift);
-    shift -= digit_bits;
-    count_digits(logits, largest, least, goal.by_mass(), prefix, shift, digit_bits, histogram);
-    prefix = prefix << digit_bits |
-             static_cast<Key<T>>(reached_digit(histogram, 1 << digit_bits, &goal));
-  }
-  return value_of<T>(prefix);
-}
 
 // ---- what there is to know of a row ----
 
@@ -181,13 +47,19 @@ void run_row(const opd_speculative_verify_rows_args_t& args, int64_t row) {
   Block<T> staged, scratch;
   const bool has_id = token_id >= 0;
   const T at_id = has_id ? *logits.block(token_id, 1, staged.values) : T(0);
+  const bool has_top_k = args.top_k > 0 && args.top_k < args.vocab_size;
+  const bool is_cut = has_top_k || args.top_p < 1.0;
+  const int64_t blocks = num_blocks(args.vocab_size);
+  double* block_maxima = static_cast<double*>(args.workspace) + 2 * row * blocks;
   RunningLse<T> running;
   int64_t best_block = 0, rank = 0;
   for_each_block(args.vocab_size, [&](int64_t begin, int count) {
     const T* block = logits.block(begin, count, staged.values);
+    const int padded = round_up_to_lanes(count);
     const T before = running.largest();
-    running.add(block, round_up_to_lanes(count), scratch.values);
+    running.add(block, padded, scratch.values);
     if (running.largest() > before) best_block = begin;
+    if (is_cut) block_maxima[begin / kBlock] = static_cast<double>(lane_max(block, padded));
     if (has_id) {
       const int earlier = static_cast<int>(
           std::clamp<int64_t>(token_id - begin, int64_t{0}, int64_t{count}));
@@ -210,13 +82,14 @@ void run_row(const opd_speculative_verify_rows_args_t& args, int64_t row) {
 
   *floor = kMinusInfinity<T>;
   double kept = sum;
-  if (args.top_k > 0 && args.top_k < args.vocab_size) {
-    *floor = reached(logits, *largest, kMinusInfinity<T>, Goal{args.top_k, 0.0});
-    kept = kept_sum(logits, *largest, *floor);
+  const Measured<T> measured{logits, *largest, block_maxima};
+  if (has_top_k) {
+    *floor = top_k_floor(measured, args.top_k, block_maxima + blocks);
+    kept = kept_sum(measured, *floor);
   }
   if (args.top_p < 1.0) {
-    *floor = reached(logits, *largest, *floor, Goal{0, args.top_p * kept});
-    kept = kept_sum(logits, *largest, *floor);
+    *floor = top_p_floor(measured, *floor, args.top_p, kept);
+    kept = kept_sum(measured, *floor);
   }
   args.lse[row] = static_cast<double>(*largest) + std::log(kept);
   if (!has_id) return;
@@ -380,7 +253,7 @@ void run_residual(const opd_speculative_verify_residual_args_t& args, int64_t ro
   if (!residual.is_law()) return;
   const int64_t vocab_size = args.vocab_size;
   double* ends = nullptr;
-  if (args.draws) ends = static_cast<double*>(args.workspace) + row * num_blocks(vocab_size);
+  if (args.draws) ends = static_cast<double*>(args.workspace) + 2 * row * num_blocks(vocab_size);
   const Sums sums = add_up(residual, vocab_size, ends);
   args.mass[row] = sums.mass;
   if (residual.has_student()) args.overlap[row] = sums.overlap;

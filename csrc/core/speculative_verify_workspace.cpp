@@ -5,5 +5,5 @@
 #include "rows.h"
 
 int64_t opd_speculative_verify_workspace_bytes(int64_t num_rows, int64_t vocab_size) {
-  return num_rows * opd::num_blocks(vocab_size) * static_cast<int64_t>(sizeof(double));
+  return num_rows * 2 * opd::num_blocks(vocab_size) * static_cast<int64_t>(sizeof(double));
 }
