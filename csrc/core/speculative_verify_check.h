@@ -31,9 +31,7 @@ inline void check_args(const opd_speculative_verify_rows_args_t* args) {
   check_pointers(kOp, "token_ids and every output",
                  {args->token_ids, args->lse, args->floor, args->logprobs, args->ranks,
                   args->argmax, args->largest});
-  if (opd_speculative_verify_workspace_bytes(args->num_rows, args->vocab_size) > 0) {
-    check_pointer(kOp, "workspace", args->workspace);
-  }
+  check_pointer(kOp, "workspace", args->workspace);
 }
 
 inline void check_law(const char* name, const opd_cut_law_t& law) {
@@ -58,12 +56,8 @@ inline void check_args(const opd_speculative_verify_residual_args_t* args) {
                  {args->teacher.rows, args->teacher.scale, args->student.rows, args->student.scale,
                   args->mass, args->overlap, args->tokens, args->student_logprobs,
                   args->teacher_logprobs});
-  if (args->draws) {
-    check_pointer(kOp, "uniforms", args->uniforms);
-    if (opd_speculative_verify_workspace_bytes(args->num_rows, args->vocab_size) > 0) {
-      check_pointer(kOp, "workspace", args->workspace);
-    }
-  }
+  check_pointer(kOp, "workspace", args->workspace);
+  if (args->draws) check_pointer(kOp, "uniforms", args->uniforms);
 }
 
 }  // namespace speculative_verify

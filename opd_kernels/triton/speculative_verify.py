@@ -23,8 +23,8 @@ from ._packing import _side
 from ._rows import launch, split
 from .topk_logprobs import _order
 
-_COLUMNS, _NUM_WARPS = 2048, 4
-# of a cut: columns at a time, and candidates of a round, one less than a power of 2
+_COLUMNS = 2048
+# of a cut: columns at a time, and candidates of a round
 _CUT_COLUMNS, _CANDIDATES = 512, 4
 
 
@@ -47,10 +47,12 @@ class CutLaw(NamedTuple):
     scale: Any
 
 
-def _tiling(vocab_size: int) -> tuple[int, int, int]:
-    """(rows of a program, columns of a tile, tiles of a row)."""
+def _tiling(vocab_size: int) -> tuple[int, int, int, int]:
+    """(rows of a program, columns of a tile, tiles of a row, num_warps)."""
     columns = min(max(triton.next_power_of_2(vocab_size), 16), _COLUMNS)
-    return _COLUMNS // columns, columns, triton.cdiv(vocab_size, columns)
+    rows = _COLUMNS // columns
+    # many rows have values of their own
+    return rows, columns, triton.cdiv(vocab_size, columns), 4 if rows == 1 else 8
 
 
 @triton.jit
@@ -391,7 +393,7 @@ def speculative_verify_rows_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(lse, floor, logprobs, ranks, argmax, largest) of `opd::speculative_verify_rows_fwd`."""
     num_rows = len(token_ids)
-    rows, columns, num_tiles = _tiling(vocab_size)
+    rows, columns, num_tiles, num_warps = _tiling(vocab_size)
     tiles = triton.next_power_of_2(num_tiles)
     law, sizes = (
         _side(logits, bias, numbers, temperatures),
@@ -406,18 +408,18 @@ def speculative_verify_rows_fwd(
     groups = triton.cdiv(num_rows, rows)
     of_tiles = sums, largest, argmax, before
     launch(
-        _row_tiles_kernel, groups * num_tiles, _NUM_WARPS, law, token_ids, *of_tiles, sizes,
+        _row_tiles_kernel, groups * num_tiles, num_warps, law, token_ids, *of_tiles, sizes,
         ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
     launch(
-        _close_rows_kernel, groups, _NUM_WARPS, law, token_ids, *of_tiles, lse, floor, logprobs,
+        _close_rows_kernel, groups, num_warps, law, token_ids, *of_tiles, lse, floor, logprobs,
         ranks, row_argmax, row_largest, sizes, ROWS=rows, TILES=tiles,
     )  # fmt: skip
     has_top_k, has_top_p = 0 < top_k < vocab_size, top_p < 1.0
     if has_top_k or has_top_p:
         high = torch.tensor(top_p, dtype=torch.float32).item()
         launch(
-            _cut_rows_kernel, num_rows, _NUM_WARPS, law, token_ids, largest, lse, floor, logprobs,
+            _cut_rows_kernel, num_rows, num_warps, law, token_ids, largest, lse, floor, logprobs,
             row_largest, sizes, top_k, high, top_p - high, HAS_TOP_K=has_top_k,
             HAS_TOP_P=has_top_p, TILES=tiles, TILE=columns, COLUMNS=min(columns, _CUT_COLUMNS),
             CANDIDATES=_CANDIDATES,
@@ -447,7 +449,7 @@ def speculative_verify_residual_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mass, overlap, tokens, student_logprobs, teacher_logprobs) of the schema of this name."""
     num_rows = len(teacher_rows)
-    rows, columns, num_tiles = _tiling(vocab_size)
+    rows, columns, num_tiles, num_warps = _tiling(vocab_size)
     teacher = CutLaw(
         _side(teacher_logits, teacher_bias, numbers[3:6], teacher_temperatures),
         teacher_lse, teacher_floor, len(teacher_logits), teacher_rows, teacher_scale,
@@ -466,11 +468,11 @@ def speculative_verify_residual_fwd(
     tokens = torch.empty_like(mass, dtype=torch.int32)
     groups = triton.cdiv(num_rows, rows)
     launch(
-        _pair_tiles_kernel, groups * num_tiles, _NUM_WARPS, teacher, student, *of_tiles, sizes,
+        _pair_tiles_kernel, groups * num_tiles, num_warps, teacher, student, *of_tiles, sizes,
         ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
     launch(
-        _draw_kernel, groups, _NUM_WARPS, teacher, student, uniforms, *of_tiles, mass, overlap,
+        _draw_kernel, groups, num_warps, teacher, student, uniforms, *of_tiles, mass, overlap,
         tokens, student_logprobs, teacher_logprobs, sizes, DRAWS=draws, ROWS=rows,
         COLUMNS=columns, TILES=triton.next_power_of_2(num_tiles),
     )  # fmt: skip
