@@ -216,8 +216,8 @@ def _sum_from(
 @triton.jit
 def _cut_rows_kernel(
     law, token_ids_ptr, largest_ptr, lse_ptr, floor_ptr, logprobs_ptr, row_largest_ptr, sizes,
-    top_k, top_p_high, top_p_low, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, TILES: tl.constexpr,
-    TILE: tl.constexpr, COLUMNS: tl.constexpr, CANDIDATES: tl.constexpr,
+    top_k, top_p_high, top_p_low, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
+    TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tiles_ptr = largest_ptr + row * sizes.num_tiles
@@ -236,7 +236,7 @@ def _cut_rows_kernel(
             kept, count = _sum_from(law, row, tiles_ptr, largest, sizes, floor, TILE, COLUMNS)
         if HAS_TOP_P:
             # as a float64: what a kernel is given has 24 bits
-            top_p = top_p_high.to(tl.float64) + top_p_low.to(tl.float64)
+            top_p = tl.full((), 0.0, tl.float64) + top_p_high + top_p_low
             # all entries below this one together have less than may be left out
             share = tl.log((1.0 - top_p) * kept / count) - 1e-3
             low = (largest.to(tl.float64) + share).to(tl.float32)
@@ -259,7 +259,7 @@ def _cut_rows_kernel(
 
 @triton.jit
 def _law_rows(law, at, is_row):
-    """(rows of a side that rows `at` of the call take, whether there is one, lse, floor, factor)."""
+    """(rows of a side that rows `at` of the call take, whether there is one, lse, floor, scale)."""
     rows = tl.load(law.rows + at, mask=is_row, other=-1)
     has_row = (rows >= 0) & (rows < law.num_rows)
     rows = tl.where(has_row, rows, 0)

@@ -9,7 +9,7 @@ import torch
 from tests.native import needs_kernels
 from tests.row_kernels.gpu import CUDA
 from tests.row_kernels.speculative_verify import *  # noqa: F403
-from tests.row_kernels.speculative_verify import residual_of, rows_of, logits_of
+from tests.row_kernels.speculative_verify import logits_of, residual_of, rows_of
 
 pytestmark = [
     needs_kernels("speculative_verify"),
