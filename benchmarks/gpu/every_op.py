@@ -8,7 +8,7 @@ import argparse
 import torch
 
 import opd_kernels as opk
-from benchmarks.gpu import cases, device, sparse_teacher
+from benchmarks.gpu import cases, device, sparse_teacher, verification
 from benchmarks.shapes import Shape
 from opd_kernels import divergences as D
 from opd_kernels import targets
@@ -23,6 +23,7 @@ OPS = (
     "token_logprobs",
     "topk_divergence",
     "topk_logprobs",
+    "speculative_verify",
     "segment_scan",
 )
 
@@ -106,6 +107,17 @@ def topk_logprobs(shape: Shape, dev: device.Device, backend: str, dtype: torch.d
     for num_topk in (1, min(64, shape.vocab_size), min(600, shape.vocab_size)):
         opk.topk_logprobs(logits, num_topk, token_ids=ids, backend=backend)
     opk.fused_linear_topk(hidden, head, num_topk=9, token_ids=ids, softcap=5.0, backend=backend)
+
+
+def speculative_verify(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """Every mode that draws, cut and not, from logits and from hidden states; a masked row."""
+    drafts = verification.drafts_of(dev, shape, dtype, 2, 2)
+    logits = verification.logits_of(dev, drafts)
+    logits.teacher[0, 1, 7:] = -torch.inf
+    for mode in ("rejection", "block", "topk"):
+        for options in ({}, {"top_k": 9, "top_p": 0.9}):
+            verification.ours(drafts, mode, backend, **options)()
+    verification.ours_from_logits(drafts, logits, backend)()
 
 
 def segment_scan(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""speculative_verify on a GPU backend: raw ops against float64, decisions, and what law comes out."""
+"""speculative_verify on a GPU backend: raw ops against float64, decisions, the law of what comes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def cut_of(z: Tensor, cut) -> tuple[Tensor, Tensor]:
     """(floor, lse of what is kept) of each row, from its sorted entries."""
     top_k, top_p = cut
     best = z.sort(1, descending=True).values
-    floor = torch.full((len(z),), -INF, dtype=F64)
+    floor = z.new_full((len(z),), -INF)
     if 0 < top_k < z.shape[1]:
         floor = best[:, top_k - 1]
     if top_p < 1.0:
@@ -76,7 +76,7 @@ def truth_of(z: Tensor, ids: Tensor, cut) -> list[Tensor]:
     """The outputs of rows_fwd for rows that have a law."""
     floor, lse = cut_of(z, cut)
     own = z.gather(1, ids.clamp(min=0)[:, None])
-    columns = torch.arange(z.shape[1])
+    columns = torch.arange(z.shape[1], device=z.device)
     before = ((z > own) | ((z == own) & (columns < ids[:, None]))).sum(1)
     logprobs = torch.where(own.squeeze(1) >= floor, own.squeeze(1) - lse, -INF)
     logprobs, ranks = torch.where(ids < 0, NAN, logprobs), torch.where(ids < 0, -1, before)
@@ -431,7 +431,7 @@ def completed(v, drafts: Tensor, teacher: Tensor, generator: torch.Generator) ->
         [law.multinomial(num_sequences, True, generator=generator) for law in teacher.softmax(-1)],
         1,
     )
-    place = torch.arange(num_drafts + 1)
+    place = torch.arange(num_drafts + 1, device=drafts.device)
     kept = torch.nn.functional.pad(drafts, (0, 1))
     count = v.num_accepted[:, None]
     return torch.where(
@@ -448,17 +448,21 @@ def is_drawn_from(tokens: Tensor, law: Tensor) -> bool:
     return chi_squared_p(found, dict(enumerate(law.tolist()))) > 1e-3
 
 
-def check_law(gpu, name: str, num_sequences: int, num_drafts: int, width: int) -> None:
+def check_law(
+    gpu, name: str, num_sequences: int, num_drafts: int, width: int, device: str = "cpu"
+) -> None:
     """chi-squared of each place and of the first two together; the acceptance."""
-    student, teacher = pair_of(name, num_drafts, width)
+    student, teacher = (logits.to(device) for logits in pair_of(name, num_drafts, width))
     q, p = student.double().softmax(-1), teacher.double().softmax(-1)
     counted = {}
     for mode in ("rejection", "block"):
-        generator = torch.Generator().manual_seed(11)
+        generator = torch.Generator(device).manual_seed(11)
         drafts = torch.stack(
             [law.multinomial(num_sequences, True, generator=generator) for law in q], 1
         )
-        uniforms = torch.rand(num_sequences, num_drafts + 1, generator=generator, dtype=F64)
+        uniforms = torch.rand(
+            num_sequences, num_drafts + 1, generator=generator, dtype=F64, device=device
+        )
         v = opk.speculative_verify(
             drafts,
             student.expand(num_sequences, -1, -1),
