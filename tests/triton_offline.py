@@ -31,6 +31,7 @@ from opd_kernels.triton import (
     divergence,
     sample_tokens,
     sparse_gradient,
+    speculative_verify,
     token_logprobs,
     topk_divergence,
     topk_logprobs,
@@ -89,6 +90,7 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
         topk_divergence,
         topk_logprobs,
         sample_tokens,
+        speculative_verify,
     )
     for module in modules:
         module.launch = launch
@@ -132,6 +134,7 @@ def calls(names: Sequence[str]):
             yield chosen, partial(_topk_logprobs, dtype, options)
             if dtype == torch.float32:
                 yield chosen, partial(_sample_tokens, dtype, options)
+                yield chosen, partial(_speculative_verify, options)
     yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
@@ -230,6 +233,19 @@ def _sample_tokens(dtype: torch.dtype, options: str) -> None:
     if options == EVERYTHING:
         law = (torch.empty(VOCAB_SIZE), torch.ones(2), [0.5, 30.0, 1.0], VOCAB_SIZE)
     sample_tokens.sample_tokens_fwd(logits, uniforms, *law, 1.3)
+
+
+def _speculative_verify(options: str) -> None:
+    """Both sides under one law; with a cut, which plain calls have too."""
+    logits, ids = torch.empty(2, VOCAB_SIZE), torch.zeros(2, dtype=torch.int64)
+    bias, temperatures, numbers, vocab_size = _law(options)
+    law = bias, temperatures, numbers, vocab_size
+    lse, floor, *_ = speculative_verify.speculative_verify_rows_fwd(logits, ids, *law, 50, 0.9)
+    ones, sides = torch.ones(2).double(), (bias, bias, temperatures, temperatures)
+    speculative_verify.speculative_verify_residual_fwd(
+        logits, logits, ids, ids, lse, floor, lse, floor, ones, ones, ones, *sides, numbers * 2,
+        vocab_size, True,
+    )  # fmt: skip
 
 
 def _sparse_gradient() -> None:

@@ -8,7 +8,7 @@ import argparse
 import torch
 
 import opd_kernels as opk
-from benchmarks.gpu import cases, device, sparse_teacher
+from benchmarks.gpu import cases, device, sparse_teacher, verification
 from benchmarks.shapes import Shape
 from opd_kernels import divergences as D
 from opd_kernels import targets
@@ -24,6 +24,7 @@ OPS = (
     "topk_divergence",
     "topk_logprobs",
     "sample_tokens",
+    "speculative_verify",
     "segment_scan",
 )
 
@@ -124,6 +125,17 @@ def sample_tokens(shape: Shape, dev: device.Device, backend: str, dtype: torch.d
         uniforms[:, -1] = 1.0 - 2.0**-53
         opk.sample_tokens(logits, uniforms, proposal_temperature=1.2, backend=backend)
         opk.fused_linear_sample_tokens(hidden, head, uniforms, softcap=5.0, backend=backend)
+
+
+def speculative_verify(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """Every mode that draws, cut and not, from logits and from hidden states; a masked row."""
+    drafts = verification.drafts_of(dev, shape, dtype, 2, 2)
+    logits = verification.logits_of(dev, drafts)
+    logits.teacher[0, 1, 7:] = -torch.inf
+    for mode in ("rejection", "block", "topk"):
+        for options in ({}, {"top_k": 9, "top_p": 0.9}):
+            verification.ours(drafts, mode, backend, **options)()
+    verification.ours_from_logits(drafts, logits, backend)()
 
 
 def segment_scan(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:

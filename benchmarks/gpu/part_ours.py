@@ -11,10 +11,10 @@ from torch import Tensor
 
 import opd_kernels as opk
 from benchmarks import laws
-from benchmarks.gpu import cases, part_ceilings, sparse_teacher
+from benchmarks.gpu import cases, part_ceilings, sparse_teacher, verification
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.device import Device, Run, Time
-from benchmarks.gpu.goals import FUSED_TOPK, SPARSE, TOLERANT, TOPK
+from benchmarks.gpu.goals import FUSED_TOPK, SPARSE, TOLERANT, TOPK, VERIFY
 from benchmarks.gpu.results import RowKernel, Timing
 from opd_kernels import _dispatch, _gemms, _laws
 
@@ -330,6 +330,29 @@ def topk(device: Device, context: Context, shape: cases.Shape) -> None:
     context.row(timing(str(shape), label, "", "frozen", times["ours"], times["floor"]))
 
 
+def verify(device: Device, context: Context, shape: cases.Shape) -> None:
+    """`fused_linear_speculative_verify` over its two GEMMs, as it is called and as a graph."""
+    sizes = context.sizes
+    for num_sequences, num_drafts in verification.SIZES:
+        drafts = verification.drafts_of(device, shape, sizes.dtype, num_sequences, num_drafts)
+        floor = verification.gemms_of(device, drafts)
+        variants = {"floor": floor, "floor, graph": device.capture(floor)}
+        for mode, options in (
+            ("rejection", {}),
+            ("block", {}),
+            ("rejection, top_p", {"top_p": 0.95}),
+        ):
+            run = verification.ours(drafts, mode.partition(",")[0], context.lead, **options)
+            variants |= {mode: run, f"{mode}, graph": device.capture(run)}
+        times = device.turns(variants, sizes.rounds, context.seconds_left())
+        case = f"{shape._replace(num_tokens=num_sequences * (num_drafts + 1))}"
+        for mode, time in times.items():
+            if not mode.startswith("floor"):
+                bare = times["floor, graph" if mode.endswith("graph") else "floor"]
+                label = f"{VERIFY}, B={num_sequences} G={num_drafts}, {mode}"
+                context.row(timing(case, label, "", "frozen", time, bare))
+
+
 def each(context: Context, what: str, shapes: tuple, case: Callable[[cases.Shape], None]) -> None:
     """A case after the other while there is time; one that fails does not stop the rest."""
     device = context.device()
@@ -355,6 +378,7 @@ def run(context: Context) -> None:
     each(context, "logprobs", some[:1], lambda shape: token_logprobs(device, context, shape))
     each(context, "sparse teacher", some, lambda shape: sparse(device, context, shape))
     each(context, "top-k", some, lambda shape: topk(device, context, shape))
+    each(context, "verification", some[:1], lambda shape: verify(device, context, shape))
     for backend in others:
         if backend != "reference" and context.has_time(f"row kernels, {backend}", 1.0):
             with context.attempt(f"row kernels, {backend}"):
