@@ -154,7 +154,7 @@ class DrawsForm:
             )
         if counts.size and not (counts.min() >= 1 and counts.max() <= self.num_draws):
             raise ValueError(
-                f"ids must have 1 to {self.num_draws} of each row, the draws there are"
+                f"ids must be 1 to {self.num_draws} in each row, one for each draw at most"
             )
         high = self._coded(values, rows, len(counts))
         entries = (flat | (high << bits)).astype("<u8")

@@ -89,8 +89,8 @@ def test_tokens_in_any_order_are_the_same_draws():
     [
         ([[3, 3]], [[0.5, 0.5]], "different in each row and below 10"),
         ([[3, 10]], [[0.5, 0.5]], "different in each row and below 10"),
-        ([[-1, -1]], [[0.0, 0.0]], "1 to 4 of each row"),
-        ([[0, 1, 2, 3, 4]], [[0.2] * 5], "1 to 4 of each row"),
+        ([[-1, -1]], [[0.0, 0.0]], "1 to 4 in each row"),
+        ([[0, 1, 2, 3, 4]], [[0.2] * 5], "1 to 4 in each row"),
         ([[3, 5]], [[0.5, 0.25]], "counts over the 4 draws"),
         ([[3, 5]], [[0.3, 0.7]], "counts over the 4 draws"),
         ([[3, 5]], [[float("nan"), 0.5]], "finite"),
