@@ -234,8 +234,8 @@ std::vector<Case> cases() {
   add({"-inf under a cap", F32, F32, 5, 701, 701, 8, 0, false, false, 1, 5}, kApart, -kInf);
   // a mass of e^-32, of 1 - e^-32, and one beyond the range of float32's exponential
   for (const double on_ids : {40.0, -40.0, 130.0}) {
-    add({"all but nothing", F32, F32, 3, 2000, 2001, 16}, kApart, 0.0, on_ids, true);
-    add({"all but nothing", F32, BF16, 3, 2000, 2001, 16, 0, false, false, 1, 200}, kNarrow, 0.0,
+    add({"all but nothing", F32, F32, 12, 2000, 2001, 16}, kApart, 0.0, on_ids, true);
+    add({"all but nothing", F32, BF16, 12, 2000, 2001, 16, 0, false, false, 1, 200}, kNarrow, 0.0,
         on_ids, true);
   }
   return all;
