@@ -229,6 +229,12 @@ OPD_IVDEP
   T scale_, softcap_, temperature_;
 };
 
+// fn(a value of the compute type of these logits).
+template <class Fn>
+void visit_real(const opd_logits_t& logits, Fn&& fn) {
+  logits.matrix.dtype == OPD_FLOAT64 ? fn(double{}) : fn(float{});
+}
+
 // fn(begin, count) over the blocks of a row.
 template <class Fn>
 void for_each_block(int64_t vocab_size, Fn&& fn) {

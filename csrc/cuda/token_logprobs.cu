@@ -175,17 +175,11 @@ void backward(const opd_token_logprobs_bwd_args_t& args, void* stream) {
 }  // namespace opd
 
 opd_status_t opd_token_logprobs_fwd_cuda(const opd_token_logprobs_fwd_args_t* args, void* stream) {
-  return opd::guarded([&] {
-    opd::token_logprobs::check_args(args);
-    if (args->spec.num_tokens == 0) return;
-    opd::cuda::forward(*args, stream);
-  });
+  return opd::guarded_rows(args, opd::token_logprobs::check_args,
+                           [&] { opd::cuda::forward(*args, stream); });
 }
 
 opd_status_t opd_token_logprobs_bwd_cuda(const opd_token_logprobs_bwd_args_t* args, void* stream) {
-  return opd::guarded([&] {
-    opd::token_logprobs::check_args(args);
-    if (args->spec.num_tokens == 0) return;
-    opd::cuda::backward(*args, stream);
-  });
+  return opd::guarded_rows(args, opd::token_logprobs::check_args,
+                           [&] { opd::cuda::backward(*args, stream); });
 }

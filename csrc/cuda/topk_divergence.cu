@@ -286,18 +286,12 @@ void backward(const opd_topk_divergence_bwd_args_t& args, void* stream) {
 
 opd_status_t opd_topk_divergence_fwd_cuda(const opd_topk_divergence_fwd_args_t* args,
                                           void* stream) {
-  return opd::guarded([&] {
-    opd::topk_divergence::check_args(args);
-    if (args->spec.num_tokens == 0) return;
-    opd::cuda::forward(*args, stream);
-  });
+  return opd::guarded_rows(args, opd::topk_divergence::check_args,
+                           [&] { opd::cuda::forward(*args, stream); });
 }
 
 opd_status_t opd_topk_divergence_bwd_cuda(const opd_topk_divergence_bwd_args_t* args,
                                           void* stream) {
-  return opd::guarded([&] {
-    opd::topk_divergence::check_args(args);
-    if (args->spec.num_tokens == 0) return;
-    opd::cuda::backward(*args, stream);
-  });
+  return opd::guarded_rows(args, opd::topk_divergence::check_args,
+                           [&] { opd::cuda::backward(*args, stream); });
 }
