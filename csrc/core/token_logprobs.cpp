@@ -96,11 +96,7 @@ void backward(const opd_token_logprobs_bwd_args_t& args) {
       if (token_id >= begin && token_id < begin + count) {
         gradient.values[token_id - begin] += scale * grad_logprob;
       }
-      if (logits.has_softcap()) {
-        logits.slope_block(begin, count, slope.values);
-OPD_IVDEP
-        for (int i = 0; i < count; ++i) gradient.values[i] *= slope.values[i];
-      }
+      logits.times_softcap_slope(begin, count, gradient.values, slope.values);
       store_block(args.grad_logits, row, begin, count, gradient.values);
     });
     zero_columns(args.grad_logits, row, spec.vocab_size, args.grad_width);

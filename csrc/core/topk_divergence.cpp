@@ -231,11 +231,7 @@ void backward(const opd_topk_divergence_bwd_args_t& args) {
       for (; next < ids.size() && ids.id(next) < begin + count; ++next) {
         gradient.values[ids.id(next) - begin] = scale * grad_ids[ids.column(next)];
       }
-      if (logits.has_softcap()) {
-        logits.slope_block(begin, count, slope.values);
-OPD_IVDEP
-        for (int i = 0; i < count; ++i) gradient.values[i] *= slope.values[i];
-      }
+      logits.times_softcap_slope(begin, count, gradient.values, slope.values);
       store_block(args.grad_logits, row, begin, count, gradient.values);
     });
     zero_columns(args.grad_logits, row, spec.vocab_size, args.grad_width);
