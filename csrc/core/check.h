@@ -54,4 +54,14 @@ opd_status_t guarded(Fn&& fn) noexcept {
   return OPD_INTERNAL;
 }
 
+// The entry point of an op whose args have a spec: what `check` refuses, then run(), unless there are
+// no tokens.
+template <class Args, class Run>
+opd_status_t guarded_rows(const Args* args, void (*check)(const Args*), Run&& run) noexcept {
+  return guarded([&] {
+    check(args);
+    if (args->spec.num_tokens > 0) run();
+  });
+}
+
 }  // namespace opd

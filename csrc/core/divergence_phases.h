@@ -319,10 +319,7 @@ OPD_IVDEP
   // What the labels and the soft cap make of a gradient.
   void through_logits(int64_t begin, int count, T* gradient, Block<T>& slope) const {
     subtract_labels(begin, count, gradient);
-    if (!laws_.student.has_softcap()) return;
-    laws_.student.slope_block(begin, count, slope.values);
-OPD_IVDEP
-    for (int i = 0; i < count; ++i) gradient[i] *= slope.values[i];
+    laws_.student.times_softcap_slope(begin, count, gradient, slope.values);
   }
 
   RunningLse<T> running(State largest, State sum) const {

@@ -191,6 +191,13 @@ class LogitsRow {
     softcap_slope_block(softcap_, count, out);
   }
   T slope() const { return scale_ / temperature_; }
+  // The softcap's own slope times `gradient`, in place, where there is one; `scratch` has its room.
+  void times_softcap_slope(int64_t begin, int count, T* gradient, T* scratch) const {
+    if (!has_softcap()) return;
+    slope_block(begin, count, scratch);
+OPD_IVDEP
+    for (int i = 0; i < count; ++i) gradient[i] *= scratch[i];
+  }
 
  private:
   bool is_affine() const { return bias_ != nullptr || scale_ != T(1); }
@@ -230,6 +237,12 @@ OPD_IVDEP
 };
 
 inline int64_t num_blocks(int64_t vocab_size) { return (vocab_size + kBlock - 1) / kBlock; }
+
+// fn(a value of the compute type of these logits).
+template <class Fn>
+void visit_real(const opd_logits_t& logits, Fn&& fn) {
+  logits.matrix.dtype == OPD_FLOAT64 ? fn(double{}) : fn(float{});
+}
 
 // fn(begin, count) over the blocks of a row.
 template <class Fn>

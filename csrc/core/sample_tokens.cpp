@@ -184,9 +184,9 @@ opd_status_t opd_sample_tokens_fwd_cpu(const opd_sample_tokens_args_t* args) {
   return opd::guarded([&] {
     opd::sample_tokens::check_args(args);
     opd::check_uniforms(*args);
-    const bool is_double = args->logits.matrix.dtype == OPD_FLOAT64;
-    opd::parallel_rows(args->parallel_for, args->num_tokens, [&](int64_t row) {
-      is_double ? opd::run_row<double>(*args, row) : opd::run_row<float>(*args, row);
+    opd::visit_real(args->logits, [&](auto real) {
+      opd::parallel_rows(args->parallel_for, args->num_tokens,
+                         [&](int64_t row) { opd::run_row<decltype(real)>(*args, row); });
     });
   });
 }

@@ -96,11 +96,7 @@ void backward(const opd_token_logprobs_bwd_args_t& args) {
       if (token_id >= begin && token_id < begin + count) {
         gradient.values[token_id - begin] += scale * grad_logprob;
       }
-      if (logits.has_softcap()) {
-        logits.slope_block(begin, count, slope.values);
-OPD_IVDEP
-        for (int i = 0; i < count; ++i) gradient.values[i] *= slope.values[i];
-      }
+      logits.times_softcap_slope(begin, count, gradient.values, slope.values);
       store_block(args.grad_logits, row, begin, count, gradient.values);
     });
     zero_columns(args.grad_logits, row, spec.vocab_size, args.grad_width);
@@ -111,21 +107,17 @@ OPD_IVDEP
 }  // namespace opd
 
 opd_status_t opd_token_logprobs_fwd_cpu(const opd_token_logprobs_fwd_args_t* args) {
-  return opd::guarded([&] {
-    opd::token_logprobs::check_args(args);
+  return opd::guarded_rows(args, opd::token_logprobs::check_args, [&] {
     opd::check_ids(args->spec);
-    if (args->spec.num_tokens == 0) return;
-    const bool is_double = args->spec.logits.matrix.dtype == OPD_FLOAT64;
-    is_double ? opd::forward<double>(*args) : opd::forward<float>(*args);
+    opd::visit_real(args->spec.logits,
+                    [&](auto real) { opd::forward<decltype(real)>(*args); });
   });
 }
 
 opd_status_t opd_token_logprobs_bwd_cpu(const opd_token_logprobs_bwd_args_t* args) {
-  return opd::guarded([&] {
-    opd::token_logprobs::check_args(args);
+  return opd::guarded_rows(args, opd::token_logprobs::check_args, [&] {
     opd::check_ids(args->spec);
-    if (args->spec.num_tokens == 0) return;
-    const bool is_double = args->spec.logits.matrix.dtype == OPD_FLOAT64;
-    is_double ? opd::backward<double>(*args) : opd::backward<float>(*args);
+    opd::visit_real(args->spec.logits,
+                    [&](auto real) { opd::backward<decltype(real)>(*args); });
   });
 }

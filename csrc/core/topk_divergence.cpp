@@ -231,11 +231,7 @@ void backward(const opd_topk_divergence_bwd_args_t& args) {
       for (; next < ids.size() && ids.id(next) < begin + count; ++next) {
         gradient.values[ids.id(next) - begin] = scale * grad_ids[ids.column(next)];
       }
-      if (logits.has_softcap()) {
-        logits.slope_block(begin, count, slope.values);
-OPD_IVDEP
-        for (int i = 0; i < count; ++i) gradient.values[i] *= slope.values[i];
-      }
+      logits.times_softcap_slope(begin, count, gradient.values, slope.values);
       store_block(args.grad_logits, row, begin, count, gradient.values);
     });
     zero_columns(args.grad_logits, row, spec.vocab_size, args.grad_width);
@@ -246,21 +242,17 @@ OPD_IVDEP
 }  // namespace opd
 
 opd_status_t opd_topk_divergence_fwd_cpu(const opd_topk_divergence_fwd_args_t* args) {
-  return opd::guarded([&] {
-    opd::topk_divergence::check_args(args);
+  return opd::guarded_rows(args, opd::topk_divergence::check_args, [&] {
     opd::check_ids(args->spec);
-    if (args->spec.num_tokens == 0) return;
-    const bool is_double = args->spec.logits.matrix.dtype == OPD_FLOAT64;
-    is_double ? opd::forward<double>(*args) : opd::forward<float>(*args);
+    opd::visit_real(args->spec.logits,
+                    [&](auto real) { opd::forward<decltype(real)>(*args); });
   });
 }
 
 opd_status_t opd_topk_divergence_bwd_cpu(const opd_topk_divergence_bwd_args_t* args) {
-  return opd::guarded([&] {
-    opd::topk_divergence::check_args(args);
+  return opd::guarded_rows(args, opd::topk_divergence::check_args, [&] {
     opd::check_ids(args->spec);
-    if (args->spec.num_tokens == 0) return;
-    const bool is_double = args->spec.logits.matrix.dtype == OPD_FLOAT64;
-    is_double ? opd::backward<double>(*args) : opd::backward<float>(*args);
+    opd::visit_real(args->spec.logits,
+                    [&](auto real) { opd::backward<decltype(real)>(*args); });
   });
 }

@@ -100,6 +100,23 @@ class RowLaw {
     cap_and_cool(values);
   }
 
+  // The logits become what fn(values) makes of the law's: their gradient in its place, times the
+  // softcap's own slope.
+  template <int N, class Fn>
+  __device__ __forceinline__ void to_gradient(int64_t column, float (&values)[N], Fn&& fn) const {
+    float slopes[N];
+    affine(column, values);
+#pragma unroll
+    for (int i = 0; i < N; ++i) slopes[i] = values[i];
+    cap_and_cool(values);
+    fn(values);
+    if (has_softcap()) {
+      softcap_slope(slopes);
+#pragma unroll
+      for (int i = 0; i < N; ++i) values[i] *= slopes[i];
+    }
+  }
+
   // 1 - tanh(value / cap)^2 of what affine() returned, in place
   template <int N>
   __device__ __forceinline__ void softcap_slope(float (&values)[N]) const {

@@ -124,5 +124,14 @@ inline bool overlaps_logits(const char* op, opd_const_matrix_t logits, opd_matri
   return overlaps;
 }
 
+// fn(value of the storage type of the logits, the same of their gradient).
+template <class Fn>
+void visit_storages(const char* op, opd_const_matrix_t logits, opd_matrix_t grad_logits, Fn&& fn) {
+  visit_storage(op, "logits", logits.dtype, [&](auto storage) {
+    visit_storage(op, "grad_logits", grad_logits.dtype,
+                  [&](auto gradient) { fn(storage, gradient); });
+  });
+}
+
 }  // namespace cuda
 }  // namespace opd

@@ -80,25 +80,17 @@ struct RowGradient {
   // the logits become their gradient, in place
   template <int N>
   __device__ __forceinline__ void apply(int64_t column, float (&values)[N]) const {
-    float slopes[N];
-    law.affine(column, values);
+    law.to_gradient(column, values, [&](float (&logits)[N]) {
+      const int64_t distance = token_id - column;
+      const int own = distance >= 0 && distance < N ? static_cast<int>(distance) : -1;
 #pragma unroll
-    for (int i = 0; i < N; ++i) slopes[i] = values[i];
-    law.cap_and_cool(values);
-    const int64_t distance = token_id - column;
-    const int own = distance >= 0 && distance < N ? static_cast<int>(distance) : -1;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float lq = (values[i] - lse_high) - lse_low;
-      const float q = exp(lq);
-      const float gradient = q == 0.0f ? 0.0f : q * (c0 + c1 * lq);
-      values[i] = i == own ? gradient + of_token : gradient;
-    }
-    if (law.has_softcap()) {
-      law.softcap_slope(slopes);
-#pragma unroll
-      for (int i = 0; i < N; ++i) values[i] *= slopes[i];
-    }
+      for (int i = 0; i < N; ++i) {
+        const float lq = (logits[i] - lse_high) - lse_low;
+        const float q = exp(lq);
+        const float gradient = q == 0.0f ? 0.0f : q * (c0 + c1 * lq);
+        logits[i] = i == own ? gradient + of_token : gradient;
+      }
+    });
   }
 };
 
@@ -161,12 +153,9 @@ void backward(const opd_token_logprobs_bwd_args_t& args, void* stream) {
       args.grad_width,
       overlaps_logits(token_logprobs::kOp, logits, args.grad_logits, spec.num_tokens)};
   const Shape shape{spec.num_tokens, kThreads};
-  visit_storage(token_logprobs::kOp, "logits", logits.dtype, [&](auto storage) {
-    visit_storage(token_logprobs::kOp, "grad_logits", args.grad_logits.dtype, [&](auto gradient) {
-      using Storage = decltype(storage);
-      using Gradient = decltype(gradient);
-      launch(shape, stream, &token_logprobs_backward<Storage, Gradient>, parameters);
-    });
+  visit_storages(token_logprobs::kOp, logits, args.grad_logits, [&](auto storage, auto gradient) {
+    launch(shape, stream, &token_logprobs_backward<decltype(storage), decltype(gradient)>,
+           parameters);
   });
 }
 
@@ -175,17 +164,11 @@ void backward(const opd_token_logprobs_bwd_args_t& args, void* stream) {
 }  // namespace opd
 
 opd_status_t opd_token_logprobs_fwd_cuda(const opd_token_logprobs_fwd_args_t* args, void* stream) {
-  return opd::guarded([&] {
-    opd::token_logprobs::check_args(args);
-    if (args->spec.num_tokens == 0) return;
-    opd::cuda::forward(*args, stream);
-  });
+  return opd::guarded_rows(args, opd::token_logprobs::check_args,
+                           [&] { opd::cuda::forward(*args, stream); });
 }
 
 opd_status_t opd_token_logprobs_bwd_cuda(const opd_token_logprobs_bwd_args_t* args, void* stream) {
-  return opd::guarded([&] {
-    opd::token_logprobs::check_args(args);
-    if (args->spec.num_tokens == 0) return;
-    opd::cuda::backward(*args, stream);
-  });
+  return opd::guarded_rows(args, opd::token_logprobs::check_args,
+                           [&] { opd::cuda::backward(*args, stream); });
 }

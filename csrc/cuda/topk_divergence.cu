@@ -156,21 +156,13 @@ struct RestGradient {
   // the logits become their gradient, in place
   template <int N>
   __device__ __forceinline__ void apply(int64_t column, float (&values)[N]) const {
-    float slopes[N];
-    law.affine(column, values);
+    law.to_gradient(column, values, [&](float (&logits)[N]) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) slopes[i] = values[i];
-    law.cap_and_cool(values);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float q = exp((values[i] - lse_high) - lse_low);
-      values[i] = q == 0.0f ? 0.0f : q * factor;
-    }
-    if (law.has_softcap()) {
-      law.softcap_slope(slopes);
-#pragma unroll
-      for (int i = 0; i < N; ++i) values[i] *= slopes[i];
-    }
+      for (int i = 0; i < N; ++i) {
+        const float q = exp((logits[i] - lse_high) - lse_low);
+        logits[i] = q == 0.0f ? 0.0f : q * factor;
+      }
+    });
   }
 };
 
@@ -271,12 +263,9 @@ void backward(const opd_topk_divergence_bwd_args_t& args, void* stream) {
       overlaps_logits(topk_divergence::kOp, logits, args.grad_logits, spec.num_tokens)};
   const int64_t shared = spec.logits.softcap != 0.0 ? spec.num_ids * sizeof(float) : 0;
   const Shape shape{spec.num_tokens, kThreads, shared};
-  visit_storage(topk_divergence::kOp, "logits", logits.dtype, [&](auto storage) {
-    visit_storage(topk_divergence::kOp, "grad_logits", args.grad_logits.dtype, [&](auto gradient) {
-      using Storage = decltype(storage);
-      using Gradient = decltype(gradient);
-      launch(shape, stream, &topk_divergence_backward<Storage, Gradient>, parameters);
-    });
+  visit_storages(topk_divergence::kOp, logits, args.grad_logits, [&](auto storage, auto gradient) {
+    launch(shape, stream, &topk_divergence_backward<decltype(storage), decltype(gradient)>,
+           parameters);
   });
 }
 
@@ -286,18 +275,12 @@ void backward(const opd_topk_divergence_bwd_args_t& args, void* stream) {
 
 opd_status_t opd_topk_divergence_fwd_cuda(const opd_topk_divergence_fwd_args_t* args,
                                           void* stream) {
-  return opd::guarded([&] {
-    opd::topk_divergence::check_args(args);
-    if (args->spec.num_tokens == 0) return;
-    opd::cuda::forward(*args, stream);
-  });
+  return opd::guarded_rows(args, opd::topk_divergence::check_args,
+                           [&] { opd::cuda::forward(*args, stream); });
 }
 
 opd_status_t opd_topk_divergence_bwd_cuda(const opd_topk_divergence_bwd_args_t* args,
                                           void* stream) {
-  return opd::guarded([&] {
-    opd::topk_divergence::check_args(args);
-    if (args->spec.num_tokens == 0) return;
-    opd::cuda::backward(*args, stream);
-  });
+  return opd::guarded_rows(args, opd::topk_divergence::check_args,
+                           [&] { opd::cuda::backward(*args, stream); });
 }

@@ -6,7 +6,7 @@
 #include <functional>
 #include <random>
 
-#include "emulated.h"
+#include "emulated_law.h"
 
 namespace {
 
@@ -32,7 +32,7 @@ struct Case {
   Fill fill = spread;
   int64_t shift = 0;  // of the first row from a 16-byte address, in elements
   bool bias = false, temperatures = false;
-  double scale = 1.0, softcap = 0.0;
+  double scale = 1.0, softcap = 0.0, temperature = 1.0;
 };
 
 struct Outputs {
@@ -50,17 +50,13 @@ bool same(const Outputs& a, const Outputs& b) {
 // The inputs of a case, and its rows as a law takes them.
 struct Problem {
   Problem(const Case& c, const std::vector<double>& given)
-      : c(c), logits(c.dtype, c.num_tokens * c.row_stride, c.shift), bias(F32, c.vocab_size, 1),
-        temperatures(F32, c.num_tokens), uniforms(given) {
-    std::mt19937 generator(3);
-    std::normal_distribution<double> normal(0.0, 1.0);
+      : c(c), generator(3), logits(c.dtype, c.num_tokens * c.row_stride, c.shift),
+        bend(F32, c.num_tokens, c.vocab_size, [&] { return normal(generator); }), uniforms(given) {
     for (int64_t i = 0; i < c.num_tokens * c.row_stride; ++i) {
       const int64_t t = i / c.row_stride, v = i % c.row_stride;
       // garbage in the padding
       logits.set(i, v < c.vocab_size ? c.fill(t, v, c.vocab_size, normal(generator)) : kNaN);
     }
-    for (int64_t v = 0; v < c.vocab_size; ++v) bias.set(v, normal(generator));
-    for (int64_t t = 0; t < c.num_tokens; ++t) temperatures.set(t, 0.5 + 0.3 * (t % 7));
     std::uniform_real_distribution<double> uniform(0.0, 1.0);
     while (static_cast<int64_t>(uniforms.size()) < c.num_tokens * c.num_draws) {
       const int64_t n = static_cast<int64_t>(uniforms.size()) % c.num_draws;
@@ -70,9 +66,9 @@ struct Problem {
   std::vector<double> row(int64_t t) {
     std::vector<double> z(c.vocab_size);
     for (int64_t v = 0; v < c.vocab_size; ++v) {
-      z[v] = c.scale * (logits.get(t * c.row_stride + v) + (c.bias ? bias.get(v) : 0.0));
+      z[v] = c.scale * (logits.get(t * c.row_stride + v) + (c.bias ? bend.bias.get(v) : 0.0));
       if (c.softcap != 0) z[v] = c.softcap * std::tanh(z[v] / c.softcap);
-      if (c.temperatures) z[v] /= temperatures.get(t);
+      if (c.temperatures) z[v] /= bend.temperatures.get(t);
     }
     return z;
   }
@@ -86,12 +82,7 @@ struct Problem {
     args.struct_size = sizeof(args);
     args.num_tokens = T;
     args.vocab_size = c.vocab_size;
-    args.logits = {{logits.data(), c.row_stride, c.dtype},
-                   c.bias ? bias.data() : nullptr,
-                   c.scale,
-                   c.softcap,
-                   1.0,
-                   c.temperatures ? temperatures.data() : nullptr};
+    args.logits = bend.side(c, logits, c.dtype);
     args.uniforms = uniforms.data();
     args.num_draws = N;
     args.proposal_temperature = c.proposal_temperature;
@@ -105,7 +96,10 @@ struct Problem {
   }
 
   const Case& c;
-  Numbers logits, bias, temperatures;
+  std::mt19937 generator;
+  std::normal_distribution<double> normal{0.0, 1.0};
+  Numbers logits;
+  emulated::Bend bend;
   std::vector<double> uniforms;
 };
 

@@ -2,7 +2,7 @@
 // The CUDA kernels of token_logprobs, emulated, against the CPU's in float64.
 #include <random>
 
-#include "emulated.h"
+#include "emulated_law.h"
 
 namespace {
 
@@ -54,15 +54,7 @@ Outputs run(const Case& c, int32_t dtype, int32_t grad_dtype, bool in_place, For
     rounded.set(0, value);
     logits.set(i, rounded.get(0));
   }
-  Numbers bias(real, V, 1), temperatures(real, T), narrow(OPD_FLOAT32, 1);
-  for (int64_t v = 0; v < V; ++v) {
-    narrow.set(0, normal(generator) / 2);
-    bias.set(v, narrow.get(0));
-  }
-  for (int64_t t = 0; t < T; ++t) {
-    narrow.set(0, 0.5 + 0.3 * (t % 7));
-    temperatures.set(t, narrow.get(0));
-  }
+  emulated::Bend bend(real, T, V, [&] { return normal(generator) / 2; });
   std::vector<int64_t> ids(T);
   for (int64_t t = 0; t < T; ++t) ids[t] = t == 0 ? 0 : t == 1 ? V - 1 : (t * 7919) % V;
 
@@ -70,12 +62,7 @@ Outputs run(const Case& c, int32_t dtype, int32_t grad_dtype, bool in_place, For
   spec.num_tokens = T;
   spec.vocab_size = V;
   spec.token_ids = ids.data();
-  spec.logits = {{logits.data(), c.row_stride, dtype},
-                 c.bias ? bias.data() : nullptr,
-                 c.scale,
-                 c.softcap,
-                 c.temperature,
-                 c.temperatures ? temperatures.data() : nullptr};
+  spec.logits = bend.side(c, logits, dtype);
   Numbers logprobs(real, T), entropy(real, T);
   Outputs out;
   out.lse.resize(T);
@@ -87,9 +74,7 @@ Outputs run(const Case& c, int32_t dtype, int32_t grad_dtype, bool in_place, For
   fwd.entropy = entropy.data();
   expect::that(forward(&fwd) == OPD_OK, opd_last_error());
 
-  const int64_t width = c.row_stride;
-  const int64_t grad_stride = in_place && grad_dtype != dtype ? 2 * width : width;
-  Numbers gradient(grad_dtype, T * width, c.shift + 1);
+  emulated::Gradient gradient(c, dtype, grad_dtype, in_place, logits);
   Numbers grad_logprobs(real, T), grad_entropy(real, T);
   std::vector<double> grad_lse(T);
   for (int64_t t = 0; t < T; ++t) {
@@ -105,25 +90,13 @@ Outputs run(const Case& c, int32_t dtype, int32_t grad_dtype, bool in_place, For
   bwd.grad_entropy = grad_entropy.data();
   bwd.lse = out.lse.data();
   bwd.entropy = entropy.data();
-  void* const at = in_place ? logits.data() : gradient.data();
-  bwd.grad_logits = {at, grad_stride, grad_dtype};
-  bwd.grad_width = width;
+  bwd.grad_logits = gradient.matrix();
+  bwd.grad_width = gradient.width();
   expect::that(backward(&bwd) == OPD_OK, opd_last_error());
-  if (in_place) {
-    for (int64_t t = 0; t < T; ++t) {
-      std::memcpy(static_cast<char*>(gradient.data()) + t * width * emulated::size_of(grad_dtype),
-                  static_cast<char*>(at) + t * grad_stride * emulated::size_of(grad_dtype),
-                  width * emulated::size_of(grad_dtype));
-    }
-  }
+  out.gradient = gradient.read([](int64_t t) { return t % 4 == 3; });
   for (int64_t t = 0; t < T; ++t) {
     out.logprobs.push_back(logprobs.get(t));
     out.entropy.push_back(entropy.get(t));
-    for (int64_t v = 0; v < width; ++v) {
-      const double value = gradient.get(t * width + v);
-      if (v >= V || t % 4 == 3) expect::that(value == 0.0, "zero where nothing has a gradient");
-      if (v < V) out.gradient.push_back(value);
-    }
   }
   return out;
 }
@@ -214,30 +187,11 @@ void check_edges() {
   expect::that(forward_cuda(&fwd) == OPD_OK, opd_last_error());
   expect::that(std::isnan(logprobs[0]) && std::isnan(logprobs[1]) && std::isfinite(lse[0]),
                "an id out of range is NaN in its own row");
-  fwd.spec.logits.matrix.dtype = OPD_FLOAT64;
-  expect::that(forward_cuda(&fwd) == OPD_UNSUPPORTED &&
-                   std::strstr(opd_last_error(), "logits must be float32, bfloat16 or float16"),
-               "float64 is refused in words");
-  fwd.spec.logits.temperature = 0.0;
-  expect::that(forward_cuda(&fwd) == OPD_INVALID_ARGUMENT &&
-                   std::strstr(opd_last_error(), "temperature of logits must be positive"),
-               "what the CPU refuses is refused");
 
   opd_token_logprobs_bwd_args_t bwd{};
-  bwd.struct_size = sizeof(bwd);
-  bwd.spec = fwd.spec;
-  bwd.spec.logits.temperature = 1.0;
-  bwd.spec.logits.matrix.dtype = F32;
   bwd.grad_logprobs = bwd.grad_entropy = bwd.entropy = entropy;
   bwd.grad_lse = bwd.lse = lse;
-  bwd.grad_logits = {logits, 4, BF16};
-  bwd.grad_width = 3;
-  expect::that(backward_cuda(&bwd) == OPD_INVALID_ARGUMENT &&
-                   std::strstr(opd_last_error(), "with twice the row_stride 4, got 4"),
-               "rows of a gradient that would overwrite the logits of others are refused");
-  bwd.spec.num_tokens = 0;
-  bwd.spec.token_ids = nullptr;
-  expect::that(backward_cuda(&bwd) == OPD_OK, "no tokens, nothing to do");
+  emulated::check_refusals(fwd, bwd, forward_cuda, backward_cuda);
 }
 
 }  // namespace

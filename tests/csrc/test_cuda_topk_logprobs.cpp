@@ -4,7 +4,7 @@
 #include <functional>
 #include <random>
 
-#include "emulated.h"
+#include "emulated_law.h"
 
 namespace {
 
@@ -54,21 +54,13 @@ Outputs run(const Case& c, int32_t dtype, const std::vector<int64_t>& token_ids,
   const int32_t real = dtype == OPD_FLOAT64 ? OPD_FLOAT64 : OPD_FLOAT32;
   std::mt19937 generator(3);
   std::normal_distribution<double> normal(0.0, 1.0);
-  Numbers rounded(c.dtype, 1), logits(dtype, T * c.row_stride, c.shift), narrow(OPD_FLOAT32, 1);
+  Numbers rounded(c.dtype, 1), logits(dtype, T * c.row_stride, c.shift);
   for (int64_t i = 0; i < T * c.row_stride; ++i) {
     const int64_t t = i / c.row_stride, v = i % c.row_stride;
     rounded.set(0, v < V ? c.fill(t, v, V, normal(generator)) : kNaN);  // garbage in the padding
     logits.set(i, rounded.get(0));
   }
-  Numbers bias(real, V, 1), temperatures(real, T);
-  for (int64_t v = 0; v < V; ++v) {
-    narrow.set(0, normal(generator));
-    bias.set(v, narrow.get(0));
-  }
-  for (int64_t t = 0; t < T; ++t) {
-    narrow.set(0, 0.5 + 0.3 * (t % 7));
-    temperatures.set(t, narrow.get(0));
-  }
+  emulated::Bend bend(real, T, V, [&] { return normal(generator); });
   Outputs out;
   out.ids.assign(T * K, 77);
   out.lse.resize(T);
@@ -77,12 +69,7 @@ Outputs run(const Case& c, int32_t dtype, const std::vector<int64_t>& token_ids,
   args.struct_size = sizeof(args);
   args.num_tokens = T;
   args.vocab_size = V;
-  args.logits = {{logits.data(), c.row_stride, dtype},
-                 c.bias ? bias.data() : nullptr,
-                 c.scale,
-                 c.softcap,
-                 c.temperature,
-                 c.temperatures ? temperatures.data() : nullptr};
+  args.logits = bend.side(c, logits, dtype);
   args.num_topk = K;
   args.token_ids = token_ids.data();
   args.num_ids = J;

@@ -17,7 +17,11 @@
 
 #include "emulation.h"
 
-#define OPD_EMULATED 1
+// not here: a header that is included before this one would take the CPU's forms, and functions of one
+// name would differ between sources
+#if !defined(OPD_EMULATED)
+#error "compile with -DOPD_EMULATED"
+#endif
 
 #define __global__
 #define __device__
