@@ -94,7 +94,9 @@ def fused_linear_speculative_verify(
     """
     _checks.one_of(_OP, "mode", mode, _verify.MODES)
     student = (student_hidden, student_lm_head_weight)
-    check_student(mode, *student, "student_hidden and student_lm_head_weight")
+    check_student(
+        _OP, mode, student_hidden=student_hidden, student_lm_head_weight=student_lm_head_weight
+    )
     if (student_hidden is None) != (student_lm_head_weight is None):
         raise ValueError(
             f"{_OP}: student_hidden and student_lm_head_weight must be given together, got one."
