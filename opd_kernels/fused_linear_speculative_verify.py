@@ -80,7 +80,7 @@ def fused_linear_speculative_verify(
         The rest: as in `speculative_verify`.
 
     Returns:
-        SpeculativeVerification in float32 (float64 for float64).
+        SpeculativeVerification in float32 (float64 for float64), nats.
 
     Raises:
         ValueError: shapes, ranges or a workspace that do not fit; on CPU ids, uniforms and
