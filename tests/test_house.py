@@ -166,6 +166,7 @@ SYNCS = {
     ("opd_kernels/sparse_gradient.py", "nonzero"),
     # on a CPU alone: which sequences are still open
     ("opd_kernels/fused_linear_speculative_verify.py", "nonzero"),
+    ("opd_kernels/_verify.py", "nonzero"),
     ("opd_kernels/_checks.py", "nonzero"),
     # row counts of the ranks of a process_group
     ("opd_kernels/_parallel.py", "tolist"),
