@@ -119,7 +119,7 @@ def _plan_of(
 def _verification(module, tensors: tuple[Tensor, ...], options: dict) -> _plan.Plan:
     heads = [tensors[i] for i in _HEADS[module._OP] if tensors[i] is not None]
     widths = {f"head {i}": head.shape[0] for i, head in enumerate(heads)}
-    return module.cut(
+    plan, _ = module.cut(
         module._OP,
         tuple(tensors[0].shape),
         _checks.vocab_prefix(module._OP, options.get("vocab_size"), **widths),
@@ -128,3 +128,4 @@ def _verification(module, tensors: tuple[Tensor, ...], options: dict) -> _plan.P
         options.get("mode", "rejection"),
         options.get("with_acceptance", False),
     )
+    return plan

@@ -202,8 +202,12 @@ def cut(
     workspace_bytes: int,
     mode: str,
     with_acceptance: bool = False,
-) -> _plan.Plan:
-    """How a call of drafts [B, G] is cut: a token of the plan is a place, with both models' logits.
+) -> tuple[_plan.Plan, bool]:
+    """How a call of drafts [B, G] is cut, and whether the teacher's logits take the student's room.
+
+    A token of the plan is a place of a sequence. In shared room a row of the student per sequence
+    is formed again at most: its GEMM reads the head once more, where two steps of half the places
+    would read both heads.
 
     Raises:
         ValueError: the workspace does not hold one place, or one sequence where that is what a
@@ -230,12 +234,22 @@ def cut(
         trained=False,
     )
     tokens = shape[0] * places
-    fits = plan.chunk_tokens
-    if _shares_room(heads, mode, with_acceptance):
+    fits, why = plan.chunk_tokens, plan.why
+    shares_room = (
+        fits < tokens
+        and len(heads) == 2
+        and _in_waves(heads[0], mode)
+        # this takes both laws of every place
+        and not with_acceptance
+    )
+    if shares_room:
         # and a row of the student for each sequence
-        fits = max(fits, 2 * fits - shape[0])
+        fits, why = max(fits, 2 * fits - shape[0]), "the teacher's logits in the student's room"
     fits = min(fits, max(1, tokens))
-    return dataclasses.replace(plan, num_tokens=tokens, chunk_tokens=fits, teacher_tokens=fits)
+    plan = dataclasses.replace(
+        plan, num_tokens=tokens, chunk_tokens=fits, teacher_tokens=fits, why=why
+    )
+    return plan, shares_room
 
 
 def _in_waves(tensor: Tensor, mode: str) -> bool:
@@ -244,15 +258,6 @@ def _in_waves(tensor: Tensor, mode: str) -> bool:
     On a GPU nobody waits to see which these are; and block looks at all places before it decides.
     """
     return tensor.device.type == "cpu" and mode in ("rejection", "topk", "greedy")
-
-
-def _shares_room(heads: Sequence[Tensor], mode: str, with_acceptance: bool) -> bool:
-    """Whether the teacher's logits take the room of the student's, of which few are formed again.
-
-    One row per sequence at most: its GEMM reads the head once more, where two steps of half the
-    places would read both heads.
-    """
-    return len(heads) == 2 and _in_waves(heads[0], mode) and not with_acceptance
 
 
 class _Call(NamedTuple):
@@ -339,13 +344,12 @@ def _fwd(
     outputs = _verify.empty_verdict(drafts, num_sequences, num_drafts, spec)
     heads = [head for head in (student_head, teacher_head) if head is not None]
     shape, mode, more = drafts.shape, spec.mode, spec.with_acceptance
-    plan = cut(_OP, shape, vocab_size, heads, workspace_bytes, mode, more)
+    plan, shares_room = cut(_OP, shape, vocab_size, heads, workspace_bytes, mode, more)
     in_waves = _in_waves(drafts, spec.mode)
     rows = plan.chunk_tokens
     group = max(1, min(num_sequences, rows if in_waves else rows // (num_drafts + 1)))
     if not in_waves:
         rows = group * (num_drafts + 1)
-    shares_room = _shares_room(heads, mode, more)
     of_student = group if shares_room else rows * (student_head is not None)
     shapes = [(of_student, vocab_size), (rows, vocab_size)]
     with _buffers.borrowed_buffers(teacher_hidden, shapes) as buffers:
