@@ -80,7 +80,7 @@ def fused_linear_speculative_verify(
         The rest: as in `speculative_verify`.
 
     Returns:
-        SpeculativeVerification in float32 (float64 for float64).
+        SpeculativeVerification in float32 (float64 for float64), nats.
 
     Raises:
         ValueError: shapes, ranges or a workspace that do not fit; on CPU ids, uniforms and
@@ -94,7 +94,9 @@ def fused_linear_speculative_verify(
     """
     _checks.one_of(_OP, "mode", mode, _verify.MODES)
     student = (student_hidden, student_lm_head_weight)
-    check_student(mode, *student, "student_hidden and student_lm_head_weight")
+    check_student(
+        _OP, mode, student_hidden=student_hidden, student_lm_head_weight=student_lm_head_weight
+    )
     if (student_hidden is None) != (student_lm_head_weight is None):
         raise ValueError(
             f"{_OP}: student_hidden and student_lm_head_weight must be given together, got one."
@@ -199,8 +201,13 @@ def cut(
     heads: Sequence[Tensor],
     workspace_bytes: int,
     mode: str,
-) -> _plan.Plan:
-    """How a call of drafts [B, G] is cut: a token of the plan is a place, with both models' logits.
+    with_acceptance: bool = False,
+) -> tuple[_plan.Plan, bool]:
+    """How a call of drafts [B, G] is cut, and whether the teacher's logits take the student's room.
+
+    A token of the plan is a place of a sequence. In shared room a row of the student per sequence
+    is formed again at most: its GEMM reads the head once more, where two steps of half the places
+    would read both heads.
 
     Raises:
         ValueError: the workspace does not hold one place, or one sequence where that is what a
@@ -227,8 +234,22 @@ def cut(
         trained=False,
     )
     tokens = shape[0] * places
-    fits = min(plan.chunk_tokens, max(1, tokens))
-    return dataclasses.replace(plan, num_tokens=tokens, chunk_tokens=fits, teacher_tokens=fits)
+    fits, why = plan.chunk_tokens, plan.why
+    shares_room = (
+        fits < tokens
+        and len(heads) == 2
+        and _in_waves(heads[0], mode)
+        # this takes both laws of every place
+        and not with_acceptance
+    )
+    if shares_room:
+        # and a row of the student for each sequence
+        fits, why = max(fits, 2 * fits - shape[0]), "the teacher's logits in the student's room"
+    fits = min(fits, max(1, tokens))
+    plan = dataclasses.replace(
+        plan, num_tokens=tokens, chunk_tokens=fits, teacher_tokens=fits, why=why
+    )
+    return plan, shares_room
 
 
 def _in_waves(tensor: Tensor, mode: str) -> bool:
@@ -246,7 +267,8 @@ class _Call(NamedTuple):
     drafts: Tensor
     hidden: tuple[Tensor | None, Tensor]
     heads: tuple[Tensor | None, Tensor]
-    buffers: tuple[Tensor, Tensor]
+    # the student's and the teacher's; a third for rows of the student, where these share theirs
+    buffers: tuple[Tensor, ...]
     head_slice_rows: int
     uniforms: Tensor
     num_draft: Tensor
@@ -259,14 +281,26 @@ class _Call(NamedTuple):
         Returns [n] bool: whether a sequence's verdict is final.
         """
         here, to = slice(begin, begin + width), begin + places
+        drafts, num_left = self.drafts[sequences, here], self.num_draft[sequences] - begin
+        student, formed_again = None, None
+        if self.heads[0] is not None:
+            hidden = self.hidden[0][sequences, here].flatten(0, 1)
+            student = self._logits(0, 0, hidden)
+            if len(self.buffers) == 3:
+                rows = _verify.student_rows(self.spec, drafts, student, num_left)
+                formed_again = _verify.FormedAgain(
+                    rows, lambda places: self._logits(0, 2, hidden[places])
+                )
+                student = None
         verdict, final = _verify.verify(
             self.spec,
-            self.drafts[sequences, here],
-            self._logits(0, sequences, slice(begin, begin + width)),
-            self._logits(1, sequences, slice(begin, to)),
+            drafts,
+            student,
+            self._logits(1, 1, self.hidden[1][sequences, begin:to].flatten(0, 1)),
             torch.cat([self.uniforms[sequences, here], self.uniforms[sequences, -1:]], 1),
-            self.num_draft[sequences] - begin,
+            num_left,
             None if self.history is None else self.history[sequences],
+            formed_again,
         )
         out = self.outputs
         out.num_accepted[sequences] += verdict.num_accepted
@@ -282,15 +316,11 @@ class _Call(NamedTuple):
                 one[sequences, here] = two
         return final
 
-    def _logits(self, side: int, sequences: Tensor, places: slice) -> Tensor | None:
-        head = self.heads[side]
-        if head is None:
-            return None
-        chunk = self.hidden[side][sequences, places].flatten(0, 1)
-        logits = self.buffers[side][: len(chunk)]
-        if len(chunk):
-            chunk = chunk.float() if _gemms.widens(chunk) else chunk
-            _linear.form_logits(_OP, logits, chunk, head, None, self.head_slice_rows)
+    def _logits(self, side: int, buffer: int, hidden: Tensor) -> Tensor:
+        logits = self.buffers[buffer][: len(hidden)]
+        if len(hidden):
+            hidden = hidden.float() if _gemms.widens(hidden) else hidden
+            _linear.form_logits(_OP, logits, hidden, self.heads[side], None, self.head_slice_rows)
         return logits
 
 
@@ -313,20 +343,22 @@ def _fwd(
     num_sequences, num_drafts = drafts.shape
     outputs = _verify.empty_verdict(drafts, num_sequences, num_drafts, spec)
     heads = [head for head in (student_head, teacher_head) if head is not None]
-    plan = cut(_OP, drafts.shape, vocab_size, heads, workspace_bytes, spec.mode)
+    shape, mode, more = drafts.shape, spec.mode, spec.with_acceptance
+    plan, shares_room = cut(_OP, shape, vocab_size, heads, workspace_bytes, mode, more)
     in_waves = _in_waves(drafts, spec.mode)
     rows = plan.chunk_tokens
     group = max(1, min(num_sequences, rows if in_waves else rows // (num_drafts + 1)))
     if not in_waves:
         rows = group * (num_drafts + 1)
-    shapes = [(rows * (student_head is not None), vocab_size), (rows, vocab_size)]
+    of_student = group if shares_room else rows * (student_head is not None)
+    shapes = [(of_student, vocab_size), (rows, vocab_size)]
     with _buffers.borrowed_buffers(teacher_hidden, shapes) as buffers:
         call = _Call(
             spec,
             drafts,
             (student_hidden, teacher_hidden),
             (student_head, teacher_head),
-            tuple(buffers),
+            (buffers[1], buffers[1], buffers[0]) if shares_room else tuple(buffers),
             plan.head_slice_rows,
             decision.uniforms,
             num_draft,
