@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""speculative_verify on a GPU backend: raw ops against float64, decisions, the law of what comes."""
+"""speculative_verify on a GPU backend: raw ops against float64, decisions, and what law comes."""
 
 from __future__ import annotations
 
