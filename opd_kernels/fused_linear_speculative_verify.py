@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -93,7 +94,9 @@ def fused_linear_speculative_verify(
     """
     _checks.one_of(_OP, "mode", mode, _verify.MODES)
     student = (student_hidden, student_lm_head_weight)
-    check_student(mode, *student, "student_hidden and student_lm_head_weight")
+    check_student(
+        _OP, mode, student_hidden=student_hidden, student_lm_head_weight=student_lm_head_weight
+    )
     if (student_hidden is None) != (student_lm_head_weight is None):
         raise ValueError(
             f"{_OP}: student_hidden and student_lm_head_weight must be given together, got one."
@@ -214,9 +217,10 @@ def cut(
     if heads[0].device.type == "cpu" and workspace_bytes == _checks.DEFAULT_WORKSPACE_BYTES:
         workspace_bytes = max(_DEFAULT_ON_CPU, 2 * more)
     _plan.check(op, vocab_size, heads, workspace_bytes, whole_rows=whole_rows, per_token=more)
-    return _plan.plan(
+    plan = _plan.plan(
         op,
-        shape[0] * places,
+        # not in equal parts: what fits of the sequences that are open is for the steps to say
+        max(1 << 20, shape[0] * places),
         vocab_size,
         heads,
         workspace_bytes,
@@ -224,6 +228,9 @@ def cut(
         in_parts=False,
         trained=False,
     )
+    tokens = shape[0] * places
+    fits = min(plan.chunk_tokens, max(1, tokens))
+    return dataclasses.replace(plan, num_tokens=tokens, chunk_tokens=fits, teacher_tokens=fits)
 
 
 def _in_waves(tensor: Tensor, mode: str) -> bool:
@@ -309,10 +316,11 @@ def _fwd(
     outputs = _verify.empty_verdict(drafts, num_sequences, num_drafts, spec)
     heads = [head for head in (student_head, teacher_head) if head is not None]
     plan = cut(_OP, drafts.shape, vocab_size, heads, workspace_bytes, spec.mode)
-    capacity = max(1, plan.chunk_tokens)
     in_waves = _in_waves(drafts, spec.mode)
-    group = min(num_sequences, capacity if in_waves else max(1, capacity // (num_drafts + 1)))
-    rows = min(capacity, num_sequences * (num_drafts + 1)) if in_waves else group * (num_drafts + 1)
+    rows = plan.chunk_tokens
+    group = max(1, min(num_sequences, rows if in_waves else rows // (num_drafts + 1)))
+    if not in_waves:
+        rows = group * (num_drafts + 1)
     shapes = [(rows * (student_head is not None), vocab_size), (rows, vocab_size)]
     with _buffers.borrowed_buffers(teacher_hidden, shapes) as buffers:
         call = _Call(
@@ -343,7 +351,9 @@ def _in_steps(call: _Call, sequences: Tensor, rows: int) -> None:
     while len(sequences):
         # the place after the last draft is the teacher's alone
         left = int(call.num_draft[sequences].amax()) - begin + 1
-        places = min(left, max(1, rows // len(sequences)))
+        most = max(1, rows // len(sequences))
+        # steps of one length
+        places = -(-left // -(-left // most))
         width = min(places, left - 1)
         final = call.step(sequences, begin, width, places)
         sequences = sequences[torch.logical_not(final).nonzero().squeeze(1)]
