@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""speculative_verify from logits: in passes over the logits, against a plain copy and eager torch."""
+"""speculative_verify from logits, in passes over them, against a plain copy and eager torch."""
 
 from __future__ import annotations
 

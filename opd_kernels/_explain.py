@@ -126,4 +126,5 @@ def _verification(module, tensors: tuple[Tensor, ...], options: dict) -> _plan.P
         heads,
         options.get("workspace_bytes", _checks.DEFAULT_WORKSPACE_BYTES),
         options.get("mode", "rejection"),
+        options.get("with_acceptance", False),
     )

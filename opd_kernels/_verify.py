@@ -8,6 +8,7 @@ that a GPU runs it unattended; everything is float64 but the logits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,13 @@ class Rows(NamedTuple):
     largest: Tensor
 
 
+class FormedAgain(NamedTuple):
+    """A student whose logits have made room: what is known of its rows, and how to form some."""
+
+    student: Rows
+    form: Callable[[Tensor], Tensor]
+
+
 class Verdict(NamedTuple):
     """Of n sequences with w drafts; the last place is that of next_token."""
 
@@ -89,6 +97,7 @@ def verify(
     uniforms: Tensor,
     num_left: Tensor,
     history: Tensor | None,
+    formed_again: FormedAgain | None = None,
 ) -> tuple[Verdict, Tensor]:
     """The verdict on w drafts of n sequences, and [n] bool: whether it is final.
 
@@ -101,6 +110,7 @@ def verify(
         uniforms: [n, w + 1] float64: a coin per draft, and the one that draws.
         num_left: [n] int64: drafts that there are, from the first of these on.
         history: [n, window] of mode "threshold", or None.
+        formed_again: in the place of student_logits, which are no longer there. On a CPU.
     """
     kernels = _dispatch.row_ops(spec.backend)
     num_sequences, width = drafts.shape
@@ -111,9 +121,10 @@ def verify(
     # a negative id would say that the row is not to be read
     ids = torch.where(drafts < 0, spec.laws[1].vocab_size, drafts)
     student = None
-    if student_logits is not None:
-        student_ids = torch.where(real, ids, _UNREAD)
-        student = _rows(kernels, spec, 0, student_logits, student_ids)
+    if formed_again is not None:
+        student = formed_again.student
+    elif student_logits is not None:
+        student = student_rows(spec, drafts, student_logits, num_left)
     after = torch.where(places == left, _NO_TOKEN, _UNREAD)
     teacher_ids = torch.where(real, ids, after[:, :width])
     if teacher_width > width:
@@ -170,6 +181,7 @@ def verify(
         final & ~lost,
         None if weights is None else weights.gather(1, num_accepted.unsqueeze(1)).squeeze(1),
         uniforms[:, -1],
+        formed_again,
     )
     is_next = torch.arange(width + 1, device=drafts.device) == num_accepted.unsqueeze(1)
 
@@ -193,6 +205,15 @@ def verify(
         nothing[:, :0] if divergence is None else torch.where(judged, divergence, math.nan),
     )
     return verdict, final
+
+
+def student_rows(spec: Spec, drafts: Tensor, logits: Tensor, num_left: Tensor) -> Rows:
+    """What `verify` reads of the student's logits [n * w, V] at every place."""
+    real = torch.arange(drafts.shape[1], device=drafts.device) < num_left.unsqueeze(1)
+    # a negative id would say that the row is not to be read
+    ids = torch.where(drafts < 0, spec.laws[0].vocab_size, drafts)
+    kernels = _dispatch.row_ops(spec.backend)
+    return _rows(kernels, spec, 0, logits, torch.where(real, ids, _UNREAD))
 
 
 def _rows(kernels, spec: Spec, side: int, logits: Tensor, ids: Tensor) -> Rows:
@@ -365,7 +386,7 @@ def _residual(
 
 
 def _draw(
-    kernels, spec, student, teacher, num_accepted, refused, wanted, weights, uniforms
+    kernels, spec, student, teacher, num_accepted, refused, wanted, weights, uniforms, formed_again
 ) -> _Sums:
     """next_token of each sequence that wants one, from max(w p - q, 0), p or the best of p."""
     num_sequences = len(num_accepted)
@@ -377,6 +398,13 @@ def _draw(
     if student[1] is not None:
         student_rows = torch.where(refused & wanted, sequence * width + num_accepted, -1)
     teacher_rows = torch.where(wanted, sequence * teacher_width + num_accepted, -1)
+    if formed_again is not None:
+        # other products of the same rows may round otherwise: so their sums and cuts as well
+        again = (student_rows >= 0).nonzero().squeeze(1)
+        logits = formed_again.form(student_rows[again])
+        nothing = torch.full((1, len(again)), _NO_TOKEN)
+        student = (logits, _rows(kernels, spec, 0, logits, nothing))
+        student_rows[again] = torch.arange(len(again))
     ones = torch.ones_like(uniforms)
     is_residual = refused if spec.mode in _DRAW_RESIDUAL else torch.zeros_like(refused)
     if weights is None:

@@ -80,7 +80,7 @@ def fused_linear_speculative_verify(
         The rest: as in `speculative_verify`.
 
     Returns:
-        SpeculativeVerification in float32 (float64 for float64).
+        SpeculativeVerification in float32 (float64 for float64), nats.
 
     Raises:
         ValueError: shapes, ranges or a workspace that do not fit; on CPU ids, uniforms and
@@ -201,6 +201,7 @@ def cut(
     heads: Sequence[Tensor],
     workspace_bytes: int,
     mode: str,
+    with_acceptance: bool = False,
 ) -> _plan.Plan:
     """How a call of drafts [B, G] is cut: a token of the plan is a place, with both models' logits.
 
@@ -229,7 +230,11 @@ def cut(
         trained=False,
     )
     tokens = shape[0] * places
-    fits = min(plan.chunk_tokens, max(1, tokens))
+    fits = plan.chunk_tokens
+    if _shares_room(heads, mode, with_acceptance):
+        # and a row of the student for each sequence
+        fits = max(fits, 2 * fits - shape[0])
+    fits = min(fits, max(1, tokens))
     return dataclasses.replace(plan, num_tokens=tokens, chunk_tokens=fits, teacher_tokens=fits)
 
 
@@ -241,6 +246,15 @@ def _in_waves(tensor: Tensor, mode: str) -> bool:
     return tensor.device.type == "cpu" and mode in ("rejection", "topk", "greedy")
 
 
+def _shares_room(heads: Sequence[Tensor], mode: str, with_acceptance: bool) -> bool:
+    """Whether the teacher's logits take the room of the student's, of which few are formed again.
+
+    One row per sequence at most: its GEMM reads the head once more, where two steps of half the
+    places would read both heads.
+    """
+    return len(heads) == 2 and _in_waves(heads[0], mode) and not with_acceptance
+
+
 class _Call(NamedTuple):
     """What every step of a call reads and writes."""
 
@@ -248,7 +262,8 @@ class _Call(NamedTuple):
     drafts: Tensor
     hidden: tuple[Tensor | None, Tensor]
     heads: tuple[Tensor | None, Tensor]
-    buffers: tuple[Tensor, Tensor]
+    # the student's and the teacher's; a third for rows of the student, where these share theirs
+    buffers: tuple[Tensor, ...]
     head_slice_rows: int
     uniforms: Tensor
     num_draft: Tensor
@@ -261,14 +276,26 @@ class _Call(NamedTuple):
         Returns [n] bool: whether a sequence's verdict is final.
         """
         here, to = slice(begin, begin + width), begin + places
+        drafts, num_left = self.drafts[sequences, here], self.num_draft[sequences] - begin
+        student, formed_again = None, None
+        if self.heads[0] is not None:
+            hidden = self.hidden[0][sequences, here].flatten(0, 1)
+            student = self._logits(0, 0, hidden)
+            if len(self.buffers) == 3:
+                rows = _verify.student_rows(self.spec, drafts, student, num_left)
+                formed_again = _verify.FormedAgain(
+                    rows, lambda places: self._logits(0, 2, hidden[places])
+                )
+                student = None
         verdict, final = _verify.verify(
             self.spec,
-            self.drafts[sequences, here],
-            self._logits(0, sequences, slice(begin, begin + width)),
-            self._logits(1, sequences, slice(begin, to)),
+            drafts,
+            student,
+            self._logits(1, 1, self.hidden[1][sequences, begin:to].flatten(0, 1)),
             torch.cat([self.uniforms[sequences, here], self.uniforms[sequences, -1:]], 1),
-            self.num_draft[sequences] - begin,
+            num_left,
             None if self.history is None else self.history[sequences],
+            formed_again,
         )
         out = self.outputs
         out.num_accepted[sequences] += verdict.num_accepted
@@ -284,15 +311,11 @@ class _Call(NamedTuple):
                 one[sequences, here] = two
         return final
 
-    def _logits(self, side: int, sequences: Tensor, places: slice) -> Tensor | None:
-        head = self.heads[side]
-        if head is None:
-            return None
-        chunk = self.hidden[side][sequences, places].flatten(0, 1)
-        logits = self.buffers[side][: len(chunk)]
-        if len(chunk):
-            chunk = chunk.float() if _gemms.widens(chunk) else chunk
-            _linear.form_logits(_OP, logits, chunk, head, None, self.head_slice_rows)
+    def _logits(self, side: int, buffer: int, hidden: Tensor) -> Tensor:
+        logits = self.buffers[buffer][: len(hidden)]
+        if len(hidden):
+            hidden = hidden.float() if _gemms.widens(hidden) else hidden
+            _linear.form_logits(_OP, logits, hidden, self.heads[side], None, self.head_slice_rows)
         return logits
 
 
@@ -315,20 +338,23 @@ def _fwd(
     num_sequences, num_drafts = drafts.shape
     outputs = _verify.empty_verdict(drafts, num_sequences, num_drafts, spec)
     heads = [head for head in (student_head, teacher_head) if head is not None]
-    plan = cut(_OP, drafts.shape, vocab_size, heads, workspace_bytes, spec.mode)
+    shape, mode, more = drafts.shape, spec.mode, spec.with_acceptance
+    plan = cut(_OP, shape, vocab_size, heads, workspace_bytes, mode, more)
     in_waves = _in_waves(drafts, spec.mode)
     rows = plan.chunk_tokens
     group = max(1, min(num_sequences, rows if in_waves else rows // (num_drafts + 1)))
     if not in_waves:
         rows = group * (num_drafts + 1)
-    shapes = [(rows * (student_head is not None), vocab_size), (rows, vocab_size)]
+    shares_room = _shares_room(heads, mode, more)
+    of_student = group if shares_room else rows * (student_head is not None)
+    shapes = [(of_student, vocab_size), (rows, vocab_size)]
     with _buffers.borrowed_buffers(teacher_hidden, shapes) as buffers:
         call = _Call(
             spec,
             drafts,
             (student_hidden, teacher_hidden),
             (student_head, teacher_head),
-            tuple(buffers),
+            (buffers[1], buffers[1], buffers[0]) if shares_room else tuple(buffers),
             plan.head_slice_rows,
             decision.uniforms,
             num_draft,

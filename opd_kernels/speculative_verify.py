@@ -114,10 +114,10 @@ def speculative_verify(
         backend: "cpu" | "cuda" | "triton" | "reference"; None picks one.
 
     Returns:
-        SpeculativeVerification in float32 (float64 for float64 logits). A draft with q = 0 is kept
-        if p > 0. Where a law that a decision needs has a NaN or a +inf, or nothing but -inf,
-        num_accepted ends before it and next_token is -1; other sequences are untouched. Where
-        rounding leaves the residual law without mass, next is drawn from p_n.
+        SpeculativeVerification in float32 (float64 for float64 logits), nats. A draft with q = 0
+        is kept if p > 0. Where a law that a decision needs has a NaN or a +inf, or nothing but
+        -inf, num_accepted ends before it and next_token is -1; other sequences are untouched.
+        Where rounding leaves the residual law without mass, next is drawn from p_n.
 
     Raises:
         ValueError: shapes or numbers that do not fit; on CPU ids, uniforms and num_draft out of

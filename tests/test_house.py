@@ -55,6 +55,7 @@ ABSENT = {
         "fused_linear_token_logprobs",
         "fused_linear_topk",
         "fused_linear_sample_tokens",
+        "fused_linear_speculative_verify",
         "fused_linear_topk_divergence",
     )
     for layer in (
@@ -125,6 +126,7 @@ TESTED_ELSEWHERE = {
     "opd_kernels/_topk_divergence_path.py": (
         "tests/opd_kernels/test_fused_linear_topk_divergence.py"
     ),
+    "opd_kernels/_verify.py": "tests/opd_kernels/test_*speculative_verify*.py",
     "opd_kernels/env.py": "tests/opd_kernels/test_dispatch.py",
     "opd_kernels/errors.py": "the error texts of each op's test",
     "python/opd/__main__.py": "tests/opd/test_cli.py",
@@ -162,6 +164,9 @@ OP_CODE = ("opd_kernels/*.py", "opd_kernels/triton/*.py")
 SYNCS = {
     ("opd_kernels/_linear.py", "nonzero"),
     ("opd_kernels/sparse_gradient.py", "nonzero"),
+    # on a CPU alone: which sequences are still open
+    ("opd_kernels/fused_linear_speculative_verify.py", "nonzero"),
+    ("opd_kernels/_verify.py", "nonzero"),
     ("opd_kernels/_checks.py", "nonzero"),
     # row counts of the ranks of a process_group
     ("opd_kernels/_parallel.py", "tolist"),
