@@ -19,7 +19,10 @@ _HEADS = {
     "fused_linear_topk": (1,),
     "fused_linear_topk_divergence": (1,),
     "fused_linear_sample_tokens": (1,),
+    "fused_linear_speculative_verify": (2, 4),
 }
+# the tensor whose dtype and device the choice depends on, where it is not the first
+_MODEL = {"speculative_verify": 2, "fused_linear_speculative_verify": 3}
 
 
 def explain(op: str, *tensors: Tensor, **options: object) -> str:
@@ -55,13 +58,18 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
         raise ValueError(
             f"explain: {op} must be given {heads[-1] + 1} tensors, got {len(tensors)}."
         )
-    meta = _dispatch.meta_of(tensors[0])
+    model = _MODEL.get(op, 0)
+    if len(tensors) <= model:
+        raise ValueError(f"explain: {op} must be given {model + 1} tensors, got {len(tensors)}.")
+    meta = _dispatch.meta_of(tensors[model])
     chosen = _dispatch.select(op, meta, options.get("backend"))
     lines = [f"{op}: backend '{chosen}' for {meta.dtype} on {meta.device}"]
     for backend, available, reason in _dispatch.table(op, meta):
         state = "can run" if available else "cannot run"
         lines.append(f"  {backend}: {state}{f' ({reason})' if reason else ''}")
-    if heads and chosen != "reference":
+    if op == "fused_linear_speculative_verify" and chosen != "reference":
+        lines.append(f"  {_verification(module, tensors, options)}")
+    elif heads and chosen != "reference":
         lines.append(f"  {_plan_of(op, tensors, heads, options)}")
     return "\n".join(lines)
 
@@ -105,4 +113,17 @@ def _plan_of(
         packs_columns=bool(options.get("gradient_tolerance")),
         frozen_head=tensors[0].requires_grad and not tensors[1].requires_grad,
         trained=trained,
+    )
+
+
+def _verification(module, tensors: tuple[Tensor, ...], options: dict) -> _plan.Plan:
+    heads = [tensors[i] for i in _HEADS[module._OP] if tensors[i] is not None]
+    widths = {f"head {i}": head.shape[0] for i, head in enumerate(heads)}
+    return module.cut(
+        module._OP,
+        tuple(tensors[0].shape),
+        _checks.vocab_prefix(module._OP, options.get("vocab_size"), **widths),
+        heads,
+        options.get("workspace_bytes", _checks.DEFAULT_WORKSPACE_BYTES),
+        options.get("mode", "rejection"),
     )

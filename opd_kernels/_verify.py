@@ -158,7 +158,7 @@ def verify(
         )
         overlap = sums.overlap.view_as(coins)
 
-    refused = num_accepted < num_left
+    refused = num_accepted < num_left.clamp(max=width)
     final = refused | (num_accepted < teacher_width)
     drawn = _draw(
         kernels,

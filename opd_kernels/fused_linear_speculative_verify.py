@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from . import _buffers, _checks, _dispatch, _laws, _linear, _plan, _verify, reference
+from . import _buffers, _checks, _dispatch, _gemms, _laws, _linear, _plan, _verify, reference
 from ._registration import register
 from .speculative_verify import (
     Decision,
@@ -90,7 +94,9 @@ def fused_linear_speculative_verify(
     """
     _checks.one_of(_OP, "mode", mode, _verify.MODES)
     student = (student_hidden, student_lm_head_weight)
-    check_student(mode, *student, "student_hidden and student_lm_head_weight")
+    check_student(
+        _OP, mode, student_hidden=student_hidden, student_lm_head_weight=student_lm_head_weight
+    )
     if (student_hidden is None) != (student_lm_head_weight is None):
         raise ValueError(
             f"{_OP}: student_hidden and student_lm_head_weight must be given together, got one."
@@ -143,7 +149,7 @@ def fused_linear_speculative_verify(
         with_acceptance,
         _OP,
     )
-    cut(drafts.shape, vocab_size, list(heads.values()), workspace_bytes)
+    cut(_OP, drafts.shape, vocab_size, list(heads.values()), workspace_bytes, mode)
     chosen = _dispatch.select(_OP, _dispatch.meta_of(teacher_hidden), backend)
     if chosen == "reference":
         values = reference.fused_linear_speculative_verify(
@@ -189,27 +195,105 @@ def fused_linear_speculative_verify(
 
 
 def cut(
-    shape: tuple[int, int], vocab_size: int, heads: list[Tensor], workspace_bytes: int
+    op: str,
+    shape: tuple[int, int],
+    vocab_size: int,
+    heads: Sequence[Tensor],
+    workspace_bytes: int,
+    mode: str,
 ) -> _plan.Plan:
     """How a call of drafts [B, G] is cut: a token of the plan is a place, with both models' logits.
 
     Raises:
-        ValueError: the workspace does not hold one sequence.
+        ValueError: the workspace does not hold one place, or one sequence where that is what a
+        step takes.
     """
-    num_sequences, places = shape[0], shape[1] + 1
+    places = shape[1] + 1
+    whole_rows = _plan.NO_PATH_B
+    more = 0
+    if not _in_waves(heads[0], mode):
+        whole_rows = f"all {places} places of a sequence at a time"
+        more = (places - 1) * len(heads) * vocab_size * _checks.real_dtype(heads[0]).itemsize
     if heads[0].device.type == "cpu" and workspace_bytes == _checks.DEFAULT_WORKSPACE_BYTES:
-        workspace_bytes = _DEFAULT_ON_CPU
+        workspace_bytes = max(_DEFAULT_ON_CPU, 2 * more)
+    _plan.check(op, vocab_size, heads, workspace_bytes, whole_rows=whole_rows, per_token=more)
     plan = _plan.plan(
-        _OP,
-        num_sequences * places,
+        op,
+        # not in equal parts: what fits of the sequences that are open is for the steps to say
+        max(1 << 20, shape[0] * places),
         vocab_size,
         heads,
         workspace_bytes,
-        whole_rows=_plan.NO_PATH_B,
+        whole_rows=whole_rows,
         in_parts=False,
         trained=False,
     )
-    return plan
+    tokens = shape[0] * places
+    fits = min(plan.chunk_tokens, max(1, tokens))
+    return dataclasses.replace(plan, num_tokens=tokens, chunk_tokens=fits, teacher_tokens=fits)
+
+
+def _in_waves(tensor: Tensor, mode: str) -> bool:
+    """Whether a step takes a few places of all sequences, and the next those that are still open.
+
+    On a GPU nobody waits to see which these are; and block looks at all places before it decides.
+    """
+    return tensor.device.type == "cpu" and mode in ("rejection", "topk", "greedy")
+
+
+class _Call(NamedTuple):
+    """What every step of a call reads and writes."""
+
+    spec: _verify.Spec
+    drafts: Tensor
+    hidden: tuple[Tensor | None, Tensor]
+    heads: tuple[Tensor | None, Tensor]
+    buffers: tuple[Tensor, Tensor]
+    head_slice_rows: int
+    uniforms: Tensor
+    num_draft: Tensor
+    history: Tensor | None
+    outputs: _verify.Verdict
+
+    def step(self, sequences: Tensor, begin: int, width: int, places: int) -> Tensor:
+        """Drafts [begin, begin + width) of these sequences, and so many places of the teacher.
+
+        Returns [n] bool: whether a sequence's verdict is final.
+        """
+        here, to = slice(begin, begin + width), begin + places
+        verdict, final = _verify.verify(
+            self.spec,
+            self.drafts[sequences, here],
+            self._logits(0, sequences, slice(begin, begin + width)),
+            self._logits(1, sequences, slice(begin, to)),
+            torch.cat([self.uniforms[sequences, here], self.uniforms[sequences, -1:]], 1),
+            self.num_draft[sequences] - begin,
+            None if self.history is None else self.history[sequences],
+        )
+        out = self.outputs
+        out.num_accepted[sequences] += verdict.num_accepted
+        out.next_token[sequences] = verdict.next_token
+        out.accepted[sequences, here] = verdict.accepted
+        out.student_logprobs[sequences, here] = verdict.student_logprobs
+        out.teacher_logprobs[sequences, begin : begin + width + 1] = verdict.teacher_logprobs
+        for one, two in (
+            (out.acceptance, verdict.acceptance),
+            (out.divergence, verdict.divergence),
+        ):
+            if one.shape[1] > 0:
+                one[sequences, here] = two
+        return final
+
+    def _logits(self, side: int, sequences: Tensor, places: slice) -> Tensor | None:
+        head = self.heads[side]
+        if head is None:
+            return None
+        chunk = self.hidden[side][sequences, places].flatten(0, 1)
+        logits = self.buffers[side][: len(chunk)]
+        if len(chunk):
+            chunk = chunk.float() if _gemms.widens(chunk) else chunk
+            _linear.form_logits(_OP, logits, chunk, head, None, self.head_slice_rows)
+        return logits
 
 
 def _fwd(
@@ -227,40 +311,53 @@ def _fwd(
     *decision, workspace_bytes, backend = arguments
     decision = Decision(*decision)
     spec = spec_of(student_bias, teacher_bias, numbers, vocab_size, decision, backend)
-    num_left = check_values(drafts, decision, vocab_size, _OP)
+    num_draft = check_values(drafts, decision, vocab_size, _OP)
     num_sequences, num_drafts = drafts.shape
     outputs = _verify.empty_verdict(drafts, num_sequences, num_drafts, spec)
     heads = [head for head in (student_head, teacher_head) if head is not None]
-    plan = cut(drafts.shape, vocab_size, heads, workspace_bytes)
-    group = max(1, plan.chunk_tokens // (num_drafts + 1))
-    shapes = [(group * num_drafts * (student_head is not None), vocab_size)]
-    shapes.append((group * (num_drafts + 1), vocab_size))
+    plan = cut(_OP, drafts.shape, vocab_size, heads, workspace_bytes, spec.mode)
+    in_waves = _in_waves(drafts, spec.mode)
+    rows = plan.chunk_tokens
+    group = max(1, min(num_sequences, rows if in_waves else rows // (num_drafts + 1)))
+    if not in_waves:
+        rows = group * (num_drafts + 1)
+    shapes = [(rows * (student_head is not None), vocab_size), (rows, vocab_size)]
     with _buffers.borrowed_buffers(teacher_hidden, shapes) as buffers:
-
-        def logits(buffer: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
-            chunk = _linear.take(hidden.flatten(0, 1), None, 0, hidden.shape[0] * hidden.shape[1])
-            buffer = buffer[: len(chunk)]
-            _linear.form_logits(_OP, buffer, chunk, head, None, plan.head_slice_rows)
-            return buffer
-
-        for begin in range(0, num_sequences, group):
-            here = slice(begin, begin + group)
-            student = None
-            if student_head is not None:
-                student = logits(buffers[0], student_hidden[here], student_head)
-            teacher = logits(buffers[1], teacher_hidden[here], teacher_head)
-            verdict, _ = _verify.verify(
-                spec,
-                drafts[here],
-                student,
-                teacher,
-                decision.uniforms[here],
-                num_left[here],
-                None if decision.history is None else decision.history[here],
-            )
-            for output, value in zip(outputs, verdict, strict=True):
-                output[here] = value
+        call = _Call(
+            spec,
+            drafts,
+            (student_hidden, teacher_hidden),
+            (student_head, teacher_head),
+            tuple(buffers),
+            plan.head_slice_rows,
+            decision.uniforms,
+            num_draft,
+            decision.history,
+            outputs,
+        )
+        for first in range(0, num_sequences, group):
+            last = min(first + group, num_sequences)
+            sequences = torch.arange(first, last, device=drafts.device)
+            if in_waves:
+                _in_steps(call, sequences, rows)
+            else:
+                call.step(sequences, 0, num_drafts, num_drafts + 1)
     return tuple(outputs)
+
+
+def _in_steps(call: _Call, sequences: Tensor, rows: int) -> None:
+    """As many places as fit of the sequences that are open, until none is."""
+    begin = 0
+    while len(sequences):
+        # the place after the last draft is the teacher's alone
+        left = int(call.num_draft[sequences].amax()) - begin + 1
+        most = max(1, rows // len(sequences))
+        # steps of one length
+        places = -(-left // -(-left // most))
+        width = min(places, left - 1)
+        final = call.step(sequences, begin, width, places)
+        sequences = sequences[torch.logical_not(final).nonzero().squeeze(1)]
+        begin += width
 
 
 def _fwd_fake(drafts, *arguments):

@@ -129,7 +129,7 @@ def speculative_verify(
     sides = ("student", "teacher")
     logits = [student_logits, teacher_logits]
     _checks.one_of(_OP, "mode", mode, _verify.MODES)
-    check_student(mode, student_logits, "student_logits")
+    check_student(_OP, mode, student_logits=student_logits)
     for side, value in zip(sides, logits, strict=True):
         if value is not None:
             _checks.tensor(_OP, f"{side}_logits", value, 3)
@@ -223,14 +223,13 @@ class Decision(NamedTuple):
     with_acceptance: bool
 
 
-def check_student(mode: str, *values: object) -> None:
+def check_student(op: str, mode: str, **tensors: Tensor | None) -> None:
     """The student's tensors are there where the mode needs its law."""
-    *tensors, names = values
-    if mode not in _verify.NEEDS_STUDENT or all(value is not None for value in tensors):
+    if mode not in _verify.NEEDS_STUDENT or all(value is not None for value in tensors.values()):
         return
     raise ValueError(
-        f"{_OP}: {names} must be given in mode {mode!r}, which compares the laws, got None. Only "
-        "the modes 'topk' and 'greedy' go without."
+        f"{op}: {' and '.join(tensors)} must be given in mode {mode!r}, which compares the laws, "
+        "got None. Only the modes 'topk' and 'greedy' go without."
     )
 
 

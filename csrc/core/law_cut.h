@@ -143,8 +143,9 @@ class Cut {
     *least = std::numeric_limits<T>::infinity();
     *most = kMinusInfinity<T>;
     if (bin < kBins - 1) {
-      // what is a whole bin below is not looked at
-      low = std::max(low, static_cast<T>(static_cast<double>(high) - (bin + 2) / scale_));
+      // what is a whole bin below is not looked at; rounding to T may end above that
+      const T end = static_cast<T>(static_cast<double>(high) - (bin + 2) / scale_);
+      low = std::max(low, std::nextafter(end, kMinusInfinity<T>));
     }
     for_each(low, high, false, [&](T value, double) {
       if (bin_of(value, high) != bin) return;

@@ -28,12 +28,9 @@ inline void check_args(const opd_speculative_verify_rows_args_t* args) {
   OPD_CHECK(args->top_p > 0.0 && args->top_p <= 1.0, kOp, ": top_p must be in (0, 1], got ",
             args->top_p);
   if (args->num_rows == 0) return;
-  check_pointers(kOp, "token_ids and every output",
+  check_pointers(kOp, "every pointer",
                  {args->token_ids, args->lse, args->floor, args->logprobs, args->ranks,
-                  args->argmax, args->largest});
-  if (opd_speculative_verify_workspace_bytes(args->num_rows, args->vocab_size) > 0) {
-    check_pointer(kOp, "workspace", args->workspace);
-  }
+                  args->argmax, args->largest, args->workspace});
 }
 
 inline void check_law(const char* name, const opd_cut_law_t& law) {
@@ -57,13 +54,8 @@ inline void check_args(const opd_speculative_verify_residual_args_t* args) {
   check_pointers(kOp, "every pointer",
                  {args->teacher.rows, args->teacher.scale, args->student.rows, args->student.scale,
                   args->mass, args->overlap, args->tokens, args->student_logprobs,
-                  args->teacher_logprobs});
-  if (args->draws) {
-    check_pointer(kOp, "uniforms", args->uniforms);
-    if (opd_speculative_verify_workspace_bytes(args->num_rows, args->vocab_size) > 0) {
-      check_pointer(kOp, "workspace", args->workspace);
-    }
-  }
+                  args->teacher_logprobs, args->workspace});
+  if (args->draws) check_pointer(kOp, "uniforms", args->uniforms);
 }
 
 }  // namespace speculative_verify

@@ -464,8 +464,7 @@ typedef struct opd_speculative_verify_residual_args_t {
   int32_t* tokens;          /* [T] out */
   double* student_logprobs; /* [T] out */
   double* teacher_logprobs; /* [T] out */
-  void* workspace;          /* opd_speculative_verify_workspace_bytes(num_rows, ..) bytes, aligned to 8;
-                               NULL if nothing is drawn */
+  void* workspace;          /* opd_speculative_verify_workspace_bytes(num_rows, ..) bytes, aligned to 8 */
 } opd_speculative_verify_residual_args_t;
 
 /* The same for both calls and both devices. */
