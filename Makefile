@@ -19,12 +19,14 @@ CORE_CUDA := -DOPD_CUDA=$(if $(filter 1,$(OPD_CUDA)),ON,OFF)
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build test test-full test-core test-cuda-compile test-vllm demo demo-full bench bench-full peers lint clean
+.PHONY: help build test test-full test-core test-cuda-compile test-vllm demo demo-full demo-transports bench bench-full peers lint clean
 
 help:
 	@echo "make demo       train a small model on-policy from scratch on the CPU, through the fused kernel"
 	@echo "make test       the tests (no GPU needed)"
 	@echo "make demo-full  the demo's whole table: all arms, three seeds; can be interrupted and resumed"
+	@echo "make demo-transports"
+	@echo "                the demo with its teacher in memory, behind a server and in a store: one table"
 	@echo "make bench      benchmarks of the kernels, as ratios to their own GEMMs and to peers; writes"
 	@echo "                docs/benchmarks.md; a quarter of an hour on a quiet machine"
 	@echo "make bench-full the same, and every divergence against torch.compile"
@@ -56,9 +58,10 @@ $(VENV)/.built: $(VENV)/.dependencies $(KERNEL_SOURCES)
 
 build: $(VENV)/.built
 
-# a worker per core, whole files: tests use one thread each, and the fixtures of a file are costly
+# a worker per core, whole files: tests use one thread each, and the fixtures of a file are costly;
+# in the order of tests/conftest.py and not by their number of tests
 test: build test-core
-	$(BIN)/python -m pytest tests -q -m "not slow and not cuda" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest tests -q -m "not slow and not cuda" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-core: $(VENV)/.dependencies
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF $(CORE_CUDA) >/dev/null
@@ -69,9 +72,9 @@ test-full: build test-core
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -G Ninja -DOPD_TORCH=OFF -DOPD_CUDA=OFF -DOPD_SANITIZE=ON >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/asan
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/asan --output-on-failure -j $$(nproc)
-	$(BIN)/python -m pytest tests -q -m "not cuda" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest tests -q -m "not cuda" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# make test compiles all of them for Hopper and a few for the others
+# make test compiles all of them for Hopper and the quick ones for sm_80
 test-cuda-compile: build
 	$(BIN)/python -m pytest tests/opd_kernels/test_cuda_compile.py -q
 
@@ -92,6 +95,9 @@ demo: build
 
 demo-full: build
 	@$(BIN)/python examples/first_light/demo.py --full
+
+demo-transports: build
+	@$(BIN)/python examples/first_light/transports.py
 
 # torch is there already (.dependencies), so that no peer can pull another build of it
 peers: $(VENV)/.dependencies

@@ -36,7 +36,7 @@ def eager(
 
     by_difference: the rest as 1 minus what is at the ids, which is quick and loses small tails.
     """
-    law = torch.log_softmax(values.float(), -1)
+    law = torch.log_softmax(values, -1)
     at_ids = law.gather(1, ids)
     if by_difference:
         rest = torch.log1p(-at_ids.exp().sum(-1))

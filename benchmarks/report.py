@@ -107,7 +107,7 @@ QUESTIONS = {
         "What does leaving out small gradients save?",
         "`gradient_tolerance` on peaked laws; time over the bare dense GEMMs.",
     ),
-    "divergence torch": (
+    "divergence": (
         "How long does `divergence` take from logits?",
         "In times of one copy of the student's logits, 256 x 32,000.",
     ),
@@ -128,6 +128,55 @@ QUESTIONS = {
     "token_logprobs": (
         "How long does `token_logprobs` take from logits?",
         "In times of one copy of the logits.",
+    ),
+    "fused_linear_topk": (
+        "How long does `fused_linear_topk` take?",
+        "Ids, log-probs, lse, tail and entropy from hidden states, over the product alone as our "
+        "own GEMM runs it; beside them the same product by torch.mm.",
+    ),
+    "topk_logprobs": (
+        "How long does `topk_logprobs` take from logits?",
+        "In times of one copy of the logits. `eager`: log_softmax in float32, topk, and sums.",
+    ),
+    "fused_linear_sample_tokens": (
+        "How long does `fused_linear_sample_tokens` take?",
+        "50 draws a token and their weights, over the product alone as our own GEMM runs it.",
+    ),
+    "sample_tokens": (
+        "How long does `sample_tokens` take from logits?",
+        "In times of one copy of the logits. `eager`: log_softmax, cumsum and searchsorted.",
+    ),
+    "topk_codec": (
+        "How much quicker is the codec than one in Python?",
+        "Laws of K tokens of V = 151,936, the others' time over ours. `DistillKit` stands for "
+        "bit packing in torch ops after its scheme (`benchmarks/distillkit_stand_in.py`).",
+    ),
+    "teacher_store": (
+        "What does a store of teachers' laws add to the codec?",
+        "Writing to disk and reading back, with all checks, over packing or unpacking alone.",
+    ),
+    "teacher transport": (
+        "How much quicker are binary frames than JSON?",
+        "A request to a server in a process of its own and its reply read into tensors: the JSON "
+        "reply's time over that of our frames. `stored`: the server has the laws and does nothing "
+        "else; `live`: a tiny teacher computes them first.",
+    ),
+    "gemm": (
+        "How long does our own GEMM take?",
+        "The three products of a head, over torch.mm.",
+    ),
+    "dX and dW on a share of the columns": (
+        "What do dX and dW cost on a share of the columns?",
+        "Over the dense products; a row per share.",
+    ),
+    "segment_scan": (
+        "How long does a segment scan take?",
+        "Over a copy of 1,048,576 values: whole suffix sums, and K-step returns. `flipped cumsum` "
+        "can only do segments of one length.",
+    ),
+    "segment_reduce": (
+        "How long does a segment reduction take?",
+        "Over a copy of the values.",
     ),
 }
 
@@ -267,7 +316,7 @@ def page(results: dict, gpu_sections: Sequence[str] = ()) -> str:
             render = rendering(group, rows)
             if render is None:
                 continue
-            rest = group.removeprefix(key).strip()
+            rest = group.removeprefix(key).replace("torch.", "").strip(", ")
             if rest:
                 lines.append(f"{rest}\n")
             lines.append(render(rows))

@@ -117,10 +117,6 @@ def _no_triton(meta: Meta) -> str | None:
     return "it has no Triton kernel"
 
 
-def _no_kernel(meta: Meta) -> str | None:
-    return "this op has no CUDA kernel; on a GPU it is Triton's"
-
-
 # in order of preference; the fused_linear ops use the row kernels of the rest
 BACKENDS: dict[str, tuple[Row, ...]] = {
     op: (
@@ -131,10 +127,6 @@ BACKENDS: dict[str, tuple[Row, ...]] = {
     )
     for op in OPS
 }
-for _op in ("sample_tokens", "fused_linear_sample_tokens"):
-    BACKENDS[_op] = tuple(
-        Row(row.backend, _no_kernel) if row.backend == "cuda" else row for row in BACKENDS[_op]
-    )
 
 # never chosen by itself: it forms every [T, V] in float64
 _ONLY_ON_REQUEST = "reference"

@@ -50,7 +50,7 @@ def fused_linear_sample_tokens(
         lora: (A [r, D], B [V, r], scaling): the head is W + scaling * B @ A, which is never formed.
         vocab_size: the leading rows of the head that count.
         workspace_bytes: budget for logits and other temporaries.
-        backend: "cpu" | "triton" | "reference"; None picks one.
+        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one.
 
     Returns:
         TokenSamples in float32 (float64 for float64), nats; not normalised: E[weights scattered to

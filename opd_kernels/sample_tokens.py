@@ -60,7 +60,7 @@ def sample_tokens(
         softcap: c of cap, Gemma's; > 0. None: no cap.
         logit_scale: multiplies the logits before the cap; not 0.
         vocab_size: the leading columns that count; the rest is not read.
-        backend: "cpu" | "triton" | "reference"; None picks one.
+        backend: "cpu" | "cuda" | "triton" | "reference"; None picks one.
 
     Returns:
         TokenSamples in float32 (float64 for float64 logits), nats. A row with a NaN or a +inf z, or
@@ -152,4 +152,4 @@ def _triton_fwd(*arguments):
     return kernels.sample_tokens_fwd(*arguments)
 
 
-register("sample_tokens_fwd", fake=_fwd_fake, triton=_triton_fwd, cpu_only=True)
+register("sample_tokens_fwd", fake=_fwd_fake, triton=_triton_fwd)

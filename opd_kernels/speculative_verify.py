@@ -465,6 +465,18 @@ def _residual_fake(teacher_logits, student_logits, teacher_rows, *_):
     return tuple(teacher_rows.new_empty(teacher_rows.shape, dtype=dtype) for dtype in dtypes)
 
 
+def _triton_rows_fwd(*arguments):
+    from .triton import speculative_verify as kernels
+
+    return kernels.speculative_verify_rows_fwd(*arguments)
+
+
+def _triton_residual_fwd(*arguments):
+    from .triton import speculative_verify as kernels
+
+    return kernels.speculative_verify_residual_fwd(*arguments)
+
+
 register("speculative_verify_fwd", fake=_fwd_fake, python=_fwd)
-register("speculative_verify_rows_fwd", fake=_rows_fake)
-register("speculative_verify_residual_fwd", fake=_residual_fake)
+register("speculative_verify_rows_fwd", fake=_rows_fake, triton=_triton_rows_fwd)
+register("speculative_verify_residual_fwd", fake=_residual_fake, triton=_triton_residual_fwd)

@@ -7,6 +7,7 @@ builds it, the same numbers each time. H-numbers mark cases drawn from other lib
 
 from __future__ import annotations
 
+import functools
 import zlib
 from dataclasses import dataclass, replace
 
@@ -234,6 +235,20 @@ INTERPRETED = frozenset(
 
 def logits_of(case: Case, dtype: torch.dtype) -> Logits:
     """The case's tensors. 16-bit logits are rounded once, here: the truth starts from them too."""
+    student, teacher, weights = _exact_logits(case)
+    return Logits(
+        student=_lay_out(student.to(dtype, copy=True), case.student_padding, case.row_gap),
+        teacher=_lay_out(teacher.to(dtype, copy=True), case.teacher_padding, case.row_gap),
+        token_weights=None if weights is None else weights.clone(),
+        temperature=case.temperature,
+        vocab_size=case.vocab_size if case.has_padding else None,
+    )
+
+
+# the same ones are wanted for each divergence in turn, and drawing them is a good part of a test
+@functools.lru_cache(maxsize=1)
+def _exact_logits(case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(student, teacher, token_weights), the logits in float64."""
     generator = torch.Generator().manual_seed(case.seed)
     shape = (case.num_tokens, case.vocab_size)
     if case.law == "uniform":
@@ -263,13 +278,7 @@ def logits_of(case: Case, dtype: torch.dtype) -> Logits:
     weights = _weights(case, generator)
     if weights is not None:
         student[weights == 0], teacher[weights == 0] = NAN, NAN
-    return Logits(
-        student=_lay_out(student.to(dtype), case.student_padding, case.row_gap),
-        teacher=_lay_out(teacher.to(dtype), case.teacher_padding, case.row_gap),
-        token_weights=weights,
-        temperature=case.temperature,
-        vocab_size=case.vocab_size if case.has_padding else None,
-    )
+    return student, teacher, weights
 
 
 def _weights(case: Case, generator: torch.Generator) -> Tensor | None:

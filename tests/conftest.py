@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 
 # tests that several files take
-pytest.register_assert_rewrite("tests.row_kernels", "tests.twins")
+pytest.register_assert_rewrite("tests.row_kernels")
 
 # two threads on a machine that others use too spend their time waiting for each other; what depends
 # on the thread count sets it (the determinism tests)
@@ -23,6 +23,23 @@ NUM_THREADS = 1
 settings.register_profile("fixed", max_examples=8, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", max_examples=200, deadline=None, print_blob=True)
 settings.load_profile("fixed")
+
+# files of half a minute and more, longest first: a long one that begins last runs alone
+LONG_FILES = (
+    "test_cuda_compile.py",
+    "test_divergence.py",
+    "test_triton_divergence.py",
+    "test_triton_compile.py",
+    "test_triton_divergence_phases.py",
+    "test_gpu_paths.py",
+    "test_train.py",
+    "test_triton_segment_scan.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(autouse=True)
@@ -68,74 +85,9 @@ def interpreted_triton():
     reason = opd_triton.available()
     if reason is not None:
         pytest.skip(f"triton backend: {reason}")
+    from tests import interpreter
+
     with pytest.MonkeyPatch.context() as patch:
-        _round_to_bfloat16_as_hardware_does(patch)
-        _fuse_multiply_and_add_as_hardware_does(patch)
-        _patch_the_language_once_per_launch(patch)
+        interpreter.compute_as_hardware_does(patch)
+        interpreter.work_things_out_once(patch)
         yield opd_triton
-
-
-def _round_to_bfloat16_as_hardware_does(patch: pytest.MonkeyPatch) -> None:
-    """Triton 3.7's interpreter cuts float32 to bfloat16 where every GPU rounds to nearest even."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def convert_float(values, source, target, rounding_mode):
-        if source == tl.float32 and target == tl.bfloat16:
-            rounded = torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.bfloat16)
-            return rounded.view(torch.uint16).numpy()
-        return convert(values, source, target, rounding_mode)
-
-    patch.setattr(interpreter, "_convert_float", convert_float)
-
-
-def _fuse_multiply_and_add_as_hardware_does(patch: pytest.MonkeyPatch) -> None:
-    """Triton 3.7's interpreter rounds the product of a fused multiply-add."""
-    import numpy as np
-    from triton.runtime import interpreter
-
-    def create_fma(self, x, y, z):
-        wide = [value.data.astype(np.float64) for value in (x, y, z)]
-        fused = (wide[0] * wide[1] + wide[2]).astype(z.data.dtype)
-        return interpreter.TensorHandle(fused, z.dtype)
-
-    patch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
-
-
-def _patch_the_language_once_per_launch(patch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches triton.language anew in each call of a device function.
-
-    That is half of its time. Once per launch is enough, for each of the two modules.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch_language = interpreter._patch_lang
-    patched = set()
-
-    def patch_once(function):
-        modules = (tl, tl.core)
-        names = frozenset(
-            module.__name__
-            for module in modules
-            if any(value is module for value in function.__globals__.values())
-        )
-        if names in patched:
-            return None
-        is_launch = not patched
-        patched.add(names)
-        scope = patch_language(function)
-        if is_launch:
-            restore = scope.restore
-
-            def restore_and_forget():
-                patched.clear()
-                restore()
-
-            scope.restore = restore_and_forget
-        return scope
-
-    patch.setattr(interpreter, "_patch_lang", patch_once)

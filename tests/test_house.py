@@ -79,14 +79,6 @@ ABSENT |= {
         "tests/opd_kernels/test_triton_{op}.py",
     )
 }
-ABSENT |= {
-    ("sample_tokens", layer): "drawn where the teacher's law is compressed: no CUDA kernel so far"
-    for layer in (
-        "csrc/cuda/{op}.cu",
-        "tests/csrc/test_cuda_{op}.cpp",
-        "tests/opd_kernels/test_cuda_{op}.py",
-    )
-}
 _NO_TRITON = "bytes are written where laws are scored and read where they are used: CPU and CUDA"
 ABSENT |= {
     ("topk_codec", layer): _NO_TRITON

@@ -2,25 +2,25 @@
 """Compiles the Triton kernels for a GPU that is not there, and reads registers and spills.
 
 `TRITON_INTERPRET=0 python -m tests.triton_offline [all]` prints one JSON list; its ptxas is that of
-the triton package. The launchers run as they are, up to the launch: what is compiled is what a call
-on a GPU would compile. A process of its own, because triton.jit decides at decoration whether a
-kernel is compiled or interpreted.
+the triton package, whose own report is read. The launchers run as they are, up to the launch: what
+is compiled is what a call on a GPU would compile. A process of its own, because triton.jit decides
+at decoration whether a kernel is compiled or interpreted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 
 from opd_kernels import divergences as D
 from opd_kernels import targets
@@ -31,6 +31,7 @@ from opd_kernels.triton import (
     divergence,
     sample_tokens,
     sparse_gradient,
+    speculative_verify,
     token_logprobs,
     topk_divergence,
     topk_logprobs,
@@ -40,7 +41,6 @@ from tests.checks import laws_of
 
 SM_90 = 90
 VOCAB_SIZE = 151936
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PLAIN, EVERYTHING = "plain", "everything"
 # the leanest and one with many live values; test_triton_compile.py runs the rest where it is slow
 FEW = ("forward_kl", "skew_reverse_kl")
@@ -68,7 +68,9 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
     rows = []
 
     def launch(kernel, num_programs, num_warps, *args, **constants):
-        compiled = kernel.warmup(*args, **constants, num_warps=num_warps, grid=(1,))
+        compiled, usage = compile_and_read(
+            lambda: kernel.warmup(*args, **constants, num_warps=num_warps, grid=(1,))
+        )
         loads = re.findall(r"ld\.global\S*\.v[48]\.", compiled.asm["ptx"])
         rows.append(
             {
@@ -76,7 +78,7 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
                 **described[-1],
                 "num_warps": num_warps,
                 "vector_loads": len(loads),
-                **resource_usage(compiled.asm["ptx"], capability),
+                **usage,
             }
         )
 
@@ -88,6 +90,7 @@ def compile_all(capability: int, names: Sequence[str]) -> list[dict]:
         topk_divergence,
         topk_logprobs,
         sample_tokens,
+        speculative_verify,
     )
     for module in modules:
         module.launch = launch
@@ -112,10 +115,16 @@ def calls(names: Sequence[str]):
     chosen = {"options": PLAIN, "divergence": "skew_forward_kl", "dtype": "fp32"}
     yield chosen, partial(_phases, logits, laws)
     logits, laws = call_of(torch.float32, **everything())
+    every = tuple(names) != FEW
     chosen = {"options": EVERYTHING, "divergence": None, "dtype": "fp32"}
-    for grad_dtype in (2, -1):
+    # of the three kernels that hold every option, a third of a minute each: the one that needs the
+    # most registers; with the whole family the other two
+    for grad_dtype in (2, -1) if every else (2,):
         yield chosen, partial(divergence.divergence_fwd_grad_, *logits, *laws, True, grad_dtype)
-    yield chosen, partial(both_ways, logits, laws, True)
+    if every:
+        yield chosen, partial(divergence.divergence_fwd, *logits, *laws, True)
+    state = torch.empty(2, laws.state_size, dtype=torch.float64)
+    yield chosen, partial(divergence.divergence_bwd, torch.ones(2), state, *logits, *laws)
     for dtype in (torch.bfloat16, torch.float32):
         for options in (PLAIN, EVERYTHING):
             chosen = {"options": options, "divergence": None, "dtype": _name(dtype)}
@@ -123,10 +132,9 @@ def calls(names: Sequence[str]):
             for num_ids in (64, MAX_IDS):
                 yield chosen, partial(_topk_divergence, dtype, options, num_ids)
             yield chosen, partial(_topk_logprobs, dtype, options)
-            if dtype == torch.float32 or options == PLAIN:
-                yield chosen, partial(_topk_logprobs, dtype, options)
             if dtype == torch.float32:
                 yield chosen, partial(_sample_tokens, dtype, options)
+                yield chosen, partial(_speculative_verify, options)
     yield {"options": PLAIN, "divergence": None, "dtype": "fp32"}, _sparse_gradient
 
 
@@ -227,6 +235,19 @@ def _sample_tokens(dtype: torch.dtype, options: str) -> None:
     sample_tokens.sample_tokens_fwd(logits, uniforms, *law, 1.3)
 
 
+def _speculative_verify(options: str) -> None:
+    """Both sides under one law; with a cut, which plain calls have too."""
+    logits, ids = torch.empty(2, VOCAB_SIZE), torch.zeros(2, dtype=torch.int64)
+    bias, temperatures, numbers, vocab_size = _law(options)
+    law = bias, temperatures, numbers, vocab_size
+    lse, floor, *_ = speculative_verify.speculative_verify_rows_fwd(logits, ids, *law, 50, 0.9)
+    ones, sides = torch.ones(2).double(), (bias, bias, temperatures, temperatures)
+    speculative_verify.speculative_verify_residual_fwd(
+        logits, logits, ids, ids, lse, floor, lse, floor, ones, ones, ones, *sides, numbers * 2,
+        vocab_size, True,
+    )  # fmt: skip
+
+
 def _sparse_gradient() -> None:
     grad_logits, weights = torch.empty(2, VOCAB_SIZE), torch.ones(2)
     kept = sparse_gradient.sparse_gradient_mark(grad_logits, weights, 1e-4)
@@ -240,26 +261,22 @@ def _name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
-def resource_usage(ptx: str, capability: int) -> dict[str, int]:
-    """Registers and spilled bytes, from the assembler's own report."""
-    arch = f"sm_{capability}a" if capability >= SM_90 else f"sm_{capability}"
-    assembler = "ptxas-blackwell" if capability >= 100 else "ptxas"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        command = [
-            TOOLS / assembler,
-            f"-arch={arch}",
-            "-v",
-            path,
-            "-o",
-            Path(folder, "kernel.cubin"),
-        ]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+_REPORTS: dict[str, str] = {}
+
+
+def compile_and_read(compile: Callable[[], CompiledKernel]) -> tuple[CompiledKernel, dict]:
+    """A kernel, with its registers and spilled bytes: the report of the assembler that made it."""
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        kernel = compile()
+    # nothing is printed of a kernel that this process has compiled before
+    report = _REPORTS.setdefault(kernel.hash, printed.getvalue())
     (registers,) = re.findall(r"Used (\d+) registers", report)
     stores = re.findall(r"(\d+) bytes spill stores", report)
     loads = re.findall(r"(\d+) bytes spill loads", report)
-    return {"registers": int(registers), "spilled_bytes": sum(map(int, stores + loads))}
+    return kernel, {"registers": int(registers), "spilled_bytes": sum(map(int, stores + loads))}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opd_kernels.triton import segment_scan
-from tests.triton_offline import SM_90, resource_usage
+from tests.triton_offline import SM_90, compile_and_read
 
 _POINTERS = {
     "offsets_ptr": "i64", "index_ptr": "i64", "out_index_ptr": "i64", "count_ptr": "i64",
@@ -54,14 +54,11 @@ def compile_for(kernel, constants: dict, capability: int) -> dict:
             signature[name] = "fp32" if name in _REAL else "i32"
     num_warps = 1 if kernel is segment_scan._reduce_segments_kernel else segment_scan._NUM_WARPS
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
+    target = GPUTarget("cuda", capability, 32)
+    _, usage = compile_and_read(
+        lambda: triton.compile(source, target=target, options={"num_warps": num_warps})
     )
-    return {
-        "kernel": kernel.__name__,
-        "num_warps": num_warps,
-        **resource_usage(compiled.asm["ptx"], capability),
-    }
+    return {"kernel": kernel.__name__, "num_warps": num_warps, **usage}
 
 
 if __name__ == "__main__":

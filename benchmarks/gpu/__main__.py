@@ -223,7 +223,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds, default 530")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--commit", help="HASH or HASH+dirty, where there is no git")
-    parser.add_argument("--only-peers", default="", help="of liger,trl,orda,fla; default: all")
+    parser.add_argument(
+        "--only-peers", default="", help="of liger,trl,orda,fla,flashinfer; default: all"
+    )
     options = parser.parse_args(arguments)
     for name in options.parts:
         if name not in results.PARTS:

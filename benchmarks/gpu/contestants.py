@@ -19,6 +19,7 @@ PACKAGES = {
     "trl.kernels.chunked_divergence": ("trl", "trl"),
     "orda_kernel": ("orda-kernel", "orda"),
     "fla.modules.fused_kl_div": ("fla-core", "fla"),
+    "flashinfer.sampling": ("flashinfer-python", "flashinfer"),
 }
 COMPILED = "compile"
 

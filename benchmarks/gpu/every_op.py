@@ -8,7 +8,7 @@ import argparse
 import torch
 
 import opd_kernels as opk
-from benchmarks.gpu import cases, device, sparse_teacher
+from benchmarks.gpu import cases, device, sparse_teacher, verification
 from benchmarks.shapes import Shape
 from opd_kernels import divergences as D
 from opd_kernels import targets
@@ -23,6 +23,8 @@ OPS = (
     "token_logprobs",
     "topk_divergence",
     "topk_logprobs",
+    "sample_tokens",
+    "speculative_verify",
     "segment_scan",
 )
 
@@ -106,6 +108,34 @@ def topk_logprobs(shape: Shape, dev: device.Device, backend: str, dtype: torch.d
     for num_topk in (1, min(64, shape.vocab_size), min(600, shape.vocab_size)):
         opk.topk_logprobs(logits, num_topk, token_ids=ids, backend=backend)
     opk.fused_linear_topk(hidden, head, num_topk=9, token_ids=ids, softcap=5.0, backend=backend)
+
+
+def sample_tokens(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """Few draws and many, both ends of [0, 1); a masked row, one of equals, one without a law."""
+    inputs = cases.inputs_of(dev, shape, dtype)
+    hidden, head = inputs.teacher_hidden, inputs.teacher_lm_head_weight
+    logits = hidden @ head.t()
+    logits[0, 7:] = -torch.inf
+    logits[1] = 1.0
+    logits[2, 5] = torch.nan
+    for num_draws in (1, 70, 600):
+        size = (shape.num_tokens, num_draws)
+        uniforms = torch.rand(*size, generator=dev.generator(0), device=dev.kind).double()
+        uniforms[:, 0] = 0.0
+        uniforms[:, -1] = 1.0 - 2.0**-53
+        opk.sample_tokens(logits, uniforms, proposal_temperature=1.2, backend=backend)
+        opk.fused_linear_sample_tokens(hidden, head, uniforms, softcap=5.0, backend=backend)
+
+
+def speculative_verify(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """Every mode that draws, cut and not, from logits and from hidden states; a masked row."""
+    drafts = verification.drafts_of(dev, shape, dtype, 2, 2)
+    logits = verification.logits_of(dev, drafts)
+    logits.teacher[0, 1, 7:] = -torch.inf
+    for mode in ("rejection", "block", "topk"):
+        for options in ({}, {"top_k": 9, "top_p": 0.9}):
+            verification.ours(drafts, mode, backend, **options)()
+    verification.ours_from_logits(drafts, logits, backend)()
 
 
 def segment_scan(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ TOLERANT = "gradient_tolerance"
 SPARSE = "fused_linear_topk_divergence"
 TOPK = "topk_logprobs"
 FUSED_TOPK = "fused_linear_topk"
+VERIFY = "fused_linear_speculative_verify"
 # the two whose lead is promised in numbers
 NAMED = ("trl", "liger")
 
@@ -93,6 +94,12 @@ def _fused_topk(results: dict) -> Worst | None:
     return _largest([Worst(row.ratio_to_floor, f"{row.contestant}: {row.case}") for row in rows])
 
 
+def _verify(results: dict) -> Worst | None:
+    rows = rows_of(results, "ours", Timing)
+    rows = [row for row in rows if row.contestant.startswith(VERIFY)]
+    return _largest([Worst(row.ratio_to_floor, f"{row.contestant}: {row.case}") for row in rows])
+
+
 def _is_peer(row: Timing) -> bool:
     return not row.contestant.startswith(OURS) and row.ratio_ours is not None
 
@@ -156,6 +163,7 @@ PROMISES = (
     Promise("row kernel, of the copy's bandwidth", "at least", 0.85, _row_kernel),
     Promise("top-k, lse, tail and entropy, of the copy's bandwidth", "at least", 0.80, _topk),
     Promise("fused_linear_topk over the teacher's GEMM", "at most", 1.15, _fused_topk),
+    Promise("verification from hidden states over its two GEMMs", "at most", 1.15, _verify),
     Promise("time of every peer over ours", "at least", 1.0, _every_peer),
     Promise("time of TRL and Liger over ours", "at least", 1.5, _named_peers),
     Promise("gradient error over that of eager float32 logits", "at most", 1.0, _precision),

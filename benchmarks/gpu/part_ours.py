@@ -11,17 +11,17 @@ from torch import Tensor
 
 import opd_kernels as opk
 from benchmarks import laws
-from benchmarks.gpu import cases, part_ceilings, sparse_teacher
+from benchmarks.gpu import cases, part_ceilings, sparse_teacher, verification
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.device import Device, Run, Time
-from benchmarks.gpu.goals import FUSED_TOPK, SPARSE, TOLERANT, TOPK
+from benchmarks.gpu.goals import FUSED_TOPK, SPARSE, TOLERANT, TOPK, VERIFY
 from benchmarks.gpu.results import RowKernel, Timing
 from opd_kernels import _dispatch, _gemms, _laws
 
-TOKEN_LOGPROBS = "token_logprobs"
+TOKEN_LOGPROBS, SAMPLES = "token_logprobs", "sample_tokens"
 # of the same cost: one to see, and one whose gradient is not that of a weighted likelihood
 SPARSE_DIVERGENCES = ("forward_kl", "reverse_kl")
-NUM_TOPK = 64
+NUM_TOPK, NUM_DRAWS = 64, 50
 # calls of a row kernel between two events: one alone would be timed with its launch
 CALLS = 10
 
@@ -60,6 +60,12 @@ def row_call(name: str, backend: str, student: Tensor, teacher: Tensor) -> Run:
 def topk_call(backend: str, logits: Tensor) -> Run:
     """Top-k, log-sum-exp, tail and entropy of the rows."""
     return lambda: opk.topk_logprobs(logits, NUM_TOPK, backend=backend)
+
+
+def sample_call(backend: str, logits: Tensor) -> Run:
+    """Draws from the rows, their weights and log-probs."""
+    uniforms = torch.rand(len(logits), NUM_DRAWS, device=logits.device, dtype=torch.float64)
+    return lambda: opk.sample_tokens(logits, uniforms, backend=backend)
 
 
 def logits_pairs(device: Device, sizes: cases.Sizes, count: int = 2) -> list[tuple[Tensor, Tensor]]:
@@ -109,10 +115,17 @@ def row_kernels(device: Device, context: Context, backends: list[str]) -> None:
         variants[TOKEN_LOGPROBS] = in_rotation(runs), size
         variants |= sparse_rows(device, backend, pairs)
         for dtype in (torch.float32, torch.bfloat16):
-            runs = [topk_call(backend, pair[0].to(dtype)) for pair in pairs]
-            name = f"{TOPK} K={NUM_TOPK} {str(dtype).removeprefix('torch.')}"
-            # one read of the logits
-            variants[name] = in_rotation(runs), size * dtype.itemsize // 4
+            logits = [pair[0].to(dtype) for pair in pairs]
+            for call, name in (
+                (topk_call, f"{TOPK} K={NUM_TOPK}"),
+                (sample_call, f"{SAMPLES} N={NUM_DRAWS}"),
+            ):
+                runs = [call(backend, values) for values in logits]
+                # one read of the logits
+                variants[f"{name} {str(dtype).removeprefix('torch.')}"] = (
+                    in_rotation(runs),
+                    size * dtype.itemsize // 4,
+                )
         times = device.turns({name: run for name, (run, _) in variants.items()}, sizes.rounds)
         for name, time in times.items():
             ms = time.median / CALLS
@@ -317,6 +330,29 @@ def topk(device: Device, context: Context, shape: cases.Shape) -> None:
     context.row(timing(str(shape), label, "", "frozen", times["ours"], times["floor"]))
 
 
+def verify(device: Device, context: Context, shape: cases.Shape) -> None:
+    """`fused_linear_speculative_verify` over its two GEMMs, as it is called and as a graph."""
+    sizes = context.sizes
+    for num_sequences, num_drafts in verification.SIZES:
+        drafts = verification.drafts_of(device, shape, sizes.dtype, num_sequences, num_drafts)
+        floor = verification.gemms_of(device, drafts)
+        variants = {"floor": floor, "floor, graph": device.capture(floor)}
+        for mode, options in (
+            ("rejection", {}),
+            ("block", {}),
+            ("rejection, top_p", {"top_p": 0.95}),
+        ):
+            run = verification.ours(drafts, mode.partition(",")[0], context.lead, **options)
+            variants |= {mode: run, f"{mode}, graph": device.capture(run)}
+        times = device.turns(variants, sizes.rounds, context.seconds_left())
+        case = f"{shape._replace(num_tokens=num_sequences * (num_drafts + 1))}"
+        for mode, time in times.items():
+            if not mode.startswith("floor"):
+                bare = times["floor, graph" if mode.endswith("graph") else "floor"]
+                label = f"{VERIFY}, B={num_sequences} G={num_drafts}, {mode}"
+                context.row(timing(case, label, "", "frozen", time, bare))
+
+
 def each(context: Context, what: str, shapes: tuple, case: Callable[[cases.Shape], None]) -> None:
     """A case after the other while there is time; one that fails does not stop the rest."""
     device = context.device()
@@ -342,6 +378,7 @@ def run(context: Context) -> None:
     each(context, "logprobs", some[:1], lambda shape: token_logprobs(device, context, shape))
     each(context, "sparse teacher", some, lambda shape: sparse(device, context, shape))
     each(context, "top-k", some, lambda shape: topk(device, context, shape))
+    each(context, "verification", some[:1], lambda shape: verify(device, context, shape))
     for backend in others:
         if backend != "reference" and context.has_time(f"row kernels, {backend}", 1.0):
             with context.attempt(f"row kernels, {backend}"):

@@ -8,7 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import cases, contestants
+from benchmarks.gpu import cases, contestants, verification
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.device import Device, Run
 from benchmarks.gpu.part_ours import peak_of
@@ -151,6 +151,43 @@ def precision(device: Device, context: Context, law: str, name: str, here: list[
         context.row(Precision(label, name, law, *errors, ratio))
 
 
+def verify(device: Device, context: Context) -> None:
+    """flashinfer's chain kernel with the softmax that it needs, beside ours from the same logits."""
+    sizes, shape = context.sizes, context.sizes.shapes[0]
+    for num_sequences, num_drafts in verification.SIZES:
+        drafts = verification.drafts_of(device, shape, sizes.dtype, num_sequences, num_drafts)
+        logits = verification.logits_of(device, drafts)
+        peer = verification.flashinfer(drafts, logits)
+        name = f"flashinfer, verification B={num_sequences} G={num_drafts}"
+        if not starts(device, context, name, peer):
+            continue
+        variants = {
+            "floor": verification.gemms_of(device, drafts),
+            "ours": verification.ours_from_logits(drafts, logits, context.lead),
+            name: peer,
+        }
+        times = device.turns(variants, sizes.rounds, context.seconds_left())
+        floor, ours, time = (times[label].median for label in ("floor", "ours", name))
+        context.row(
+            Timing(
+                f"{shape._replace(num_tokens=num_sequences * (num_drafts + 1))}",
+                name,
+                "",
+                "frozen",
+                time,
+                times[name].best,
+                times[name].rounds,
+                floor,
+                time / floor,
+                ours,
+                time / ours,
+                None,
+                None,
+                "logits given; the GEMMs are the floor's alone",
+            )
+        )
+
+
 def run(context: Context) -> None:
     device, sizes = context.device(), context.sizes
     versions, missing = contestants.importable(context.only_peers)
@@ -161,6 +198,9 @@ def run(context: Context) -> None:
         for name in cases.DIVERGENCES:
             if context.has_time(f"precision, {name}, {law}", FIRST_CALL_S[False]):
                 precision(device, context, law, name, here)
+    if "flashinfer-python" in here and context.has_time("verification", FIRST_CALL_S[True]):
+        with context.attempt("verification"):
+            verify(device, context)
     current = None
     # a compiler takes longer than all the others together, so it waits for them
     for compiled, case in itertools.product((False, True), ordered_cases(sizes)):

@@ -6,14 +6,12 @@
 #include <cmath>
 #include <limits>
 
-#include "check.h"
 #include "parallel.h"
 #include "rows.h"
+#include "sample_tokens_check.h"
 
 namespace opd {
 namespace {
-
-constexpr char kOp[] = "sample_tokens";
 
 template <class T>
 constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
@@ -171,39 +169,21 @@ void run_row(const opd_sample_tokens_args_t& args, int64_t t) {
   }
 }
 
-void check_args(const opd_sample_tokens_args_t* args) {
-  check_pointer(kOp, "args", args);
-  check_struct_size(kOp, args->struct_size, sizeof(*args));
-  check_sizes(kOp, args->num_tokens, args->vocab_size);
-  OPD_CHECK(args->vocab_size <= std::numeric_limits<int32_t>::max(), kOp,
-            ": vocab_size must be below 2^31, since ids are int32, got ", args->vocab_size);
-  check_side(kOp, "logits", args->logits, args->num_tokens);
-  // beyond, 1 / proposal_temperature is no float32
-  OPD_CHECK(args->proposal_temperature >= 1e-30 && args->proposal_temperature <= 1e30, kOp,
-            ": proposal_temperature must be in [1e-30, 1e30], got ", args->proposal_temperature);
-  OPD_CHECK(args->num_draws >= 1 && args->num_draws <= OPD_MAX_TOPK, kOp,
-            ": num_draws must be in [1, ", int64_t{OPD_MAX_TOPK}, "], got ", args->num_draws);
-  if (args->num_tokens == 0) return;
-  check_pointers(kOp, "every pointer",
-                 {args->uniforms, args->ids, args->weights, args->logprobs, args->lse,
-                  args->workspace});
-  for (int64_t i = 0; i < args->num_tokens * args->num_draws; ++i) {
-    OPD_CHECK(args->uniforms[i] >= 0.0 && args->uniforms[i] < 1.0, kOp,
-              ": uniforms must be in [0, 1), got ", args->uniforms[i], " at position (",
-              i / args->num_draws, ", ", i % args->num_draws, ").");
+void check_uniforms(const opd_sample_tokens_args_t& args) {
+  for (int64_t i = 0; i < args.num_tokens * args.num_draws; ++i) {
+    OPD_CHECK(args.uniforms[i] >= 0.0 && args.uniforms[i] < 1.0, sample_tokens::kOp,
+              ": uniforms must be in [0, 1), got ", args.uniforms[i], " at position (",
+              i / args.num_draws, ", ", i % args.num_draws, ").");
   }
 }
 
 }  // namespace
 }  // namespace opd
 
-int64_t opd_sample_tokens_workspace_bytes(int64_t num_tokens, int64_t vocab_size) {
-  return num_tokens * opd::num_blocks(vocab_size) * static_cast<int64_t>(sizeof(double));
-}
-
 opd_status_t opd_sample_tokens_fwd_cpu(const opd_sample_tokens_args_t* args) {
   return opd::guarded([&] {
-    opd::check_args(args);
+    opd::sample_tokens::check_args(args);
+    opd::check_uniforms(*args);
     const bool is_double = args->logits.matrix.dtype == OPD_FLOAT64;
     opd::parallel_rows(args->parallel_for, args->num_tokens, [&](int64_t row) {
       is_double ? opd::run_row<double>(*args, row) : opd::run_row<float>(*args, row);

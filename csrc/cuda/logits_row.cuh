@@ -11,6 +11,23 @@
 namespace opd {
 namespace cuda {
 
+// fn(value of the storage type) of a dtype; `op` and `name` are for the error.
+template <class Fn>
+void visit_storage(const char* op, const char* name, int32_t dtype, Fn&& fn) {
+  switch (dtype) {
+    case OPD_FLOAT32:
+      return fn(float());
+    case OPD_BFLOAT16:
+      return fn(BFloat16());
+    case OPD_FLOAT16:
+      return fn(Float16());
+    default:
+      throw Error(OPD_UNSUPPORTED,
+                  concat(op, ": ", name, " must be float32, bfloat16 or float16 on a GPU, got ",
+                         "float64. Convert it, or call the CPU's entry point."));
+  }
+}
+
 template <class Storage>
 __device__ __forceinline__ const Storage* row_of(const Side& side, int64_t row) {
   return static_cast<const Storage*>(side.data) + row * side.row_stride;

@@ -111,23 +111,6 @@ __device__ __forceinline__ void rewrite_row(const Storage* logits, int64_t vocab
   loose_columns(vocab_size - pieces.tail, pieces.tail);
 }
 
-// fn(value of the storage type) of a dtype; `op` and `name` are for the error.
-template <class Fn>
-void visit_storage(const char* op, const char* name, int32_t dtype, Fn&& fn) {
-  switch (dtype) {
-    case OPD_FLOAT32:
-      return fn(float());
-    case OPD_BFLOAT16:
-      return fn(BFloat16());
-    case OPD_FLOAT16:
-      return fn(Float16());
-    default:
-      throw Error(OPD_UNSUPPORTED,
-                  concat(op, ": ", name, " must be float32, bfloat16 or float16 on a GPU, got ",
-                         "float64. Convert it, or call the CPU's entry point."));
-  }
-}
-
 // Whether a gradient lies in the place of logits of another dtype; refuses rows that do not fit.
 inline bool overlaps_logits(const char* op, opd_const_matrix_t logits, opd_matrix_t grad_logits,
                             int64_t num_tokens) {

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Top-k laws to rows of bytes and back, a block per row: the row is an image in shared memory, its
 // entries are sorted there. The bytes and the numbers are those of csrc/core/topk_codec.cpp.
+#include "bits.cuh"
 #include "reduce.cuh"
+#include "sort.cuh"
 #include "topk_codec_check.h"
 
 namespace opd {
@@ -36,42 +38,6 @@ __device__ __forceinline__ void put_bits(uint32_t* words, int64_t at, uint32_t v
   if (high != 0) atomicAdd(words + at / 32 + 1, high);
 }
 
-__device__ __forceinline__ int count_bits(uint32_t word) {
-#if defined(OPD_EMULATED)
-  return __builtin_popcount(word);
-#else
-  return __popc(word);
-#endif
-}
-
-__device__ __forceinline__ int lowest_bit(uint32_t word) {
-#if defined(OPD_EMULATED)
-  return __builtin_ctz(word);
-#else
-  return __ffs(word) - 1;
-#endif
-}
-
-// Ascending; `count` is a power of two. Every thread of the block comes.
-template <class Key>
-__device__ __forceinline__ void sort_block(Key* keys, int count) {
-  for (int size = 2; size <= count; size *= 2) {
-    for (int distance = size / 2; distance > 0; distance /= 2) {
-      __syncthreads();
-      for (int pair = threadIdx.x; pair < count / 2; pair += blockDim.x) {
-        const int first = 2 * pair - (pair & (distance - 1)), second = first + distance;
-        const bool ascends = (first & size) == 0;
-        const Key a = keys[first], b = keys[second];
-        if ((b < a) == ascends) {
-          keys[first] = b;
-          keys[second] = a;
-        }
-      }
-    }
-  }
-  __syncthreads();
-}
-
 // -- encode ---------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kMostThreads)
@@ -102,7 +68,7 @@ __global__ void __launch_bounds__(kMostThreads)
   counts = reduce_block(counts, scratch, 0u, Sum());
   const int count = static_cast<int>(counts & 0xffffu), num_finite = static_cast<int>(counts >> 16);
   if (faults == 0) {
-    sort_block(keys, p.num_sorted);
+    sort_block(keys, p.num_sorted, blockDim.x, Smaller());
     for (int i = threadIdx.x + 1; i < count; i += blockDim.x) {
       if (keys[i] >> kPositionBits == keys[i - 1] >> kPositionBits) {
         faults |= fault(OPD_CODEC_DUPLICATE);
@@ -264,7 +230,7 @@ __global__ void __launch_bounds__(kMostThreads)
   int32_t* const ids = p.ids + row * at.num_topk;
   float* const logprobs = p.logprobs + row * at.num_topk;
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  if (faults == 0) sort_block(keys, p.num_sorted);
+  if (faults == 0) sort_block(keys, p.num_sorted, blockDim.x, Smaller());
   const double scale = scale_value(header.scale_bits);
   for (int k = threadIdx.x; k < at.num_topk; k += blockDim.x) {
     int32_t id = -1;

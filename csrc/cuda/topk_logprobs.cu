@@ -26,6 +26,7 @@
 #include <limits>
 
 #include "logits_row.cuh"
+#include "sort.cuh"
 #include "topk_logprobs_check.h"
 #include "topk_select.cuh"
 
@@ -451,7 +452,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) topk_logprobs_forward(Param
   unsigned places = 1;
   while (places < count) places *= 2;
   for (unsigned k = count + threadIdx.x; k < places; k += kThreads) waiting.keys[k] = 0;
-  sort_keys<kThreads>(waiting.keys, places);
+  sort_block(waiting.keys, places, kThreads, Larger());
   const Closed closed = close_row(p, row, count, waiting, tail);
 
   int32_t* const ids = p.ids + row * p.num_topk;
@@ -505,18 +506,8 @@ void forward_of(const opd_topk_logprobs_args_t& args, void* stream) {
 }
 
 void forward(const opd_topk_logprobs_args_t& args, void* stream) {
-  switch (args.logits.matrix.dtype) {
-    case OPD_FLOAT32:
-      return forward_of<float>(args, stream);
-    case OPD_BFLOAT16:
-      return forward_of<BFloat16>(args, stream);
-    case OPD_FLOAT16:
-      return forward_of<Float16>(args, stream);
-    default:
-      throw Error(OPD_UNSUPPORTED,
-                  concat(topk_logprobs::kOp, ": logits must be float32, bfloat16 or float16 on a ",
-                         "GPU, got float64. Convert it, or call the CPU's entry point."));
-  }
+  visit_storage(topk_logprobs::kOp, "logits", args.logits.matrix.dtype,
+                [&](auto storage) { forward_of<decltype(storage)>(args, stream); });
 }
 
 }  // namespace

@@ -77,25 +77,5 @@ __device__ __forceinline__ Bound find_bound(uint64_t lowest, uint64_t highest, u
   return {low, count};
 }
 
-// Largest first, in place; `count` is a power of 2. Begins and ends with a barrier.
-template <int kThreads>
-__device__ __forceinline__ void sort_keys(uint64_t* keys, unsigned count) {
-  for (unsigned size = 2; size <= count; size *= 2) {
-    for (unsigned stride = size / 2; stride > 0; stride /= 2) {
-      __syncthreads();
-      for (unsigned pair = threadIdx.x; pair < count / 2; pair += kThreads) {
-        const unsigned left = 2 * pair - (pair & (stride - 1)), right = left + stride;
-        const uint64_t a = keys[left], b = keys[right];
-        const bool is_descending = (left & size) == 0;
-        if ((a < b) == is_descending) {
-          keys[left] = b;
-          keys[right] = a;
-        }
-      }
-    }
-  }
-  __syncthreads();
-}
-
 }  // namespace cuda
 }  // namespace opd

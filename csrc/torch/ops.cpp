@@ -77,7 +77,7 @@ STABLE_TORCH_LIBRARY(opd, m) {
   // the summands of tail "drop" and their gradient, of masses that sum to anything
   m.def("topk_divergence_drop(Tensor teacher_cells, Tensor student_cells, Tensor? token_weights, "
         "Tensor? coefficients, int[] divergences, float[] params) -> (Tensor loss, Tensor grad)");
-  // ids int32 [T, N], ascending; uniforms float64 [T, N]; in C++ on a CPU only
+  // ids int32 [T, N], ascending; uniforms float64 [T, N]
   m.def("sample_tokens_fwd(Tensor logits, Tensor uniforms, " OPD_LAW
         ", float proposal_temperature) -> " OPD_SAMPLES);
   // per row: token_ids int64, -1 is none, below it the row is not read; lse and logprobs float64,
@@ -251,46 +251,12 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool accumulate) {
   check(opd_gemm_cpu(&args));
 }
 
-// In C++ draws have a kernel on a CPU only.
-std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_fwd(Tensor logits, Tensor uniforms,
-                                                             OPD_ONE_LAW_PARAMETERS,
-                                                             double proposal_temperature) {
-  require(numbers.size() == 3, "opd: numbers must hold 3 values");
-  const int64_t num_tokens = logits.dim() > 0 ? logits.size(0) : 0;
-  const ScalarType real = real_of(logits);
-  check_table(uniforms, num_tokens, ScalarType::Double);
-  opd_sample_tokens_args_t args{};
-  args.struct_size = sizeof(args);
-  args.num_tokens = num_tokens;
-  args.vocab_size = vocab_size;
-  args.parallel_for = &parallel_for;
-  args.logits = side(logits, num_tokens, vocab_size, real, bias, numbers[0], numbers[1], numbers[2],
-                     temperatures);
-  args.num_draws = uniforms.size(1);
-  args.uniforms = static_cast<const double*>(uniforms.data_ptr());
-  args.proposal_temperature = proposal_temperature;
-  Tensor ids = torch::stable::new_empty(logits, {num_tokens, args.num_draws}, ScalarType::Int);
-  Tensor weights = torch::stable::new_empty(logits, {num_tokens, args.num_draws}, real);
-  Tensor logprobs = torch::stable::new_empty(logits, {num_tokens, args.num_draws}, real);
-  Tensor lse = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Double);
-  Tensor workspace = torch::stable::new_empty(
-      logits, {opd_sample_tokens_workspace_bytes(num_tokens, vocab_size)}, ScalarType::Byte);
-  args.ids = static_cast<int32_t*>(ids.data_ptr());
-  args.weights = weights.data_ptr();
-  args.logprobs = logprobs.data_ptr();
-  args.lse = static_cast<double*>(lse.data_ptr());
-  args.workspace = workspace.data_ptr();
-  check(opd_sample_tokens_fwd_cpu(&args));
-  return {ids, weights, logprobs, lse};
-}
-
 }  // namespace
 }  // namespace opd::torch_ops
 
 STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
   opd::torch_ops::implement_row_ops<opd::torch_ops::Cpu>(m);
   m.impl("gemm_", TORCH_BOX(&opd::torch_ops::gemm_));
-  m.impl("sample_tokens_fwd", TORCH_BOX(&opd::torch_ops::sample_tokens_fwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(opd, CompositeExplicitAutograd, m) {

@@ -17,7 +17,7 @@
   X(divergence_fwd) X(divergence_bwd) X(divergence_fwd_grad) X(divergence_init) \
   X(divergence_phase) X(divergence_close_lse) X(divergence_finish)              \
   X(token_logprobs_fwd) X(token_logprobs_bwd)                                   \
-  X(topk_logprobs_fwd)                                                          \
+  X(topk_logprobs_fwd) X(sample_tokens_fwd)                                     \
   X(topk_divergence_fwd) X(topk_divergence_bwd)                                 \
   X(topk_codec_encode) X(topk_codec_decode)                                     \
   X(speculative_verify_rows) X(speculative_verify_residual)                     \
@@ -29,7 +29,7 @@
   X(divergence_fwd) X(divergence_bwd) X(divergence_fwd_grad_) X(divergence_phase_) \
   X(divergence_bwd_)                                                               \
   X(token_logprobs_fwd) X(token_logprobs_bwd) X(token_logprobs_bwd_)               \
-  X(topk_logprobs_fwd)                                                             \
+  X(topk_logprobs_fwd) X(sample_tokens_fwd)                                        \
   X(topk_divergence_fwd) X(topk_divergence_bwd) X(topk_divergence_bwd_)            \
   X(topk_codec_encode) X(topk_codec_decode)                                        \
   X(speculative_verify_rows_fwd) X(speculative_verify_residual_fwd)                \
@@ -266,6 +266,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logprobs_fwd(
   return {ids, logprobs, lse, tail_logprob, entropy, token_logprobs};
 }
 
+// ---- sample_tokens ----
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_fwd(const Backend& kernels, Tensor logits,
+                                                             Tensor uniforms,
+                                                             OPD_ONE_LAW_PARAMETERS,
+                                                             double proposal_temperature) {
+  require(numbers.size() == 3, "opd: numbers must hold 3 values");
+  const int64_t num_tokens = logits.dim() > 0 ? logits.size(0) : 0;
+  const ScalarType real = real_of(logits);
+  check_table(uniforms, num_tokens, ScalarType::Double);
+  opd_sample_tokens_args_t args{};
+  args.struct_size = sizeof(args);
+  args.num_tokens = num_tokens;
+  args.vocab_size = vocab_size;
+  args.parallel_for = &parallel_for;
+  args.logits = side(logits, num_tokens, vocab_size, real, bias, numbers[0], numbers[1], numbers[2],
+                     temperatures);
+  args.num_draws = uniforms.size(1);
+  args.uniforms = static_cast<const double*>(uniforms.data_ptr());
+  args.proposal_temperature = proposal_temperature;
+  Tensor ids = torch::stable::new_empty(logits, {num_tokens, args.num_draws}, ScalarType::Int);
+  Tensor weights = torch::stable::new_empty(logits, {num_tokens, args.num_draws}, real);
+  Tensor logprobs = torch::stable::new_empty(logits, {num_tokens, args.num_draws}, real);
+  Tensor lse = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Double);
+  Tensor workspace = torch::stable::new_empty(
+      logits, {opd_sample_tokens_workspace_bytes(num_tokens, vocab_size)}, ScalarType::Byte);
+  args.ids = static_cast<int32_t*>(ids.data_ptr());
+  args.weights = weights.data_ptr();
+  args.logprobs = logprobs.data_ptr();
+  args.lse = static_cast<double*>(lse.data_ptr());
+  args.workspace = workspace.data_ptr();
+  kernels.sample_tokens_fwd(&args);
+  return {ids, weights, logprobs, lse};
+}
+
 // ---- topk_divergence ----
 
 template <class Backend>
@@ -331,11 +367,6 @@ void topk_divergence_bwd_(const Backend& kernels, Tensor logits, Tensor token_id
 
 // ---- verification of drafts ----
 
-inline Tensor verify_workspace(const Tensor& like, int64_t num_rows, int64_t vocab_size) {
-  return torch::stable::new_empty(
-      like, {opd_speculative_verify_workspace_bytes(num_rows, vocab_size)}, ScalarType::Byte);
-}
-
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> speculative_verify_rows_fwd(
     const Backend& kernels, Tensor logits, Tensor token_ids, OPD_ONE_LAW_PARAMETERS, int64_t top_k,
@@ -370,21 +401,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> speculative_verify_ro
   args.workspace = workspace.data_ptr();
   kernels.speculative_verify_rows(&args);
   return {lse, floor, logprobs, ranks, argmax, largest};
-}
-
-// One side of the residual law; `law` is three of the six numbers.
-inline opd_cut_law_t cut_law(const Tensor& logits, const Tensor& lse, const Tensor& floor,
-                             const Tensor& rows, const Tensor& scale, int64_t vocab_size,
-                             ScalarType real, const Optional& bias, const Optional& temperatures,
-                             const double* law) {
-  const int64_t num_rows = logits.dim() > 0 ? logits.size(0) : 0;
-  check_rows(lse, num_rows, ScalarType::Double);
-  check_rows(floor, num_rows, real);
-  check_rows(scale, rows.numel(), ScalarType::Double);
-  return {side(logits, num_rows, vocab_size, real, bias, law[0], law[1], law[2], temperatures),
-          num_rows, static_cast<const double*>(lse.data_ptr()), floor.data_ptr(),
-          static_cast<const int64_t*>(rows.data_ptr()),
-          static_cast<const double*>(scale.data_ptr())};
 }
 
 template <class Backend>

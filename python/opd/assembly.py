@@ -15,9 +15,10 @@ import torch
 
 from opd import checkpoint as ckpt
 from opd.batch import Prompt
-from opd.config import TrainConfig, config_hash, differences, dump_config
+from opd.config import TrainConfig, config_hash, differences, dump_config, in_words
 from opd.data import PromptStream, tokenize_rows, training_rows
 from opd.evaluation import HeldOut, load_held_out
+from opd.identity import first_difference
 from opd.ledger import Ledger
 from opd.model import (
     LanguageModel,
@@ -30,7 +31,7 @@ from opd.model import (
 from opd.optim import build_optimizer
 from opd.rollouts.hf import end_token_ids
 from opd.schema import ConfigError
-from opd.teachers import TeacherConfig
+from opd.teachers import ServerTeacher, TeacherConfig
 
 _log = logging.getLogger(__name__)
 _LONGER = "completions may grow to the length limit, see completions/clipped_ratio"
@@ -52,9 +53,22 @@ class Run:
     optimizer: torch.optim.Optimizer
     ledger: Ledger = field(default_factory=Ledger)
     step: int = 0
+    _marked: dict[str, Any] | None = None
 
-    def save(self) -> Path:
-        """A checkpoint of this moment."""
+    def mark(self) -> None:
+        """Note what the next step changes before the weights, for `save(as_marked=True)`."""
+        if isinstance(self.teacher, ServerTeacher):
+            self._marked = {"random": ckpt.random_state(), "rollouts": self.rollouts.state_dict()}
+
+    def close(self) -> None:
+        """Let go of a teacher's connections."""
+        close_teacher(self.teacher)
+
+    def save(self, *, as_marked: bool = False) -> Path:
+        """A checkpoint of this moment, or of the last `mark` if no step was taken since."""
+        moving = self._marked if as_marked else None
+        if moving is None:
+            moving = {"random": ckpt.random_state(), "rollouts": self.rollouts.state_dict()}
         return ckpt.save_checkpoint(
             self.output_dir,
             save_model=self._save_model,
@@ -64,11 +78,11 @@ class Run:
                 "config": self.config.model_dump(mode="json"),
                 "ledger": self.ledger.state_dict(),
                 "versions": versions(),
+                "teacher": None if self.teacher is None else self.teacher.fingerprint,
             },
             tensors={
                 "optimizer": self.optimizer.state_dict(),
-                "random": ckpt.random_state(),
-                "rollouts": self.rollouts.state_dict(),
+                **moving,
             },
             save_total_limit=self.config.save_total_limit,
         )
@@ -90,6 +104,8 @@ def open_run(config: TrainConfig) -> Run:
     tokenizer = load_run_tokenizer(config)
     student = load_student(config, tokenizer, resumed.path if resumed else None)
     teacher = load_teacher(config, tokenizer, student)
+    if resumed is not None:
+        _check_same_teacher(config, resumed, teacher)
     rows = training_rows(
         config.task, config.data, with_completions=config.rollouts.needs_completions
     )
@@ -133,6 +149,28 @@ def open_run(config: TrainConfig) -> Run:
                 f"resume_from_checkpoint: '{resumed.path}' does not fit this run, {error}"
             ) from None
     return run
+
+
+def _check_same_teacher(config: TrainConfig, resumed: ckpt.Checkpoint, teacher: Any) -> None:
+    """A path may hold other weights than it did, and the configuration would not tell.
+
+    Raises:
+        ConfigError: the teacher is another one, and nobody asked to go on all the same.
+    """
+    theirs, ours = resumed.state.get("teacher"), getattr(teacher, "fingerprint", None)
+    if theirs is None or ours is None or theirs == ours:
+        return
+    what = (
+        f"'{resumed.path}' was trained with another teacher, its weights have the fingerprint "
+        f"{theirs} there and {ours} here"
+    )
+    if config.resume_from_checkpoint != "auto":
+        _log.warning("%s", what)
+        return
+    raise ConfigError(
+        f"output_dir: {what}; take another output_dir, or resume_from_checkpoint=none to start "
+        f"afresh, or resume_from_checkpoint={resumed.path} to go on from it all the same"
+    )
 
 
 def _restore(run: Run, resumed: ckpt.Checkpoint) -> None:
@@ -295,6 +333,7 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
     )
     if not isinstance(teacher, LanguageModel):
         teacher.check_fits(student, tokenizer)
+        _check_told(config, teacher)
         _check_temperature(config, getattr(teacher, "temperature", None))
         return teacher
     ours, theirs = student.lm_head_weight.shape[0], teacher.lm_head_weight.shape[0]
@@ -305,9 +344,15 @@ def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) ->
             f"their padding differs, set vocab_size={min(len(tokenizer), ours, theirs)}"
         )
     _check_rows(teacher, config.vocab_size or theirs)
-    _check_same_tokens(config.teacher, tokenizer, config.vocab_size, key)
+    _check_same_tokens(config.teacher, tokenizer, config.vocab_size or theirs, key)
     _tell_of_other_ends(teacher, student, tokenizer)
     return teacher
+
+
+def close_teacher(teacher: Any) -> None:
+    """Let go of the connections of a teacher that has any."""
+    if isinstance(teacher, ServerTeacher):
+        teacher.close()
 
 
 def _check_topk(config: TrainConfig, student: LanguageModel) -> None:
@@ -317,6 +362,17 @@ def _check_topk(config: TrainConfig, student: LanguageModel) -> None:
         raise ConfigError(
             f"objective.teacher_top_k: must be at most {size}, the size of the vocabulary, got "
             f"{wanted}"
+        )
+
+
+def _check_told(config: TrainConfig, teacher: Any) -> None:
+    """What only the teacher itself knows that it tells: a store, of what it was filled with."""
+    asked, told = config.objective.asks, getattr(teacher, "tells", None)
+    if asked and told is not None and asked not in told:
+        raise ConfigError(
+            f"objective.kind: must be one that asks for {in_words(told)}, which is what the store "
+            f"'{teacher.store.path}' holds, got {config.objective.kind!r}, which asks for "
+            f"{in_words([asked])}"
         )
 
 
@@ -388,9 +444,7 @@ def _tell_of_other_ends(teacher: Any, student: LanguageModel, tokenizer: Any) ->
         _log.warning("the teacher's end tokens are %s, the student's %s; %s", *names, _LONGER)
 
 
-def _check_same_tokens(
-    source: TeacherConfig, tokenizer: Any, vocab_size: int | None, key: str
-) -> None:
+def _check_same_tokens(source: TeacherConfig, tokenizer: Any, vocab_size: int, key: str) -> None:
     """Compare with the teacher's own tokenizer, if it comes with one."""
     if source.model_name_or_path is None:
         return
@@ -400,7 +454,7 @@ def _check_same_tokens(
         theirs = AutoTokenizer.from_pretrained(
             resolve_model_path(source.model_name_or_path),
             trust_remote_code=source.trust_remote_code,
-        ).get_vocab()
+        )
     except (OSError, ValueError):
         _log.warning(
             "the teacher '%s' has no tokenizer to compare with the student's, so nothing checks "
@@ -408,15 +462,11 @@ def _check_same_tokens(
             source.model_name_or_path,
         )
         return
-    ours = tokenizer.get_vocab()
-    limit = vocab_size or max(len(ours), len(theirs))
-    by_id = {i: token for token, i in theirs.items()}
-    for token, i in sorted(ours.items(), key=lambda item: item[1]):
-        if i < limit and by_id.get(i, token) != token:
-            raise ConfigError(
-                f"{key}: the teacher's vocabulary differs, token {i} is {by_id[i]!r} there and "
-                f"{token!r} for the student; token-by-token losses need one vocabulary"
-            )
+    if difference := first_difference(theirs, tokenizer, vocab_size):
+        raise ConfigError(
+            f"{key}: the teacher's vocabulary differs, {difference}; token-by-token losses need "
+            "one vocabulary"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 import opd_kernels as opk
+from opd.sparse_law import DrawnRows
 
-Origin = Literal["student", "teacher", "data"]
+Origin = Literal["student", "teacher", "data", "mixed"]
+
+# who wrote a token: the values of `Trajectory.token_origin` are places in it
+WRITERS = ("data", "student", "teacher")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +49,14 @@ class Trajectory:
         loss_mask: [S] bool, the tokens that are trained. False on the prompt.
         behaviour_logprobs: [S] float32, nats, of each token under the law it was sampled from
             (after temperature, top-k and top-p); 0 on the prompt. None when nobody sampled it here.
-        origin: who wrote the completion.
+        origin: who wrote the completion; `mixed` where two models wrote it token by token.
+        token_origin: [S] uint8, for each token its writer's place in `WRITERS`; 0 on the prompt.
+            None when one writer, `origin`, wrote it all.
+        student_logprobs: [S] float32, nats, of each token under the law the student draws from,
+            whoever wrote it; 0 on the prompt. None when only `behaviour_logprobs` is known.
+        teacher_logprobs: the same of the teacher.
+        tokens_read: tokens that each model read to write the completion, where that is not each
+            token once by its writer: {"student": ..., "teacher": ...}.
         is_terminated: the completion ends in an end token, not at the length limit.
         step: the optimizer step at which it was sampled; the current step minus this is its age.
         row, group_id: as in `Prompt`.
@@ -56,6 +67,10 @@ class Trajectory:
     loss_mask: Tensor
     behaviour_logprobs: Tensor | None = None
     origin: Origin = "student"
+    token_origin: Tensor | None = None
+    student_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    tokens_read: Mapping[str, int] = field(default_factory=dict)
     is_terminated: bool = True
     step: int = 0
     row: Mapping[str, Any] = field(default_factory=dict)
@@ -70,6 +85,13 @@ class Trajectory:
     def completion_ids(self) -> Tensor:
         """[S - prompt_length] int64."""
         return self.ids[self.prompt_length :]
+
+    def num_written(self, writer: str) -> int:
+        """Completion tokens by one of `WRITERS`."""
+        if self.token_origin is None:
+            return self.completion_length if self.origin == writer else 0
+        written = self.token_origin[self.prompt_length :] == WRITERS.index(writer)
+        return int(written.sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +109,7 @@ class Batch:
         lengths: tokens of each trajectory, prompt included, B plain numbers.
         prompt_lengths: tokens of each trajectory's prompt.
         behaviour_logprobs: [T] float32, or None when a trajectory has none.
+        token_origin: [T] uint8, as in `Trajectory`; None when each has one writer.
         num_input_tokens: tokens that a model reads, padding excluded; a plain number, so that
             counting them does not wait for a GPU.
     """
@@ -101,6 +124,7 @@ class Batch:
     prompt_lengths: tuple[int, ...]
     behaviour_logprobs: Tensor | None
     num_input_tokens: int
+    token_origin: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -211,6 +235,41 @@ class Law:
                 workspace_bytes=self.workspace_bytes,
             )
 
+    def samples(
+        self,
+        num_draws: int,
+        *,
+        proposal_temperature: float = 1.0,
+        temperature: float = 1.0,
+        uniforms: Tensor | None = None,
+    ) -> DrawnRows:
+        """Tokens drawn from softmax(z / (temperature proposal_temperature)), with weights that are
+        the law on average. Without gradient.
+
+        Args:
+            num_draws: N per position.
+            proposal_temperature, temperature: as `opd_kernels.fused_linear_sample_tokens`.
+            uniforms: [T, N] in [0, 1). Default: from torch's generator.
+        """
+        with torch.no_grad():
+            hidden = self.hidden().detach()
+            if uniforms is None:
+                shape = (len(hidden), num_draws)
+                uniforms = torch.rand(shape, dtype=torch.float64, device=hidden.device)
+            drawn = opk.fused_linear_sample_tokens(
+                hidden,
+                self.head.weight,
+                uniforms,
+                proposal_temperature=proposal_temperature,
+                temperature=temperature,
+                **self.head.options(),
+                vocab_size=self.vocab_size,
+                workspace_bytes=self.workspace_bytes,
+            )
+            terms = drawn.weights * drawn.logprobs
+            entropy = -torch.where(drawn.weights > 0, terms, 0.0).sum(1)
+        return DrawnRows(ids=drawn.ids, weights=drawn.weights, entropy=entropy)
+
     def token_logprobs(self, token_ids: Tensor, *, temperature: float = 1.0) -> Any:
         """Log-probabilities of chosen tokens: `.logprobs`, `.lse`, `.entropy`, [T] each, nats."""
         return opk.fused_linear_token_logprobs(
@@ -248,6 +307,8 @@ def collate(
     predicted = torch.zeros(shape, dtype=torch.bool)
     with_behaviour = all(t.behaviour_logprobs is not None for t in trajectories)
     behaviour = torch.zeros(shape) if with_behaviour else None
+    with_origin = any(t.token_origin is not None for t in trajectories)
+    origin = torch.zeros(shape, dtype=torch.uint8) if with_origin else None
     for row, trajectory in enumerate(trajectories):
         length = len(trajectory.ids)
         input_ids[row, :length] = trajectory.ids
@@ -255,6 +316,9 @@ def collate(
         predicted[row, :length] = trajectory.loss_mask
         if behaviour is not None:
             behaviour[row, :length] = trajectory.behaviour_logprobs
+        if origin is not None:
+            own = trajectory.token_origin
+            origin[row, :length] = WRITERS.index(trajectory.origin) if own is None else own
     # nothing predicts the first token of a sequence
     predicted[:, 0] = False
     flat = predicted.flatten().nonzero().squeeze(1)
@@ -269,6 +333,7 @@ def collate(
         lengths=tuple(len(trajectory.ids) for trajectory in trajectories),
         prompt_lengths=tuple(trajectory.prompt_length for trajectory in trajectories),
         behaviour_logprobs=None if behaviour is None else behaviour.flatten()[flat].to(device),
+        token_origin=None if origin is None else origin.flatten()[flat].to(device),
         num_input_tokens=sum(len(trajectory.ids) for trajectory in trajectories),
     )
 

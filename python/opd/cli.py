@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# what an argparse.Namespace of ours has beside the options
+_NO_OPTIONS = {"overrides", "run", "behind"}
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -36,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.behind = behind
         if left:
-            options.overrides = _overrides(words, options.overrides, left)
+            known = [
+                f"--{key.replace('_', '-')}" for key in vars(options) if key not in _NO_OPTIONS
+            ]
+            options.overrides = _overrides(words, options.overrides, left, known)
         return options.run(options)
     except KeyboardInterrupt:
         print("interrupted before the end of a step, nothing was saved by it", file=sys.stderr)
@@ -49,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _overrides(words: list[str], found: list[str], left: list[str]) -> list[str]:
+def _overrides(
+    words: list[str], found: list[str], left: list[str], known: Sequence[str]
+) -> list[str]:
     """Also what argparse leaves of them: the ones apart from the others, and `--key=value`.
 
     Raises:
@@ -63,7 +70,7 @@ def _overrides(words: list[str], found: list[str], left: list[str]) -> list[str]
             after = words[words.index(word) + 1 :][:1]
             value = after[0] if after and not after[0].startswith("-") else "value"
             meant = key if "=" in key else f"{key}={value}"
-            hint = did_you_mean(word, ["--config", "--quiet", "--checkpoint", "--output"])
+            hint = did_you_mean(word, known)
             hint = hint or f", did you mean {meant!r}?"
             raise ConfigError(f"unknown option {word!r}{hint}")
     # in the order of the command line, for the last one counts
@@ -177,8 +184,14 @@ def _add_cache(commands: argparse._SubParsersAction) -> None:
     )
     _add_config(command)
     command.add_argument("--store", help="the directory; default: teacher_store in output_dir")
-    command.add_argument("--num-topk", type=int, default=64, help="entries of a law; default 64")
-    command.add_argument("--bits", type=int, default=10, help="of each log-prob; default 10")
+    command.add_argument("--num-topk", type=int, help="likeliest tokens of a law; default 64")
+    command.add_argument("--bits", type=int, help="of each log-prob; default 10")
+    command.add_argument(
+        "--num-draws", type=int, help="keep so many draws from the law instead, for teacher_samples"
+    )
+    command.add_argument(
+        "--proposal-temperature", type=float, help="of the draws; default 1: from the law itself"
+    )
     command.add_argument("--quiet", action="store_true", help="show no progress")
     command.set_defaults(run=_cache_build)
     command = actions.add_parser("info", help="say what a store holds")
@@ -197,7 +210,7 @@ def _cache_build(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     path = options.store or Path(config.output_dir) / "teacher_store"
-    built = build(config, path, num_topk=options.num_topk, bits=options.bits, quiet=options.quiet)
+    built = build(config, path, **_cache_form(config, options), quiet=options.quiet)
     print(
         f"{built.num_new:,} completions of {built.num_tokens:,} tokens scored, {built.num_known:,} "
         f"known, {built.seconds:,.1f} s",
@@ -205,6 +218,38 @@ def _cache_build(options: argparse.Namespace) -> int:
     )
     print(built.path)
     return 0
+
+
+def _cache_form(config: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """What to keep of a law: what the options say, else what the objective asks for.
+
+    Raises:
+        ConfigError: options of both forms.
+    """
+    from opd.schema import ConfigError
+    from opd.store import DrawsForm
+
+    topk = {"num_topk": options.num_topk, "bits": options.bits}
+    draws = {
+        "num_draws": options.num_draws,
+        "proposal_temperature": options.proposal_temperature,
+    }
+    topk, draws = ({k: v for k, v in form.items() if v is not None} for form in (topk, draws))
+    if topk and draws:
+        raise ConfigError(
+            "--num-draws: a store holds draws or the likeliest tokens, give --num-draws and "
+            "--proposal-temperature, or --num-topk and --bits"
+        )
+    objective = config.objective
+    if topk or not (draws or objective.asks == "samples"):
+        return topk
+    if objective.asks == "samples":
+        draws = {
+            "num_draws": objective.num_draws,
+            "proposal_temperature": objective.proposal_temperature,
+            **draws,
+        }
+    return {"draws": DrawsForm(**draws, seed=config.seed)}
 
 
 def _cache_info(options: argparse.Namespace) -> int:
@@ -247,7 +292,7 @@ def _cache_rows(found: Any) -> list[list[str]]:
         ["temperature", f"{teacher.temperature:g}"],
         ["fingerprint", teacher.digest()],
         ["vocabulary", f"{manifest.vocab_size:,}"],
-        ["entries of a law", f"{manifest.num_topk:,}, {manifest.bits} bits each"],
+        ["of a law", manifest.form.in_words()],
         ["shards", f"{found.num_shards:,}"],
         ["records", f"{found.num_records:,}, {found.num_keys:,} different"],
         ["tokens", f"{found.num_tokens:,}"],
@@ -283,6 +328,7 @@ def _eval(options: argparse.Namespace) -> int:
 
     from opd.assembly import (
         check_positions,
+        close_teacher,
         load_run_tokenizer,
         load_student,
         load_teacher,
@@ -321,6 +367,7 @@ def _eval(options: argparse.Namespace) -> int:
             settings,
             max_completion_length=config.rollouts.max_completion_length,
         )
+        close_teacher(teacher)
     _print_table(["metric", "value"], [[k, f"{v:.4f}"] for k, v in sorted(found.metrics.items())])
     if output is not None:
         output.write_text(json.dumps(found.metrics, indent=2), encoding="utf-8")

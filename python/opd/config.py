@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -110,13 +110,16 @@ class TrainConfig(OptimConfig):
         if self.teacher is None and objective.needs_teacher:
             raise ValueError(f"teacher: is required by objective.kind {objective.kind!r}")
         if self.teacher is None and rollouts.needs_teacher:
-            raise ValueError("teacher: is required by rollouts.seq_kd")
+            raise ValueError(f"teacher: is required by {_what_needs_it(rollouts)}")
         if self.teacher is not None:
             self._check_teacher(self.teacher)
-        if objective.needs_behaviour_logprobs and not rollouts.always_on_policy:
+        if objective.needs_behaviour_logprobs and not rollouts.tells_behaviour:
+            mode = f" with mode {rollouts.mode!r}" if hasattr(rollouts, "mode") else ""
             raise ValueError(
-                f"rollouts.kind: must be 'hf' for objective.kind {objective.kind!r}, which needs "
-                f"the sampler's log-probabilities of every token, got {rollouts.kind!r}"
+                f"rollouts.kind: must be 'hf', 'teacher_mixed' or 'speculative' (mode rejection, "
+                f"block or threshold) for objective.kind {objective.kind!r}, which needs the "
+                f"log-probability of every token under the law it was drawn from, got "
+                f"{rollouts.kind!r}{mode}"
             )
         if objective.needs_behaviour_logprobs and objective.temperature != rollouts.temperature:
             raise ValueError(
@@ -142,12 +145,12 @@ class TrainConfig(OptimConfig):
         objective = self.objective
         if self.rollouts.needs_teacher and teacher.kind != "local":
             raise ValueError(
-                f"teacher.kind: must be 'local' for rollouts.seq_kd, in which the teacher writes, "
-                f"got {teacher.kind!r}"
+                f"teacher.kind: must be 'local' for {_what_needs_it(self.rollouts)}, in which the "
+                f"teacher writes, got {teacher.kind!r}"
             )
         if objective.asks and objective.asks not in teacher.tells:
             raise ValueError(
-                f"teacher.kind: {teacher.kind!r} as configured tells {_in_words(teacher.tells)}; "
+                f"teacher.kind: {teacher.kind!r} as configured tells {in_words(teacher.tells)}; "
                 f"objective.kind {objective.kind!r} asks for {_SIGNALS[objective.asks]}"
             )
         temperature = getattr(objective, "temperature", 1.0)
@@ -163,10 +166,19 @@ _SIGNALS = {
     "topk": "its likeliest tokens",
     "given_tokens": "log-probabilities of tokens it is given",
     "token_logprobs": "log-probabilities of the sampled tokens",
+    "samples": "tokens that it draws",
 }
 
 
-def _in_words(signals: frozenset[str]) -> str:
+def _what_needs_it(rollouts: RolloutConfig) -> str:
+    """The key for which the teacher must write."""
+    if getattr(rollouts, "on_policy", None) is not None:
+        return "rollouts.on_policy"
+    return "rollouts.seq_kd" if hasattr(rollouts, "seq_kd") else f"rollouts.kind {rollouts.kind!r}"
+
+
+def in_words(signals: Collection[str]) -> str:
+    """What a teacher tells, or an objective asks for, in words."""
     return ", ".join(words for name, words in _SIGNALS.items() if name in signals) or "nothing"
 
 

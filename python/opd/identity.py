@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short hashes that say whether two tokenizers, or two models, are the same one."""
+"""Short hashes: of bytes, and of tokenizers and models, to say whether two are the same one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,47 @@ from torch import nn
 # of each weight: enough to tell checkpoints of one run apart, little enough to read at every start
 _SAMPLED_BYTES = 1 << 20
 _DIGITS = 32
+HASH_BYTES = 16
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """32 hex digits over every (id, token) pair of a vocabulary, added tokens included."""
-    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+def hash_bytes(data: bytes) -> bytes:
+    """BLAKE2b-128, 16 bytes."""
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+
+
+def hash_parts(*parts: bytes) -> bytes:
+    """The same of several parts and where each ends, which stands before it in 8 bytes."""
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def vocabulary(tokenizer: Any, vocab_size: int | None = None) -> list[tuple[int, str]]:
+    """The (id, token) pairs, added tokens included, that a law over `vocab_size` ids is about.
+
+    Two tokenizers have one vocabulary where these are equal: what a teacher and a student call by
+    ids that no law has does not matter, wherever the teacher is.
+    """
+    pairs = ((i, token) for token, i in tokenizer.get_vocab().items())
+    return sorted(pair for pair in pairs if vocab_size is None or pair[0] < vocab_size)
+
+
+def first_difference(theirs: Any, ours: Any, vocab_size: int | None = None) -> str | None:
+    """The first id that two tokenizers differ in, in words; None where they have one vocabulary."""
+    there, here = (dict(vocabulary(tokenizer, vocab_size)) for tokenizer in (theirs, ours))
+    if there == here:
+        return None
+    i = min(i for i in there.keys() | here.keys() if there.get(i) != here.get(i))
+    words = [repr(tokens[i]) if i in tokens else "none" for tokens in (there, here)]
+    hint = f" (vocab_size={i} leaves out all from there on)" if i else ""
+    return f"token {i} is {words[0]} there and {words[1]} for the student{hint}"
+
+
+def tokenizer_hash(tokenizer: Any, vocab_size: int | None = None) -> str:
+    """32 hex digits over the `vocabulary`."""
+    pairs = vocabulary(tokenizer, vocab_size)
     text = json.dumps(pairs, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 

@@ -18,7 +18,7 @@ class Ledger:
         student_tokens_sampled: completion tokens that the student wrote.
         student_tokens_forward: tokens that the student read in training passes, prompts included.
         student_tokens_trained: tokens that carried loss.
-        teacher_tokens_sampled: completion tokens that the teacher wrote (SeqKD).
+        teacher_tokens_sampled: completion tokens that the teacher wrote (SeqKD, speculation).
         teacher_tokens_forward: tokens that the teacher read to judge.
         flops: 2 per weight and token read or written, 6 per weight and token trained on.
         cost_units: flops over those of the student reading one token, 2 per weight.
@@ -58,9 +58,10 @@ class Ledger:
         for trajectory in trajectories:
             if trajectory.origin == "data" or trajectory.step != step:
                 continue
-            written[trajectory.origin] += trajectory.completion_length
-            size = student_size if trajectory.origin == "student" else teacher_size
-            flops += 2.0 * size * len(trajectory.ids)
+            read = trajectory.tokens_read or {trajectory.origin: len(trajectory.ids)}
+            for writer, size in (("student", student_size), ("teacher", teacher_size)):
+                written[writer] += trajectory.num_written(writer)
+                flops += 2.0 * size * read.get(writer, 0)
         num_read = sum(batch.num_input_tokens for batch in batches)
         flops += 6.0 * student_size * num_read
         self.student_tokens_sampled += written["student"]

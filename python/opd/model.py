@@ -24,7 +24,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISOR_OR_FACTOR = "logits_scaling"
 # of the largest logit
-_PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _NUM_PROBE_TOKENS = 6
 # parts of the names under which models keep probabilities of dropping something in training
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")
@@ -144,15 +144,30 @@ class LanguageModel:
 
     def hidden(self, batch: Batch) -> Tensor:
         """[T, D] final hidden states at the positions whose next token is trained."""
-        positions = {"position_ids": batch.position_ids} if self._takes_positions else {}
+        states = self.states(batch.input_ids, batch.attention_mask, batch.position_ids)
+        rows = states.flatten(0, 1).index_select(0, batch.token_idx)
+        return rows.to(self.lm_head_weight.dtype)
+
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any = None
+    ) -> Tensor:
+        """[B, S, D] final hidden states of tokens [B, S].
+
+        Args:
+            input_ids, position_ids: [B, S].
+            attention_mask: [B, slots of the cache + S], 0 on padding.
+            cache: of transformers, with the tokens before these; it grows by these. None: there
+                are none before, and nothing is kept.
+        """
+        positions = {"position_ids": position_ids} if self._takes_positions else {}
         out = self.model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=cache is not None,
+            **({} if cache is None else {"past_key_values": cache}),
             **positions,
         )
-        rows = out.last_hidden_state.flatten(0, 1).index_select(0, batch.token_idx)
-        return rows.to(self.lm_head_weight.dtype)
+        return out.last_hidden_state
 
     def law(self, batch: Batch) -> Law:
         """The model's next-token law at those positions, computed when first asked for."""
@@ -261,7 +276,7 @@ def read_head(model: Any, name: str) -> Head:
     heads = list(_declared_heads(model.config.get_text_config(), embeddings))
     errors = _probe_errors(model, heads)
     best = min(range(len(heads)), key=errors.__getitem__)
-    if errors[best] > _PROBE_TOLERANCE.get(embeddings.weight.dtype, 1e-4):
+    if errors[best] > PROBE_TOLERANCE.get(embeddings.weight.dtype, 1e-4):
         head = heads[0]
         bias = " + bias" if head.bias is not None else ""
         raise ConfigError(

@@ -241,6 +241,29 @@ _PICTURES: tuple[tuple[str, str, Draw], ...] = (
     ),
     ("Time by phase", "Seconds of training; evaluation is not counted.", _seconds_by_phase),
     (
+        "Speculation",
+        "Share of the student's drafts that stayed, and of the tokens that the teacher wrote.",
+        _curves(
+            ("speculative/acceptance_rate", "accepted drafts"),
+            ("speculative/teacher_token_share", "teacher's tokens"),
+            low=0.0,
+        ),
+    ),
+    (
+        "Drafts kept at a time",
+        "Mean number of drafts that stayed each time the teacher looked at a completion.",
+        _curves(("speculative/mean_accepted_length", "drafts"), low=0.0),
+    ),
+    (
+        "Speed of writing together",
+        "Tokens drafted, and tokens verified, a second of each phase.",
+        _curves(
+            ("speculative/draft_tokens_per_s", "drafting"),
+            ("speculative/verify_tokens_per_s", "verifying"),
+            low=0.0,
+        ),
+    ),
+    (
         "Share of student data",
         "DistiLLM's phi.",
         _curves(("replay/phi", "phi"), low=0.0),

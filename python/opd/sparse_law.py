@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A law of which only a few log-probabilities per position are known: a server's, or a store's."""
+"""A law of which a few tokens per position are known, the likeliest or drawn ones: a server's, or a
+store's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from opd.schema import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,24 +55,49 @@ class TopkRows:
 
     def to(self, device: torch.device) -> TopkRows:
         """The same on a device."""
-        moved = (
-            None if value is None else value.to(device)
-            for value in (
-                self.ids,
-                self.logprobs,
-                self.tail_logprob,
-                self.token_logprobs,
-                self.entropy,
-            )
-        )
-        ids, logprobs, tail_logprob, token_logprobs, entropy = moved
-        return TopkRows(
-            ids=ids,
-            logprobs=logprobs,
-            tail_logprob=tail_logprob,
-            token_logprobs=token_logprobs,
-            entropy=entropy,
-        )
+        return _on(self, device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnRows:
+    """Tokens drawn from a law at T positions, with weights that are the law on average.
+
+    Attributes:
+        ids: [T, M] int32, each once per row; -1 where there is no further one.
+        weights: [T, M] float32, not normalised; 0 beside -1.
+        entropy: [T] float32, nats, -sum weight log p: the law's on average. None: nobody knows.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    entropy: Tensor | None = None
+
+    def to(self, device: torch.device) -> DrawnRows:
+        """The same on a device."""
+        return _on(self, device)
+
+
+def _on(rows: Any, device: torch.device) -> Any:
+    """Every tensor of a dataclass on a device."""
+    values = {field.name: getattr(rows, field.name) for field in fields(rows)}
+    return replace(
+        rows, **{name: value.to(device) for name, value in values.items() if value is not None}
+    )
+
+
+def gather_rows(
+    found: Sequence[Any], kept: Sequence[Tensor], names: Sequence[str]
+) -> dict[str, Any]:
+    """Of each completion's values of these names [C, ...] the rows that are kept, behind each
+    other; None for a name that one of them has not."""
+
+    def rows(name: str) -> Tensor | None:
+        values = [getattr(one, name) for one in found]
+        if any(value is None for value in values):
+            return None
+        return torch.cat([value[k] for value, k in zip(values, kept, strict=True)])
+
+    return {name: rows(name) for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,3 +185,54 @@ class SparseLaw:
         if found.token_logprobs is None:
             raise ValueError(f"{self._source} has no log-probabilities of chosen tokens")
         return TokenRows(logprobs=found.token_logprobs[:, 0], entropy=found.entropy)
+
+
+class DrawnLaw:
+    """A law as tokens that were drawn from it once.
+
+    Args:
+        read: the draws, when they are first asked for.
+        source: who has them, for errors.
+        num_draws, proposal_temperature, temperature: with which they were drawn.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], DrawnRows],
+        *,
+        source: str,
+        num_draws: int,
+        proposal_temperature: float,
+        temperature: float,
+    ) -> None:
+        self._read = read
+        self._source = source
+        self._drawn_with = {
+            "objective.num_draws": num_draws,
+            "objective.proposal_temperature": proposal_temperature,
+            "objective.temperature": temperature,
+        }
+
+    @cached_property
+    def _rows(self) -> DrawnRows:
+        return self._read()
+
+    def prefetch(self, **_: Any) -> None:
+        """Read now what will be asked later."""
+        _ = self._rows
+
+    def samples(
+        self, num_draws: int, *, proposal_temperature: float = 1.0, temperature: float = 1.0
+    ) -> DrawnRows:
+        """The draws.
+
+        Raises:
+            ConfigError: others are asked for.
+        """
+        asked = (num_draws, proposal_temperature, temperature)
+        for (key, there), here in zip(self._drawn_with.items(), asked, strict=True):
+            if here != there:
+                raise ConfigError(
+                    f"{key}: must be {there:g}, with which {self._source} was filled, got {here:g}"
+                )
+        return self._rows

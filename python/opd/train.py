@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from typing import Any
 
 from opd.assembly import Run, claim_output_dir, open_run
 from opd.batch import Batch, Law, Signal, Trajectory, collate_step
+from opd.clients import TeacherError
 from opd.config import TrainConfig
 from opd.evaluation import evaluate
 from opd.metrics import Clock, Meter, MetricsWriter, last_evaluation, memory_metrics
 from opd.optim import apply_gradients, learning_rate
 from opd.progress import Display
 from opd.teachers import ServerTeacher
+
+# after a signal a teacher has so long to answer, so that the step can be finished
+_GRACE_S = 0.5
 
 
 class Interrupted(Exception):
@@ -58,19 +63,23 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         display.phase("load")
         stack.enter_context(claim_output_dir(config))
         run = open_run(config)
+        stack.callback(run.close)
         display.step(run.step, {})
         writer = MetricsWriter(run.output_dir, config.report_to, step=run.step)
+        stack.callback(writer.close)
         clock, meter = Clock(run.student.device), Meter()
         # from here on a signal waits for the end of the step
         stop = stack.enter_context(_stop_signals())
         if isinstance(run.teacher, ServerTeacher):
-            run.teacher.on_wait = lambda: _give_up(stop)
+            run.teacher.on_wait = stop.check
+            stack.enter_context(_steps_kept(run, display))
         if run.step == 0:
             evaluated = _evaluate(run, writer, display)
         else:
             display.say(f"resuming {run.output_dir} at step {run.step}")
             evaluated = last_evaluation(run.output_dir)
         saved_step = run.step
+        run.mark()
         while run.step < config.max_steps and not stop:
             with clock("rollout"):
                 prompts = run.data.take(run.step, config.num_prompts)
@@ -96,6 +105,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             meter.add({"grad_norm": grad_norm, "learning_rate": learning_rate(run.step, config)})
             _account(run, trajectories, batches, clock, meter)
             run.step += 1
+            run.mark()
 
             is_last = run.step == config.max_steps
             is_logged = is_last or _is_due(run.step, config.logging_steps)
@@ -112,9 +122,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         path = run.output_dir / f"checkpoint-{run.step}"
         if run.step > saved_step or (run.step and not path.is_dir()):
             run.save()
-        writer.close()
     if stop:
-        raise Interrupted(stop[0], run.step)
+        raise Interrupted(stop.signum, run.step)
     if "html" in config.report_to:
         from opd.report import write_report
 
@@ -128,10 +137,26 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     )
 
 
-def _give_up(stop: list[int]) -> None:
-    """End a wait for a teacher when a signal has asked for it; the step is not over."""
-    if stop:
-        raise KeyboardInterrupt
+@contextmanager
+def _steps_kept(run: Run, display: Display) -> Iterator[None]:
+    """A teacher that fails, or is silent after a signal, costs the step that asked it and no other.
+
+    What a rerun then does is, bit for bit, what it would have done.
+    """
+    try:
+        yield
+    except (_GivenUp, TeacherError) as error:
+        if run.step and not (run.output_dir / f"checkpoint-{run.step}").is_dir():
+            run.save(as_marked=True)
+        display.say(
+            f"without the teacher the run cannot go on; it is kept as of the end of step {run.step}"
+        )
+        if isinstance(error, TeacherError):
+            raise
+
+
+class _GivenUp(Exception):
+    """A signal came, and what is waited for does not."""
 
 
 def _judge(run: Run, batch: Batch) -> Law | None:
@@ -204,17 +229,33 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+@dataclass(slots=True)
+class _Stop:
+    """The signal that asked the run to stop, if one has."""
+
+    signum: int = 0
+    since: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.signum != 0
+
+    def check(self) -> None:
+        """End a wait when the time after a signal is over."""
+        if self and time.monotonic() - self.since > _GRACE_S:
+            raise _GivenUp
+
+
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put on; a second one acts as usual."""
-    received: list[int] = []
+def _stop_signals() -> Iterator[_Stop]:
+    """Notes the first SIGINT or SIGTERM; a second one acts as usual."""
+    received = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: Any) -> None:
-        received.append(number)
+        received.signum, received.since = number, time.monotonic()
         for other, handler in usual.items():
             signal.signal(other, handler)
 

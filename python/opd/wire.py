@@ -33,6 +33,11 @@ MAGIC = b"OPDWIRE\0"
 VERSION = 1
 CONTENT_TYPE = "application/vnd.opd.wire"
 FRAME = struct.Struct("<8sIIQ")
+# the other form of a message, and the header that holds its checksum
+JSON_TYPE = "application/json"
+CRC_HEADER = "x-opd-crc32"
+# of weights and hidden states
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KEY = "opd"
 
 
@@ -83,6 +88,16 @@ def pack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
         metadata={_KEY: json.dumps(dict(meta), allow_nan=False)},
     )
     return FRAME.pack(MAGIC, VERSION, zlib.crc32(body), len(body)) + body
+
+
+def checksum_of(frame: bytes) -> int:
+    """The checksum that a frame of `pack` holds, by which the reply names its request."""
+    return FRAME.unpack_from(frame)[2]
+
+
+def json_checksum(body: bytes) -> str:
+    """What stands in CRC_HEADER beside a JSON body."""
+    return f"{zlib.crc32(body):08x}"
 
 
 def unpack(data: bytes | memoryview) -> Message:

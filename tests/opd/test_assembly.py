@@ -220,3 +220,33 @@ def test_a_teacher_without_tokenizer_is_said(values, hf_model, tmp_path, caplog)
     values["teacher"] = {"model_name_or_path": str(tmp_path / "teacher")}
     open_run(parse_config(values))
     assert "has no tokenizer to compare with the student's" in caplog.text
+
+
+def _teacher_on_disk(path, hf_model, tokenizer, *, seed=2):
+    hf_model(seed=seed).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return {"model_name_or_path": str(path)}
+
+
+def test_tokens_that_no_law_is_over_are_not_compared(values, hf_model, tmp_path):
+    from opd.tasks import TASKS
+
+    more = TASKS["chain_repair"]().load_tokenizer()
+    more.add_tokens(["one more"])
+    values["teacher"] = _teacher_on_disk(tmp_path / "teacher", hf_model, more)
+    assert open_run(parse_config(values)).teacher.lm_head_weight.shape[0] == len(more) - 1
+
+
+def test_another_teacher_at_the_same_path_is_refused(values, hf_model, tokenizer, tmp_path, caplog):
+    path = tmp_path / "teacher"
+    values["teacher"] = _teacher_on_disk(path, hf_model, tokenizer)
+    done = train(parse_config({**values, "max_steps": 1}), quiet=True)
+    config = parse_config({**values, "max_steps": 1})
+    assert open_run(config).step == 1
+    _teacher_on_disk(path, hf_model, tokenizer, seed=3)
+    with pytest.raises(ConfigError, match=r"was trained with another teacher, .* take another out"):
+        open_run(config)
+    assert "another teacher" not in caplog.text
+    forced = {**values, "max_steps": 1, "resume_from_checkpoint": str(done.checkpoint)}
+    assert open_run(parse_config(forced)).step == 1
+    assert "was trained with another teacher" in caplog.text

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from opd.batch import Head, Law, collate, collate_step
+from opd.batch import WRITERS, Head, Law, collate, collate_step
 
 
 def test_collate_lists_exactly_the_trained_tokens(trajectories, batch):
@@ -21,6 +21,27 @@ def test_each_row_of_a_law_stands_one_before_its_token(batch):
 def test_behaviour_logprobs_follow_their_tokens(trajectories, batch):
     expected = torch.cat([t.behaviour_logprobs[t.loss_mask] for t in trajectories])
     assert torch.equal(batch.behaviour_logprobs, expected)
+
+
+def test_each_trained_token_keeps_its_writer(trajectories, batch):
+    assert batch.token_origin is None
+    writers = torch.arange(len(trajectories[0].ids)).remainder(3).to(torch.uint8)
+    first = _with(trajectories[0], origin="mixed", token_origin=writers)
+    rest = [_with(t, origin="teacher") for t in trajectories[1:]]
+    expected = [writers[first.loss_mask], *(torch.full((int(t.loss_mask.sum()),), 2) for t in rest)]
+    found = collate([first, *rest], pad_id=0).token_origin
+    assert found.dtype == torch.uint8
+    assert found.tolist() == torch.cat(expected).tolist()
+
+
+def test_written_tokens_are_counted_by_writer(trajectories):
+    trajectory = trajectories[0]
+    assert trajectory.num_written("student") == trajectory.completion_length
+    assert trajectory.num_written("teacher") == 0
+    writers = torch.zeros(len(trajectory.ids), dtype=torch.uint8)
+    writers[-2:] = torch.tensor([1, 2])
+    mixed = _with(trajectory, origin="mixed", token_origin=writers)
+    assert [mixed.num_written(writer) for writer in WRITERS] == [1, 1, 1]
 
 
 def test_segments_end_with_their_trajectory(trajectories, batch):

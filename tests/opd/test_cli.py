@@ -118,6 +118,14 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path, cap
     )
 
 
+def test_the_options_of_a_command_are_the_ones_that_are_meant(path, capsys):
+    line = _fails(capsys, "cache", "build", "--config", path, "--stroe", "x")
+    assert line == "unknown option '--stroe', did you mean '--store'?"
+    assert "'--stroe', did you mean 'stroe=x'?" in _fails(
+        capsys, "train", "--config", path, "--stroe", "x"
+    )
+
+
 def test_a_missing_config_is_one_sentence_and_code_2(path, capsys):
     assert "did you mean" in _fails(capsys, "train", "--config", path.replace("x.y", "y.y"))
 
@@ -184,7 +192,7 @@ def test_report_of_no_run_says_so(tmp_path, capsys):
 def test_recipes_are_listed_with_their_sources(capsys):
     assert main(["recipes"]) == 0
     out = capsys.readouterr().out
-    for name in ("seqkd", "gkd", "opd_reverse_kl", "opd_sampled", "distillm", "2306.13649"):
+    for name in ("seqkd", "gkd", "opd_reverse_kl", "opd_sampled", "distillm", "skd", "2306.13649"):
         assert name in out
 
 

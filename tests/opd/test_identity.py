@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from opd.identity import model_fingerprint, tokenizer_hash
+from opd.identity import first_difference, hash_parts, model_fingerprint, tokenizer_hash
 
 
 class _Words:
@@ -19,6 +19,23 @@ def test_a_tokenizer_is_its_pairs():
     assert tokenizer_hash(_Words("a", "b")) != tokenizer_hash(_Words("b", "a"))
     assert tokenizer_hash(_Words("a", "b")) != tokenizer_hash(_Words("a", "b", "c"))
     assert len(tokenizer_hash(_Words())) == 32
+
+
+def test_tokens_that_no_law_is_about_do_not_matter():
+    short, long = _Words("a", "b"), _Words("a", "b", "c")
+    assert tokenizer_hash(short, 2) == tokenizer_hash(long, 2) == tokenizer_hash(short)
+    assert tokenizer_hash(short, 3) != tokenizer_hash(long, 3)
+    assert first_difference(short, long, 2) is None
+    words = "token 2 is none there and 'c' for the student (vocab_size=2 leaves out"
+    assert words in first_difference(short, long, 3)
+    assert (
+        first_difference(_Words("b"), _Words("a")) == "token 0 is 'b' there and 'a' for the student"
+    )
+
+
+def test_parts_are_told_apart():
+    assert hash_parts(b"ab", b"c") != hash_parts(b"a", b"bc")
+    assert len(hash_parts()) == 16
 
 
 def test_a_fingerprint_changes_with_any_weight_of_a_small_model(hf_model):

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from opd.batch import collate
 from opd.ledger import Ledger
 
@@ -41,6 +43,24 @@ def test_what_the_teacher_writes_is_the_teachers(trajectories):
     assert ledger.teacher_tokens_forward == 0
     total = sum(len(t.ids) for t in trajectories)
     assert ledger.flops == total * (2 * 100 + 6 * 10)
+
+
+def test_what_both_wrote_costs_what_each_read(trajectories):
+    mixed = [
+        replace(
+            t,
+            origin="mixed",
+            token_origin=1 + (torch.arange(len(t.ids)) % 2).to(torch.uint8),
+            tokens_read={"student": 20, "teacher": 30},
+        )
+        for t in trajectories
+    ]
+    ledger = _record(mixed, teacher_judges=False)
+    by_teacher = sum(int((t.token_origin[t.prompt_length :] == 2).sum()) for t in mixed)
+    assert ledger.teacher_tokens_sampled == by_teacher > 0
+    assert ledger.student_tokens_sampled == 19 - by_teacher
+    total = sum(len(t.ids) for t in trajectories)
+    assert ledger.flops == 5 * (20 * 2 * 10 + 30 * 2 * 100) + total * 6 * 10
 
 
 def test_state_round_trip(trajectories):

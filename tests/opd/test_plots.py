@@ -19,6 +19,17 @@ def test_only_what_there_are_numbers_for_is_drawn():
     assert [figure["title"] for figure in found] == ["Loss"]
 
 
+def test_speculation_has_its_pictures():
+    names = ("acceptance_rate", "mean_accepted_length", "draft_tokens_per_s")
+    row = {f"speculative/{name}": 0.5 for name in names}
+    found = figures([_run(steps=[{"step": step, **row} for step in (1, 2)])])
+    assert [figure["title"] for figure in found] == [
+        "Speculation",
+        "Drafts kept at a time",
+        "Speed of writing together",
+    ]
+
+
 def test_pictures_are_well_formed_svg_and_the_same_every_time():
     run = _run(ledger={"seconds": {"rollout": 2.0, "student": 1.0}})
     first, second = figures([run]), figures([run])

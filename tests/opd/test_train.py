@@ -265,9 +265,11 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(values):
     assert [step for step, _ in _losses(first.output_dir)] == [1, 2, 3, 4]
 
 
-def test_sigint_saves_after_the_step_and_the_rerun_goes_on(values, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["hf", "speculative"])
+def test_sigint_saves_after_the_step_and_the_rerun_goes_on(values, tmp_path, monkeypatch, kind):
     import opd.train
 
+    values["rollouts"]["kind"] = kind
     whole = _run(values, output_dir=str(tmp_path / "whole"))
     original, calls = opd.train.apply_gradients, []
 

@@ -5,21 +5,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
 
+from opd.checkpoint import list_checkpoints
+from opd.clients import ServerFault
+from opd.clients.opd_server import OpdClient
 from opd.config import parse_config
 from opd.metrics import read_jsonl
 from opd.server.engine import Engine
+from opd.store import DrawsForm
 from opd.store.build import build
 from opd.tasks import TASKS
-from opd.teachers import LocalTeacher
-from opd.train import train
+from opd.teachers import LocalTeacher, ServerTeacher
+from opd.train import Interrupted, train
 from tests.opd.server.live import running
 
 VOCAB_SIZE = 45
 TOPK = {"kind": "topk", "divergence": "forward_kl", "teacher_top_k": VOCAB_SIZE}
+DRAWS = {"kind": "teacher_samples"}
 DATASET = {"kind": "dataset", "max_completion_length": 60}
 
 
@@ -116,12 +125,46 @@ def test_a_store_is_the_teacher_of_an_offline_stage(run, values, tmp_path, model
     _same(cached, local, rel=1e-3)
 
 
-@pytest.mark.parametrize("transport", ["local", "hidden", "topk", "store"])
+@pytest.mark.parametrize("how", ["signal", "fault"])
+def test_a_teacher_that_dies_costs_no_step(run, values, tmp_path, url, monkeypatch, how):
+    teacher = {"kind": "server", "url": url, "hidden_dtype": "float32"}
+    _, expected = run("whole", teacher=teacher)
+    original, asked, closed = OpdClient._score_part, [], []
+    signalled = threading.Event()
+
+    def dies(*arguments):
+        asked.append(1)
+        if len(asked) < 9:
+            return original(*arguments)
+        if how == "fault":
+            raise ServerFault("teacher http://x: /v1/hidden_states failed 8 times in a row")
+        if len(asked) == 9:
+            signalled.at = time.monotonic()
+            os.kill(os.getpid(), signal.SIGINT)
+        # as one that takes connections and says nothing
+        signalled.wait(30)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpdClient, "_score_part", dies)
+        patch.setattr(ServerTeacher, "close", lambda self: closed.append(1))
+        with pytest.raises(Interrupted if how == "signal" else ServerFault):
+            run("cut", teacher=teacher)
+    if how == "signal":
+        assert time.monotonic() - signalled.at < 3
+        signalled.set()
+    # four requests a step: the third step's first was not answered, save_steps is far away
+    assert closed == [1]
+    assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
+    losses, weights = run("cut", teacher=teacher)
+    assert len(losses) == 3 and torch.equal(weights, expected)
+
+
+@pytest.mark.parametrize("transport", ["local", "hidden", "topk", "store", "draws"])
 def test_a_student_that_is_the_teacher_has_no_loss(
     run, values, tmp_path, model_path, url, transport
 ):
     twin = {"model_name_or_path": model_path}
-    rollouts = DATASET if transport == "store" else values["rollouts"]
+    rollouts = DATASET if transport in ("store", "draws") else values["rollouts"]
     changes = {"student": twin, "rollouts": rollouts, "learning_rate": 1e-12}
     if transport == "local":
         losses, _ = run("run", **changes)
@@ -132,10 +175,10 @@ def test_a_student_that_is_the_teacher_has_no_loss(
         teacher = {"kind": "server", "url": url, "signal": "topk"}
         losses, _ = run("run", teacher=teacher, objective={**TOPK, "teacher_top_k": 6}, **changes)
     else:
-        config = {**copy.deepcopy(values), **changes, "objective": TOPK}
-        config["teacher"] = {"kind": "local", **twin}
+        changes["objective"] = {**TOPK, "teacher_top_k": 8} if transport == "store" else DRAWS
+        config = {**copy.deepcopy(values), **changes, "teacher": {"kind": "local", **twin}}
         path = tmp_path / "store"
-        build(parse_config(config), path, num_topk=8, bits=16, quiet=True)
-        teacher = {"kind": "cached", "path": str(path)}
-        losses, _ = run("run", teacher=teacher, objective={**TOPK, "teacher_top_k": 8}, **changes)
+        forms = {"num_topk": 8, "bits": 16} if transport == "store" else {"draws": DrawsForm()}
+        build(parse_config(config), path, **forms, quiet=True)
+        losses, _ = run("run", teacher={"kind": "cached", "path": str(path)}, **changes)
     assert max(abs(loss) for loss in losses) < 1e-6

@@ -59,6 +59,12 @@ EXCEPTIONS = [
         r"topk_divergence_forward<.*>", WIDE_STORES, "writes three numbers per row and one per id"
     ),
     Exemption(r"topk_logprobs_forward<.*>", WIDE_STORES, "writes num_topk numbers per row"),
+    Exemption(r"sample_tokens_sums<.*>", WIDE_STORES, "writes three numbers per 512 columns"),
+    Exemption(r"sample_tokens_draw<.*>", WIDE_STORES, "writes a number per draw, where it belongs"),
+    Exemption(
+        r"speculative_verify_close<\w+>", WIDE_LOADS, "reads 24 bytes per 1,024 columns of a row"
+    ),
+    Exemption(r"speculative_verify_\w+<\w+>", WIDE_STORES, "writes a few numbers per row or tile"),
     Exemption(r"sparse_gradient_mark", WIDE_STORES, "writes one byte per column, after all rows"),
     Exemption(r"sparse_gradient_pack", WIDE_STORES, "gathers: each value comes from elsewhere"),
 ]

@@ -45,19 +45,8 @@ def test_gpu_tensors_run_on_triton_where_the_cuda_kernels_are_not_built():
     assert select("divergence", HOPPER) == "triton"
 
 
-# in C++ they have a kernel on a CPU only
-OF_TRITON = ("sample_tokens", "fused_linear_sample_tokens")
-
-
 @pytest.mark.usefixtures("cuda_kernels")
-@pytest.mark.parametrize("op", OF_TRITON)
-def test_gpu_tensors_run_on_triton_where_an_op_has_no_cuda_kernel(op):
-    pytest.importorskip("triton")
-    assert select(op, HOPPER) == "triton"
-
-
-@pytest.mark.usefixtures("cuda_kernels")
-@pytest.mark.parametrize("op", [op for op in _dispatch.OPS if op not in OF_TRITON])
+@pytest.mark.parametrize("op", _dispatch.OPS)
 def test_gpu_tensors_run_on_the_cuda_kernels(op):
     assert select(op, HOPPER) == "cuda"
     assert _dispatch.row_ops("cuda") is torch.ops.opd_cuda

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opd_kernels as opk
@@ -22,6 +20,7 @@ from tests.cases import BF16, F16, F32, F64, SPECS, FusedCase, fused_of
 from tests.checks import dtype_id, leaf, upstream
 from tests.eager import _logits
 from tests.memory import peak_bytes
+from tests.ranks import run_ranks
 from tests.sparse import PAIRS, TAILS, eager_topk_divergence
 from tests.tolerance import assert_within_eager
 
@@ -588,10 +587,7 @@ def _shard_without_mass(rank: int, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_fused_linear_topk_divergence_of_ranks_is_that_of_one(ranks):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    mp.spawn(worker, (ranks, port), nprocs=ranks)
+    run_ranks(worker, ranks)
 
 
 # -- errors --------------------------------------------------------------------------------------

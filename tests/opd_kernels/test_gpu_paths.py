@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd_kernels import _gemms, _linear, _plan, gemm, reference, sparse_gradient
+from opd_kernels import _gemms, _linear, gemm, reference, sparse_gradient
 from tests import eager
 from tests.cases import BF16, F16, F32, FusedCase, fused_of, spec, token_ids_of
 from tests.checks import check_fused_divergence, check_token_logprobs, dtype_id, leaf
+from tests.gpu_paths import cut_as_on_a_gpu, recorded_plans, with_rounded_gradient
 from tests.options import LAW_OPTIONS, law_options_of
 from tests.tolerance import assert_within_eager
 
@@ -26,54 +27,22 @@ every_half = pytest.mark.parametrize("dtype", [BF16, F16], ids=dtype_id)
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch, interpreted_triton):
-    """Cuts as on a GPU, at a hundredth of its sizes."""
-    monkeypatch.setattr(_gemms, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(_gemms, "_ALIGNMENTS", (8, 4))
-    for name, value in (
-        ("_TILE", 4),
-        ("_FEWEST_TOKENS_GPU", 6),
-        ("_FEWEST_TOKENS_FROZEN", 6),
-        ("_ENOUGH_TOKENS", 8),
-        ("_FEWEST_SPLIT_COLUMNS", 64),
-        ("_LAUNCH_SECONDS", 0.0),
-    ):
-        monkeypatch.setattr(_plan, name, value)
+    cut_as_on_a_gpu(monkeypatch)
 
 
 @pytest.fixture
 def plans(monkeypatch):
-    """The cuts that calls have taken."""
-    found = []
-    plan = _plan.plan
-
-    def recorded(*arguments, **options):
-        found.append(plan(*arguments, **options))
-        return found[-1]
-
-    monkeypatch.setattr(_plan, "plan", recorded)
-    return found
-
-
-class _RoundedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, dtype):
-        ctx.dtype = dtype
-        return logits.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.to(ctx.dtype).to(gradient.dtype), None
+    return recorded_plans(monkeypatch)
 
 
 @pytest.fixture
 def eager_rounds_grad_logits(monkeypatch):
-    """Eager torch with float32 logits whose gradient has the head's width, as its GEMMs have on a
-    GPU. What sums dZ alone or against a few columns (bias, low-rank pair) shows that rounding."""
+    """Eager torch with float32 logits whose gradient is rounded to the head's width."""
     logits_of = eager._logits
     monkeypatch.setattr(
         eager,
         "_logits",
-        lambda hidden, *rest: _RoundedGradient.apply(logits_of(hidden, *rest), hidden.dtype),
+        lambda hidden, *rest: with_rounded_gradient(logits_of(hidden, *rest), hidden.dtype),
     )
 
 

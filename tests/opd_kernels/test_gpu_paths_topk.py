@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd_kernels import _gemms, _plan, reference
-from tests import eager, twins
+from opd_kernels import reference
+from tests import eager
 from tests.cases import BF16, F16, F32, F64, FusedCase, fused_of, spec
 from tests.checks import dtype_id, leaf, public, upstream
+from tests.gpu_paths import cut_as_on_a_gpu, recorded_plans, with_rounded_gradient
 from tests.native import needs_kernels
 from tests.options import LAW_OPTIONS, law_options_of
+from tests.row_kernels.gpu import CUDA, TRITON
 from tests.sparse import TAILS, eager_topk_divergence
 from tests.tolerance import assert_within_eager
 
@@ -40,32 +42,13 @@ def gpu(request, monkeypatch):
     """Either backend, and cuts as on a GPU at a hundredth of its sizes."""
     is_cuda = request.param == "cuda"
     request.getfixturevalue("emulated_cuda" if is_cuda else "interpreted_triton")
-    monkeypatch.setattr(_gemms, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(_gemms, "_ALIGNMENTS", (8, 4))
-    for name, value in (
-        ("_TILE", 4),
-        ("_FEWEST_TOKENS_GPU", 6),
-        ("_FEWEST_TOKENS_FROZEN", 6),
-        ("_ENOUGH_TOKENS", 8),
-        ("_FEWEST_SPLIT_COLUMNS", 64),
-        ("_LAUNCH_SECONDS", 0.0),
-    ):
-        monkeypatch.setattr(_plan, name, value)
-    return twins.cuda() if is_cuda else twins.triton()
+    cut_as_on_a_gpu(monkeypatch)
+    return CUDA if is_cuda else TRITON
 
 
 @pytest.fixture
 def plans(monkeypatch):
-    """The cuts that calls have taken."""
-    found = []
-    plan = _plan.plan
-
-    def recorded(*arguments, **options):
-        found.append(plan(*arguments, **options))
-        return found[-1]
-
-    monkeypatch.setattr(_plan, "plan", recorded)
-    return found
+    return recorded_plans(monkeypatch)
 
 
 def teacher_of(inputs, num_ids=NUM_IDS):
@@ -76,26 +59,14 @@ def teacher_of(inputs, num_ids=NUM_IDS):
     return ids.to(torch.int32), logprobs
 
 
-class _RoundedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, dtype):
-        ctx.dtype = dtype
-        return logits.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.to(ctx.dtype).to(gradient.dtype), None
-
-
 def eager_fused(
     hidden, head, *teacher, token_weights=None, student_bias=None, student_lora=None, **keywords
 ):
-    """Eager torch with float32 logits whose gradient has the head's width, as its GEMMs have on a
-    GPU. What sums dZ alone or against a few columns (bias, low-rank pair) shows that rounding."""
+    """Eager torch with float32 logits whose gradient is rounded to the head's width."""
     logits = eager._logits(hidden, head, token_weights, None, student_bias, student_lora)
     names = {"student_softcap": "softcap", "student_logit_scale": "logit_scale"}
     keywords = {names.get(name, name): value for name, value in keywords.items()}
-    logits = _RoundedGradient.apply(logits, hidden.dtype)
+    logits = with_rounded_gradient(logits, hidden.dtype)
     return eager_topk_divergence(logits, *teacher, token_weights=token_weights, **keywords)
 
 
@@ -138,10 +109,10 @@ def check_fused(gpu, dtype, divergence, tail, reduction, workspace_bytes, bent=F
         divergence=public(divergence),
         reduction=reduction,
         workspace_bytes=workspace_bytes,
-        backend=gpu.backend,
+        backend=gpu.name,
     )
     names = ["loss", "dX", "dW", "bias", "A", "B"]
-    what = f"{gpu.backend} {divergence} {tail} {option} {dtype_id(dtype)} {reduction}"
+    what = f"{gpu.name} {divergence} {tail} {option} {dtype_id(dtype)} {reduction}"
     for name, got, eager_value, exact in zip(names, actual, baseline, truth, strict=False):
         assert_within_eager(got, eager_value, exact, f"{what} {name}")
     masked = inputs.token_weights == 0
@@ -180,7 +151,7 @@ def run_fused(gpu, inputs, dtype, **keywords):
     """(loss, dX, dW, statistics)."""
     hidden, head = (leaf(tensor, dtype) for tensor in inputs.tensors()[:2])
     out = opk.fused_linear_topk_divergence(
-        hidden, head, *teacher_of(inputs), backend=gpu.backend, **keywords
+        hidden, head, *teacher_of(inputs), backend=gpu.name, **keywords
     )
     (out.loss.sum() * keywords.get("grad_scale", 1.0)).backward()
     return out.loss.detach(), hidden.grad, head.grad, out.statistics
@@ -224,7 +195,7 @@ def test_float16_gradients_of_small_weights_are_as_accurate_as_of_ones(gpu, tail
     def run(weight):
         hidden, head = (leaf(tensor) for tensor in inputs.tensors()[:2])
         out = opk.fused_linear_topk_divergence(
-            hidden, head, *teacher_of(inputs), tail=tail, backend=gpu.backend,
+            hidden, head, *teacher_of(inputs), tail=tail, backend=gpu.name,
             token_weights=torch.full((12,), weight),
         )  # fmt: skip
         (out.loss / weight).backward()
@@ -270,7 +241,7 @@ def test_a_tail_below_float32_keeps_its_gradient(gpu):
         return [one.grad for one in leaves]
 
     truth = run(reference.fused_linear_topk_divergence, F64)
-    actual = run(opk.fused_linear_topk_divergence, F32, backend=gpu.backend)
+    actual = run(opk.fused_linear_topk_divergence, F32, backend=gpu.name)
     for got, exact in zip(actual, truth, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-6)
     assert bool((actual[1][NUM_IDS:].abs() > 0).any())

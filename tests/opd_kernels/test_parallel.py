@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import opd_kernels as opk
 from opd_kernels import _parallel, targets
 from opd_kernels import divergences as D
 from tests.cases import F64, SPECS
+from tests.ranks import run_ranks
 
 NUM_TOKENS, VOCAB, STUDENT, TEACHER, RANK_OF_LORA = 9, 83, 6, 5, 3
 STATISTICS = opk._laws.STATISTICS
@@ -291,15 +290,9 @@ def _refusals(ranks: int) -> None:
         opk.fused_linear_divergence(*heads, process_group=group, backend="reference")
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_vocabulary_parallel_is_one_rank(ranks):
-    mp.spawn(worker, (ranks, free_port()), nprocs=ranks)
+    run_ranks(worker, ranks)
 
 
 def test_no_group_is_no_shard():

@@ -8,12 +8,11 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import opd_kernels as opk
 from opd_kernels import _topk_shards, reference
 from tests.cases import F32, F64, INF, NAN
-from tests.opd_kernels.test_parallel import free_port
+from tests.ranks import run_ranks
 
 NUM_TOKENS, VOCAB, HIDDEN = 9, 83, 6
 
@@ -143,7 +142,7 @@ def _refusals(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_vocabulary_parallel_topk_is_one_rank(ranks):
-    mp.spawn(worker, (ranks, free_port()), nprocs=ranks)
+    run_ranks(worker, ranks)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 5])

@@ -381,7 +381,7 @@ OPD_API opd_status_t opd_topk_logprobs_fwd_cpu(const opd_topk_logprobs_args_t* a
  *   weights = count / num_draws * Q_t / R_t, which is Q_t on average; 0 beside an id of -1.
  *   logprobs = log Q_t, -inf beside an id of -1.   lse: log sum_v exp z_v.
  * A row with a NaN or a +inf among its z, or of nothing but -inf, has ids -1 and NaN elsewhere (but
- * for the lse of the last, -inf). CPU only. */
+ * for the lse of the last, -inf). */
 typedef struct opd_sample_tokens_args_t {
   uint32_t struct_size;
   int64_t num_tokens;
@@ -398,6 +398,7 @@ typedef struct opd_sample_tokens_args_t {
   void* workspace;        /* opd_sample_tokens_workspace_bytes(..) bytes, aligned to 8, overwritten */
 } opd_sample_tokens_args_t;
 
+/* The same for both devices. */
 OPD_API int64_t opd_sample_tokens_workspace_bytes(int64_t num_tokens, int64_t vocab_size);
 OPD_API opd_status_t opd_sample_tokens_fwd_cpu(const opd_sample_tokens_args_t* args);
 
@@ -623,6 +624,8 @@ OPD_API opd_status_t opd_token_logprobs_fwd_cuda(const opd_token_logprobs_fwd_ar
 OPD_API opd_status_t opd_token_logprobs_bwd_cuda(const opd_token_logprobs_bwd_args_t* args,
                                                  void* stream);
 OPD_API opd_status_t opd_topk_logprobs_fwd_cuda(const opd_topk_logprobs_args_t* args, void* stream);
+/* Uniforms are not checked either: one outside [0, 1) draws the first token of its row or the last. */
+OPD_API opd_status_t opd_sample_tokens_fwd_cuda(const opd_sample_tokens_args_t* args, void* stream);
 OPD_API opd_status_t opd_topk_divergence_fwd_cuda(const opd_topk_divergence_fwd_args_t* args,
                                                   void* stream);
 OPD_API opd_status_t opd_topk_divergence_bwd_cuda(const opd_topk_divergence_bwd_args_t* args,

@@ -25,8 +25,10 @@ Ids are int32, best first; a missing entry is id -1 with log-prob -inf, a zero p
 
 **What can go wrong.** `TeacherRefused` (a ConfigError): the call or the set-up is wrong, and no
 retry helps. `BadReply`: the server's numbers are no law, or of other tokens; a damaged transport is
-retried first. `TeacherUnavailable`: no answer until the deadline; its `results` hold the sequences
-that are done and None for the others, so that nothing is lost: score those again later.
+retried first. `ServerFault`, a BadReply: status 500 to one request, eight times in a row; status
+503 and refused connections are those of a server that is down. `TeacherUnavailable`: no answer
+until the deadline; its `results` hold the sequences that are done and None for the others, so that
+nothing is lost: score those again later.
 
 A client is safe to use from several threads. To add a kind: a file with a subclass of
 `http_client.HttpClient`, and its line in `KINDS`.
@@ -40,6 +42,7 @@ from opd.clients.protocol import (
     BadReply,
     Client,
     Scores,
+    ServerFault,
     Signal,
     TeacherError,
     TeacherInfo,
@@ -85,6 +88,7 @@ __all__ = [
     "BadReply",
     "Client",
     "Scores",
+    "ServerFault",
     "Signal",
     "TeacherError",
     "TeacherInfo",

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from opd.clients.protocol import BadReply
+from opd.wire import DTYPES
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int32": torch.int32}
+_DTYPES = DTYPES | {"int32": torch.int32}
 
 
 def read_base64(text: Any, dtype: str, shape: tuple[int, ...], what: str) -> Tensor:

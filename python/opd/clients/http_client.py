@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from opd.batch import Head
+from opd.clients import daemons
 from opd.clients.protocol import (
     SIGNALS,
     BadReply,
@@ -24,6 +27,7 @@ from opd.clients.protocol import (
     TeacherUnavailable,
 )
 from opd.clients.transport import Deadline, Transport
+from opd.wire import JSON_TYPE
 
 _NO_PROGRESS = 3
 
@@ -190,9 +194,11 @@ class HttpClient(ABC):
     ) -> None:
         if not parts:
             return
-        pool = ThreadPoolExecutor(min(self._concurrency, len(parts)), "teacher")
+        futures = daemons.start(
+            [partial(self._must_finish, part, ask, deadline, results) for part in parts],
+            num_threads=self._concurrency,
+        )
         try:
-            futures = [pool.submit(self._must_finish, p, ask, deadline, results) for p in parts]
             done, left = wait(futures, return_when=FIRST_EXCEPTION)
             failed = [future.exception() for future in done if future.exception() is not None]
             # the others of a server that does not answer may yet be answered
@@ -204,7 +210,18 @@ class HttpClient(ABC):
         finally:
             # neither a refusal nor Ctrl-C waits for a dead teacher
             deadline.cancel()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
+
+    def _post_json(self, path: str, body: Any, deadline: Deadline, parse: Any) -> Any:
+        return self.transport.call(
+            "POST",
+            path,
+            deadline=deadline,
+            parse=parse,
+            content=json.dumps(body).encode(),
+            headers={"content-type": JSON_TYPE},
+        )
 
     def _must_finish(self, *arguments: Any) -> None:
         failure = self._finish(*arguments)

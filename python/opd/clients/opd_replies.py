@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,12 +11,12 @@ import torch
 from torch import Tensor
 
 from opd.clients.http_client import Ask, Item
-from opd.clients.laws import check_complete, check_ids, check_mass, finite_logprobs
+from opd.clients.laws import check_complete, check_ids, finite_logprobs
 from opd.clients.protocol import BadReply, Scores
+from opd.clients.reading import read_json
 from opd.clients.transport import Damaged
-from opd.wire import Message, WireError, unpack
+from opd.wire import CRC_HEADER, Message, WireError, json_checksum, unpack
 
-_CRC_HEADER = "x-opd-crc32"
 # what our JSON has for -inf: a law at a low temperature may well have a log-probability of -9999
 ZERO_LOGPROB = torch.finfo(torch.float32).min
 
@@ -29,13 +27,15 @@ def checked_topk(
     """Of our own server: in order already, so anything else is an error and not to be mended."""
     logprobs, tail = (finite_logprobs(x, where, zero=ZERO_LOGPROB) for x in (logprobs, tail))
     check_ids(ids, vocab_size=vocab_size, where=where)
-    falling = (logprobs[:, :-1] >= logprobs[:, 1:]).all()
-    # of short rows, numpy's sort is many times faster than torch's
-    ordered = np.sort(ids.numpy(), axis=1)
-    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != -1)).any()
-    if not falling or repeated or not torch.equal(ids == -1, logprobs == -torch.inf):
+    tokens, values = ids.numpy(), logprobs.numpy()
+    falling = (values[:, :-1] >= values[:, 1:]).all()
+    ordered = np.sort(tokens, axis=1)
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    if repeated.any():
+        repeated &= ordered[:, 1:] != -1
+    paired = np.array_equal(tokens == -1, values == -np.inf)
+    if not falling or repeated.any() or not paired:
         raise BadReply(f"{where}: its ids are not distinct, or not the best first")
-    check_mass(logprobs, where)
     check_complete(logprobs, tail, where)
     return {"ids": ids, "logprobs": logprobs, "tail_logprob": tail}
 
@@ -60,16 +60,10 @@ def read_message(body: bytes, url: str) -> Message:
 
 def read_object(body: bytes, headers: Mapping[str, str], where: str) -> dict[str, Any]:
     """The object of a JSON reply; `Damaged` if there is none."""
-    checksum = headers.get(_CRC_HEADER)
-    if checksum is not None and checksum != f"{zlib.crc32(body):08x}":
+    checksum = headers.get(CRC_HEADER)
+    if checksum is not None and checksum != json_checksum(body):
         raise Damaged(f"{where}: the reply's checksum does not fit, it was damaged on the way")
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{where}: the reply is not JSON, {error}") from None
-    if not isinstance(found, dict):
-        raise BadReply(f"{where}: the reply must be an object, got {type(found).__name__}")
-    return found
+    return read_json(body, where)
 
 
 def read_lists(

@@ -27,10 +27,9 @@ from opd.clients.opd_replies import (
 )
 from opd.clients.protocol import BadReply, Scores, TeacherInfo, TeacherRefused
 from opd.clients.transport import Deadline
-from opd.wire import CONTENT_TYPE, Message, WireError, pack
+from opd.wire import CONTENT_TYPE, DTYPES, JSON_TYPE, Message, WireError, checksum_of, pack
 
 _PATHS = {"topk": "topk", "token_logprobs": "token_logprobs", "hidden": "hidden_states"}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class OpdClient(HttpClient):
         super().__init__(url, **settings)
         for name, value, known in (
             ("wire", wire, ("binary", "json")),
-            ("hidden_dtype", hidden_dtype, (*_DTYPES, None)),
+            ("hidden_dtype", hidden_dtype, (*DTYPES, None)),
         ):
             if value not in known:
                 raise TeacherRefused(
@@ -92,20 +91,21 @@ class OpdClient(HttpClient):
         self._head_lock = threading.Lock()
 
     def check(self, tokenizer: Any) -> list[str]:
-        """As `HttpClient.check`: by the hash of all tokens."""
+        """As `HttpClient.check`: by the hash of the tokens that the laws are over."""
         from opd.identity import tokenizer_hash
 
-        theirs = self.info().tokenizer_hash
+        info = self.info()
+        theirs, size = info.tokenizer_hash, self._law_size or info.vocab_size
         if theirs is None:
             return [
                 f"teacher {self.url}: its model came without a tokenizer, so nothing checks that "
                 "its tokens are the student's"
             ]
-        ours = tokenizer_hash(tokenizer)
+        ours = tokenizer_hash(tokenizer, size)
         if theirs != ours:
             raise TeacherRefused(
-                f"teacher {self.url}: its tokenizer has the hash {theirs} and the student's "
-                f"{ours}; token-by-token losses need one vocabulary"
+                f"teacher {self.url}: the first {size} tokens of its tokenizer have the hash "
+                f"{theirs} and the student's have {ours}; token-by-token losses need one vocabulary"
             )
         return []
 
@@ -137,7 +137,7 @@ class OpdClient(HttpClient):
         softcap, scale = meta.get("softcap"), meta.get("logit_scale")
         fits = (
             weight.dim() == 2
-            and weight.dtype in _DTYPES.values()
+            and weight.dtype in DTYPES.values()
             and weight.shape == (info.vocab_size, self._hidden_width())
             and bool(weight.isfinite().all())
             and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype))
@@ -178,7 +178,10 @@ class OpdClient(HttpClient):
                     )
             return found
 
-        found = self.transport.call("GET", "/v1/info", deadline=deadline, parse=parse)
+        path = "/v1/info"
+        if self._law_size is not None and self._law_size > 0:
+            path += f"?vocab_size={self._law_size}"
+        found = self.transport.call("GET", path, deadline=deadline, parse=parse)
         self._limits = ServerLimits(
             found["max_request_tokens"],
             max(1, found["max_sequences"]),
@@ -187,10 +190,8 @@ class OpdClient(HttpClient):
             found["hidden_rank"],
             found["dtype"],
         )
-        if found["dtype"] not in _DTYPES:
-            raise BadReply(
-                f"{where}: dtype must be one of {[*_DTYPES]}, got {found['dtype']!r:.50}"
-            )
+        if found["dtype"] not in DTYPES:
+            raise BadReply(f"{where}: dtype must be one of {[*DTYPES]}, got {found['dtype']!r:.50}")
         law_size = self._law_size
         if law_size is not None and not 0 < law_size <= found["vocab_size"]:
             raise TeacherRefused(
@@ -253,7 +254,7 @@ class OpdClient(HttpClient):
         where = f"teacher {self.url}: {path}"
         is_binary = self._wire == "binary"
         body = self._binary_body(items, ask) if is_binary else self._json_body(items, ask)
-        checksum = zlib.crc32(body[24:] if is_binary else body)
+        checksum = checksum_of(body) if is_binary else zlib.crc32(body)
 
         def parse(reply: bytes, headers: Mapping[str, str]) -> list[Scores]:
             if is_binary:
@@ -273,7 +274,7 @@ class OpdClient(HttpClient):
             deadline=deadline,
             parse=parse,
             content=body,
-            headers={"content-type": CONTENT_TYPE if is_binary else "application/json"},
+            headers={"content-type": CONTENT_TYPE if is_binary else JSON_TYPE},
         )
 
     def _meta(self, ask: Ask) -> dict[str, Any]:
@@ -353,12 +354,12 @@ class OpdClient(HttpClient):
         if ask.signal == "hidden":
             assert self._limits is not None
             dtype = self._wire_dtype()
-            hidden = message.take("hidden", _DTYPES[dtype], (rows, self._hidden_width()))
+            hidden = message.take("hidden", DTYPES[dtype], (rows, self._hidden_width()))
             if not hidden.isfinite().all():
                 raise BadReply(f"{where}: a hidden state is not finite in {dtype}")
             # as the head has it: kernels take both in one dtype
             head_dtype = "float32" if self._projected else self._limits.dtype
-            columns["hidden"] = hidden.to(_DTYPES[head_dtype])
+            columns["hidden"] = hidden.to(DTYPES[head_dtype])
             if self._projected:
                 error = message.take("logit_error", torch.float32, (rows,))
                 if not (error.isfinite().all() and (error >= 0).all()):

@@ -28,6 +28,10 @@ class BadReply(TeacherError):
     """A reply that is no law of the tokens that were sent."""
 
 
+class ServerFault(BadReply):
+    """The server failed at the same request again and again, while it answers as such."""
+
+
 class TeacherUnavailable(TeacherError):
     """No answer until the deadline.
 

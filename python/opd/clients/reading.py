@@ -10,16 +10,25 @@ from opd.clients.protocol import BadReply
 from opd.clients.transport import Damaged
 
 
+def load_json(body: bytes, where: str) -> Any:
+    """The value in a reply.
+
+    Raises:
+        Damaged: it is not JSON.
+    """
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{where}: the reply is not JSON, {error}") from None
+
+
 def read_json(body: bytes, where: str) -> dict[str, Any]:
     """The object in a reply.
 
     Raises:
         Damaged: it is not JSON. BadReply: it is no object.
     """
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{where}: the reply is not JSON, {error}") from None
+    found = load_json(body, where)
     if not isinstance(found, dict):
         raise BadReply(f"{where}: the reply must be an object, got {type(found).__name__}")
     return found

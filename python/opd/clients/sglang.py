@@ -9,7 +9,6 @@ may be null, so rows are counted from the end.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,8 @@ from opd.clients.arrays import pad_rows, read_base64, read_numbers, read_shape
 from opd.clients.http_client import Ask, HttpClient, Item
 from opd.clients.laws import canonical_topk, finite_logprobs, tail_of
 from opd.clients.protocol import BadReply, Scores, TeacherInfo, TeacherRefused
-from opd.clients.reading import read_json, read_number
-from opd.clients.transport import Damaged, Deadline, HttpRefused
+from opd.clients.reading import load_json, read_json, read_number
+from opd.clients.transport import Deadline, HttpRefused
 
 _MAX_ID = 1 << 31
 
@@ -85,14 +84,7 @@ class SglangClient(HttpClient):
             ]
 
         try:
-            return self.transport.call(
-                "POST",
-                "/generate",
-                deadline=deadline,
-                parse=parse,
-                content=json.dumps(body).encode(),
-                headers={"content-type": "application/json"},
-            )
+            return self._post_json("/generate", body, deadline, parse)
         except HttpRefused as error:
             if "longer than" in error.reason or "context length" in error.reason:
                 raise TeacherRefused(
@@ -205,10 +197,7 @@ class SglangClient(HttpClient):
 
 
 def _results(reply: bytes, num_items: int, where: str) -> list[Any]:
-    try:
-        found = json.loads(reply)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{where}: the reply is not JSON, {error}") from None
+    found = load_json(reply, where)
     # one sequence may come back without a list around it
     results = [found] if isinstance(found, dict) and num_items == 1 else found
     if not isinstance(results, list) or len(results) != num_items:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx2
 import tenacity
 
-from opd.clients.protocol import BadReply, TeacherRefused, TeacherUnavailable
+from opd.clients.protocol import BadReply, ServerFault, TeacherRefused, TeacherUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _REMIND_S = 30.0
+# with the pauses between them some 20 s: time for an engine that died to take its server along
+_MAX_FAULTS = 8
 
 
 class Damaged(BadReply):
@@ -32,9 +34,12 @@ class Damaged(BadReply):
 
 
 class _Transient(Exception):
-    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, reason: str, retry_after_s: float | None = None, status: int | None = None
+    ) -> None:
         super().__init__(reason)
         self.retry_after_s = retry_after_s
+        self.status = status
 
 
 class Transport:
@@ -107,12 +112,13 @@ class Transport:
             HttpRefused: a status that another try does not change.
             TeacherUnavailable: the deadline.
             BadReply: the reply came whole and is wrong, or came damaged three times.
+            ServerFault: status 500 eight times in a row.
         """
-        damaged = 0
+        damaged = faults = 0
         reason: _Transient | None = None
 
         def attempt() -> Any:
-            nonlocal damaged, reason
+            nonlocal damaged, faults, reason
             if reason is not None and deadline.left() <= 0:
                 # the sleep was cut short: no time for a try whose failure would hide the reason
                 raise reason
@@ -120,7 +126,14 @@ class Transport:
                 body, reply = self._once(method, path, deadline, content, headers or {})
             except _Transient as error:
                 reason = error
+                faults = faults + 1 if error.status == 500 else 0
+                if faults == _MAX_FAULTS:
+                    raise ServerFault(
+                        f"teacher {self.url}: {path} failed {faults} times in a row ({error}): it "
+                        "runs, and cannot do what is asked; its log should say why"
+                    ) from None
                 raise
+            faults = 0
             try:
                 return body if parse is None else parse(body, reply.headers)
             except Damaged as error:
@@ -173,7 +186,9 @@ class Transport:
             raise _Transient(_words(error)) from None
         if reply.status_code in _TRANSIENT:
             raise _Transient(
-                f"status {reply.status_code}, {_message(body)}", _retry_after(reply.headers)
+                f"status {reply.status_code}, {_message(body)}",
+                _retry_after(reply.headers),
+                reply.status_code,
             )
         if reply.status_code == 401:
             raise TeacherRefused(

@@ -7,7 +7,6 @@ padded with -inf, or with nested lists ("json") of the K best and the token itse
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -65,14 +64,7 @@ class TrlClient(HttpClient):
         def parse(reply: bytes, _: Mapping[str, str]) -> list[Scores]:
             return read(read_json(reply, where), items, ask, num_topk, where)
 
-        return self.transport.call(
-            "POST",
-            path,
-            deadline=deadline,
-            parse=parse,
-            content=json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
+        return self._post_json(path, body, deadline, parse)
 
     def _binary(
         self, found: dict[str, Any], items: Sequence[Item], ask: Ask, num_topk: int, where: str

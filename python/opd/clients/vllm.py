@@ -7,7 +7,6 @@ prompt are taken before the sampler's temperature, so only temperature 1 is righ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -58,8 +57,11 @@ class VllmClient(HttpClient):
         body = {"model": model, "prompt": PROBE_TEXT, "add_special_tokens": False}
         where = f"teacher {self.url}: /tokenize"
         try:
-            found = self._post(
-                "/tokenize", body, Deadline(self._deadline_s), lambda reply: read_json(reply, where)
+            found = self._post_json(
+                "/tokenize",
+                body,
+                Deadline(self._deadline_s),
+                lambda reply, _: read_json(reply, where),
             )
         except HttpRefused:
             return super().check(tokenizer)
@@ -122,7 +124,7 @@ class VllmClient(HttpClient):
             body = {"model": info.model, "prompt": prompts} | sampling
         where = f"teacher {self.url}: {path}"
 
-        def parse(reply: bytes) -> Sequence[Scores | None]:
+        def parse(reply: bytes, _: Mapping[str, str]) -> Sequence[Scores | None]:
             found = read_json(reply, where)
             lists = [found.get("prompt_logprobs")]
             if self._endpoint == "completions":
@@ -135,19 +137,9 @@ class VllmClient(HttpClient):
             ]
 
         try:
-            return self._post(path, body, deadline, parse)
+            return self._post_json(path, body, deadline, parse)
         except HttpRefused as error:
             raise self._explained(error, ask) from None
-
-    def _post(self, path: str, body: Any, deadline: Deadline, parse: Any) -> Any:
-        return self.transport.call(
-            "POST",
-            path,
-            deadline=deadline,
-            parse=lambda reply, _: parse(reply),
-            content=json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
 
     def _explained(self, error: HttpRefused, ask: Ask) -> TeacherRefused:
         """What to do about the refusals that people meet."""

@@ -9,25 +9,27 @@ from typing import Protocol
 from opd.batch import Batch, Law, Signal
 from opd.objectives.full_vocab import FullVocab
 from opd.objectives.sampled_token import SampledToken
+from opd.objectives.teacher_samples import TeacherSamples
 from opd.objectives.token_nll import TokenNll
 from opd.objectives.topk import Topk
-from opd.sparse_law import SparseLaw
+from opd.sparse_law import DrawnLaw, SparseLaw
 
 OBJECTIVES = {
     "full_vocab": FullVocab,
     "sampled_token": SampledToken,
+    "teacher_samples": TeacherSamples,
     "token_nll": TokenNll,
     "topk": Topk,
 }
 
-ObjectiveConfig = FullVocab | SampledToken | TokenNll | Topk
+ObjectiveConfig = FullVocab | SampledToken | TeacherSamples | TokenNll | Topk
 
 
 class Objective(Protocol):
     """What the loop asks of an objective.
 
-    `asks` is what a teacher must have in its `tells`: `hidden`, `topk`, `given_tokens` or
-    `token_logprobs`; empty without a teacher.
+    `asks` is what a teacher must have in its `tells`: `hidden`, `topk`, `given_tokens`,
+    `token_logprobs` or `samples`; empty without a teacher.
     """
 
     kind: str
@@ -35,10 +37,14 @@ class Objective(Protocol):
     asks: str
     needs_behaviour_logprobs: bool
 
-    def ask(self, teacher: Law | SparseLaw, batch: Batch) -> None: ...
+    def ask(self, teacher: Law | SparseLaw | DrawnLaw, batch: Batch) -> None: ...
 
     def __call__(
-        self, student: Law, teacher: Law | SparseLaw | None, batch: Batch, num_step_tokens: int
+        self,
+        student: Law,
+        teacher: Law | SparseLaw | DrawnLaw | None,
+        batch: Batch,
+        num_step_tokens: int,
     ) -> Signal: ...
 
 
@@ -48,6 +54,7 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "SampledToken",
+    "TeacherSamples",
     "TokenNll",
     "Topk",
 ]

@@ -17,9 +17,11 @@ from opd.sparse_law import SparseLaw
 class SampledToken(Section):
     """loss = -(1 / N) sum_t ratio_t * A_t, gradient through ratio_t only.
 
-    A_t = -kl_coef * (log mu(y_t) - log p_teacher(y_t)), optionally with a discounted sum of the
-    later ones; ratio_t = p_student(y_t) / mu(y_t); mu is the law the sampler drew from, with its
-    temperature, top-k and top-p. With mu = p_student the gradient's mean is that of the reverse KL.
+    A_t = -kl_coef * (log q(y_t) - log p_teacher(y_t)), optionally with a discounted sum of the
+    later ones; ratio_t = p_student(y_t) / mu(y_t); mu is the law that the token was drawn from,
+    with its temperature, top-k and top-p; q is mu where the student alone wrote, and p_student,
+    without gradient, where a teacher wrote with it. With q = p_student the mean of the gradient
+    over mu is that of the reverse KL, on the states visited.
 
     Attributes:
         kl_coef: scale of the advantage.
@@ -52,7 +54,9 @@ class SampledToken(Section):
         chosen = student.token_logprobs(batch.token_ids, temperature=self.temperature)
         with torch.no_grad():
             taught = teacher.token_logprobs(batch.token_ids, temperature=self.temperature)
-            k1 = batch.behaviour_logprobs - taught.logprobs
+            is_mixed = batch.token_origin is not None
+            own = chosen.logprobs.detach() if is_mixed else batch.behaviour_logprobs
+            k1 = own - taught.logprobs
             advantages = discounted_sums(
                 -self.kl_coef * k1, batch.segment_ends, self.kl_discount_factor
             )

@@ -6,15 +6,21 @@ from opd.rollouts.hf import HfConfig, HfRollouts, Sampling, sample
 from opd.rollouts.mixture import MixtureConfig, MixtureRollouts
 from opd.rollouts.protocol import Rollouts
 from opd.rollouts.replay import ReplayConfig, ReplayRollouts
+from opd.rollouts.speculative import SpeculativeConfig, SpeculativeRollouts
+from opd.rollouts.teacher_mixed import TeacherMixedConfig, TeacherMixedRollouts
 
 ROLLOUTS = {
     "dataset": DatasetConfig,
     "hf": HfConfig,
     "mixture": MixtureConfig,
     "replay": ReplayConfig,
+    "speculative": SpeculativeConfig,
+    "teacher_mixed": TeacherMixedConfig,
 }
 
-RolloutConfig = DatasetConfig | HfConfig | MixtureConfig | ReplayConfig
+RolloutConfig = (
+    DatasetConfig | HfConfig | MixtureConfig | ReplayConfig | SpeculativeConfig | TeacherMixedConfig
+)
 
 __all__ = [
     "ROLLOUTS",
@@ -29,5 +35,9 @@ __all__ = [
     "RolloutConfig",
     "Rollouts",
     "Sampling",
+    "SpeculativeConfig",
+    "SpeculativeRollouts",
+    "TeacherMixedConfig",
+    "TeacherMixedRollouts",
     "sample",
 ]

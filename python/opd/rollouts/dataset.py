@@ -26,7 +26,7 @@ class DatasetConfig(Sampling):
     """
 
     needs_evaluation: ClassVar[bool] = False
-    always_on_policy: ClassVar[bool] = False
+    tells_behaviour: ClassVar[bool] = False
 
     kind: Literal["dataset"] = "dataset"
     seq_kd: bool = False

@@ -42,7 +42,7 @@ class HfConfig(Sampling):
     needs_teacher: ClassVar[bool] = False
     needs_completions: ClassVar[bool] = False
     needs_evaluation: ClassVar[bool] = False
-    always_on_policy: ClassVar[bool] = True
+    tells_behaviour: ClassVar[bool] = True
 
     kind: Literal["hf"] = "hf"
     temperature: float = Field(1.0, gt=0)

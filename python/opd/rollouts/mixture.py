@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from opd.batch import Prompt, Trajectory
 from opd.rollouts.dataset import DatasetRollouts
 from opd.rollouts.hf import HfRollouts, Sampling
 from opd.rollouts.protocol import Rollouts
+from opd.rollouts.speculative import SpeculativeConfig
+from opd.rollouts.teacher_mixed import TeacherMixedConfig
+
+# what is one for both sides of a mixture
+_SHARED = ("max_completion_length", "num_generations", "generation_batch_size")
 
 
 class MixtureConfig(Sampling):
@@ -21,22 +26,35 @@ class MixtureConfig(Sampling):
     Attributes:
         lmbda: probability of student completions. 0 is off-policy, 1 on-policy.
         seq_kd: the written ones are sampled from the teacher instead of read from the data.
+        on_policy: who writes in the student's place: rollouts of kind `speculative` or
+            `teacher_mixed`, with sampling keys of their own. Default: the student alone.
 
     Source: GKD, arXiv:2306.13649, algorithm 1; the keys are TRL's.
     """
 
     needs_evaluation: ClassVar[bool] = False
-    always_on_policy: ClassVar[bool] = False
+    tells_behaviour: ClassVar[bool] = False
 
     kind: Literal["mixture"] = "mixture"
     lmbda: float = Field(0.5, ge=0, le=1)
     seq_kd: bool = False
     temperature: float = Field(0.9, gt=0)
+    on_policy: (
+        Annotated[SpeculativeConfig | TeacherMixedConfig, Field(discriminator="kind")] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _check_shared_keys(self) -> Self:
+        twice = [] if self.on_policy is None else self.on_policy.model_fields_set & {*_SHARED}
+        for key in sorted(twice):
+            if getattr(self.on_policy, key) != getattr(self, key):
+                raise ValueError(f"on_policy.{key}: is rollouts.{key}, {getattr(self, key)}")
+        return self
 
     @property
     def needs_teacher(self) -> bool:
         """Only a teacher can write its completions."""
-        return self.seq_kd and self.lmbda < 1
+        return (self.seq_kd and self.lmbda < 1) or self.on_policy is not None
 
     @property
     def needs_completions(self) -> bool:
@@ -52,8 +70,13 @@ class MixtureConfig(Sampling):
             if self.seq_kd
             else DatasetRollouts(self.max_completion_length)
         )
+        own: Rollouts = HfRollouts(student, tokenizer, self)
+        if self.on_policy is not None:
+            shared = {key: getattr(self, key) for key in _SHARED}
+            with_shared = self.on_policy.model_copy(update=shared)
+            own = with_shared.build(student, teacher, tokenizer, seed=seed)
         return MixtureRollouts(
-            HfRollouts(student, tokenizer, self),
+            own,
             written,
             lmbda=self.lmbda,
             num_generations=1 if self.seq_kd else self.num_generations,
@@ -72,11 +95,18 @@ class MixtureRollouts(Rollouts):
         self._lmbda = lmbda
         self._num_generations = num_generations
         self._seed = seed
+        self._last = written
 
     def collect(self, prompts: Sequence[Prompt], step: int) -> list[Trajectory]:
         """`num_generations` completions for each prompt; a written one is repeated."""
-        if random.Random(f"{self._seed} mixture {step}").random() < self._lmbda:
+        coin = random.Random(f"{self._seed} mixture {step}").random()
+        self._last = self._student if coin < self._lmbda else self._written
+        if self._last is self._student:
             return self._student.collect(prompts, step)
         return self._written.collect(
             [prompt for prompt in prompts for _ in range(self._num_generations)], step
         )
+
+    def metrics(self) -> dict[str, float]:
+        """Of who wrote the last step."""
+        return self._last.metrics()

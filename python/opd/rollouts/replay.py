@@ -38,7 +38,7 @@ class ReplayConfig(Sampling):
     needs_teacher: ClassVar[bool] = False
     needs_completions: ClassVar[bool] = True
     needs_evaluation: ClassVar[bool] = True
-    always_on_policy: ClassVar[bool] = False
+    tells_behaviour: ClassVar[bool] = False
 
     kind: Literal["replay"] = "replay"
     temperature: float = Field(1.0, gt=0)

@@ -3,6 +3,7 @@
 
 serve.py     from options to a running server
 app.py       the endpoints
+connections.py  connections that send no request
 requests.py  what came off the wire, checked before anything uses it
 batcher.py   requests merged up to a token budget, one worker, a bounded queue
 engine.py    sequences in, laws out: the only file that touches the model

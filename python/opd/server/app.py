@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -93,13 +94,18 @@ class Server:
         return Response(self.monitor.text(), headers={"content-type": METRICS_TYPE})
 
     async def info(self, request: Request) -> Response:
-        """What is served, and the limits of a request."""
+        """What is served, and the limits of a request; the hash is of `vocab_size` tokens."""
         engine = self.engine
+        known = engine.limits.vocab_size
+        asked = request.query_params.get("vocab_size", str(known))
+        if not re.fullmatch(r"[1-9]\d{0,8}", asked, re.ASCII):
+            raise RequestError(422, f"vocab_size must be a number of tokens, got {asked[:20]!r}")
+        size = min(int(asked), known)
         return _json(
             {
                 "model": engine.name,
                 "fingerprint": engine.fingerprint,
-                "tokenizer_hash": engine.tokenizer_hash,
+                "tokenizer_hash": engine.tokenizer_hash(size),
                 "dtype": engine.dtype,
                 "max_batch_tokens": self.settings.max_batch_tokens,
                 **asdict(engine.limits),

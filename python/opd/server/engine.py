@@ -69,7 +69,8 @@ class Engine:
         self._model = model
         self.name = name
         self.fingerprint = model_fingerprint(model.model)
-        self.tokenizer_hash = None if tokenizer is None else tokenizer_hash(tokenizer)
+        self._tokenizer = tokenizer
+        self._hashes: dict[int, str] = {}
         self.projection: Projection | None = None
         if hidden_rank:
             self.projection = project_head(model.head, hidden_rank)
@@ -92,6 +93,15 @@ class Engine:
             # the longest sequence must fit into a request
             max_request_tokens=max(given.max_request_tokens, length),
         )
+
+    def tokenizer_hash(self, vocab_size: int) -> str | None:
+        """Of the first tokens; None of a model that came without."""
+        if self._tokenizer is None:
+            return None
+        if vocab_size not in self._hashes:
+            # a client asks for one size; whoever asks for many keeps no memory busy
+            self._hashes = {vocab_size: tokenizer_hash(self._tokenizer, vocab_size)}
+        return self._hashes[vocab_size]
 
     @property
     def dtype(self) -> str:

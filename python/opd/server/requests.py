@@ -12,11 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opd.wire import CONTENT_TYPE, Message, WireError, unpack
+from opd.wire import CONTENT_TYPE, DTYPES, JSON_TYPE, Message, WireError, unpack
 
 Signal = Literal["topk", "token_logprobs", "hidden"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-JSON_TYPE = "application/json"
 _MAX_TEMPERATURE = 1e4
 _KEYS = {
     "topk": {"temperature", "vocab_size", "num_topk"},

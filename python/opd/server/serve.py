@@ -6,6 +6,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from opd.model import resolve_device, resolve_model_path
 from opd.schema import ConfigError, Section, sentences
 from opd.server.app import AppSettings, build_app
+from opd.server.connections import uvicorn_config
 from opd.server.engine import Engine
 from opd.teachers import LocalConfig
 
@@ -138,9 +140,14 @@ def load_engine(config: ServeConfig) -> Engine:
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
-    teacher = source.build(
-        None, device=config.device, vocab_size=config.vocab_size, workspace_bytes=1 << 28
-    )
+    try:
+        teacher = source.build(
+            None, device=config.device, vocab_size=config.vocab_size, workspace_bytes=1 << 28
+        )
+    except ConfigError as error:
+        # a training run would call it so
+        text = re.sub(r"^teacher(\.model_name_or_path)?:", "--model:", str(error))
+        raise ConfigError(text) from None
     rows = teacher.lm_head_weight.shape[0]
     if config.vocab_size is not None and config.vocab_size > rows:
         raise ConfigError(f"--vocab-size: the head has {rows} tokens, got {config.vocab_size}")
@@ -182,15 +189,10 @@ def serve(config: ServeConfig) -> int:
             hosts=() if token else _LOCAL_NAMES,
         )
         server = uvicorn.Server(
-            uvicorn.Config(
+            uvicorn_config(
                 build_app(engine, settings),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="on",
-                ws="none",
+                max_queue=config.max_queue,
                 timeout_graceful_shutdown=config.shutdown_s,
-                limit_concurrency=4 * config.max_queue + 64,
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
             )

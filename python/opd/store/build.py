@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
 from torch import Tensor
 
-import opd_kernels as opk
 from opd import checkpoint as ckpt
 from opd.assembly import (
     check_positions,
@@ -27,12 +26,13 @@ from opd.assembly import (
     load_teacher,
     prepare_process,
 )
-from opd.batch import Prompt, Trajectory, collate
+from opd.batch import Law, Prompt, Trajectory, collate
 from opd.config import TrainConfig, config_hash
 from opd.data import PromptStream, tokenize_rows, training_rows
 from opd.schema import ConfigError
 from opd.store.files import write_atomically
 from opd.store.fingerprint import fingerprint_of
+from opd.store.forms import DrawsForm
 from opd.store.teacher_store import TeacherStore
 from opd.store.writer import SHARD_BYTES, StoreWriter
 
@@ -66,6 +66,7 @@ def build(
     *,
     num_topk: int = 64,
     bits: int = 10,
+    draws: DrawsForm | None = None,
     shard_bytes: int = SHARD_BYTES,
     quiet: bool = False,
 ) -> Built:
@@ -79,6 +80,7 @@ def build(
         path: of the store, which is made if it is not there.
         num_topk: entries of a law.
         bits: of each log-prob.
+        draws: keep tokens drawn from the law, in the place of the likeliest.
         shard_bytes: a shard is written when there is so much for it, and every minute.
         quiet: show no progress.
 
@@ -93,7 +95,7 @@ def build(
     teacher = load_teacher(config, tokenizer, student)
     assert config.teacher is not None
     vocab_size = teacher.vocab_size or teacher.lm_head_weight.shape[0]
-    if not 1 <= num_topk <= vocab_size:
+    if draws is None and not 1 <= num_topk <= vocab_size:
         raise ConfigError(
             f"--num-topk: must be in [1, {vocab_size}], the size of the vocabulary, got {num_topk}"
         )
@@ -105,10 +107,12 @@ def build(
             tokenizer,
             name=config.teacher.model_name_or_path or "random weights",
             temperature=temperature,
+            vocab_size=vocab_size,
         ),
         vocab_size=vocab_size,
         num_topk=num_topk,
         bits=bits,
+        draws=draws,
     )
     steps = _Steps(config, student, teacher, tokenizer)
     progress_file = store.path / f"build-{config_hash(config)}.json"
@@ -134,19 +138,6 @@ def build(
         num_known=num_known,
         num_tokens=writer.num_tokens,
         seconds=time.monotonic() - begin,
-    )
-
-
-def teacher_topk(hidden: Tensor, law: Any, *, num_topk: int, temperature: float) -> Any:
-    """ids, logprobs, tail_logprob and entropy of the laws at hidden states [T, D], in one pass."""
-    return opk.fused_linear_topk(
-        hidden,
-        law.head.weight,
-        num_topk=num_topk,
-        temperature=temperature,
-        **law.head.options(),
-        vocab_size=law.vocab_size,
-        workspace_bytes=law.workspace_bytes,
     )
 
 
@@ -208,24 +199,44 @@ def _score_step(
         # every token of the completion has a law, also those that this run does not train
         is_completion = torch.arange(len(trajectory.ids)) >= trajectory.prompt_length
         wanted.append(replace(trajectory, loss_mask=is_completion))
-    size = config.per_device_train_batch_size
+    size, form = config.per_device_train_batch_size, store.manifest.form
     for start in range(0, len(wanted), size):
         chunk = wanted[start : start + size]
-        batch = collate(chunk, pad_id=0, device=teacher.device)
-        law = teacher.law(batch)
-        topk = teacher_topk(
-            law.hidden(), law, num_topk=store.manifest.num_topk, temperature=temperature
-        )
-        found = [
-            value.cpu() for value in (topk.ids, topk.logprobs, topk.tail_logprob, topk.entropy)
-        ]
-        end = 0
-        for trajectory in chunk:
-            begin, end = end, end + trajectory.completion_length
-            prompt = trajectory.ids[: trajectory.prompt_length]
-            rows = [value[begin:end] for value in found]
-            writer.append(prompt, trajectory.completion_ids, *rows)
+        law = teacher.law(collate(chunk, pad_id=0, device=teacher.device))
+        pairs = [(t.ids[: t.prompt_length], t.completion_ids) for t in chunk]
+        if isinstance(form, DrawsForm):
+            append, found = writer.append_draws, _draw(law, pairs, store, form, temperature)
+        else:
+            topk = law.topk(form.num_topk, temperature=temperature)
+            append, found = (
+                writer.append,
+                (topk.ids, topk.logprobs, topk.tail_logprob, topk.entropy),
+            )
+        lengths = [len(completion) for _, completion in pairs]
+        for pair, *rows in zip(
+            pairs, *(value.cpu().split(lengths) for value in found), strict=True
+        ):
+            append(*pair, *rows)
     return len(trajectories) - len(wanted)
+
+
+def _draw(
+    law: Law,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    store: TeacherStore,
+    form: DrawsForm,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, weights and entropy of all tokens of the completions, the same ones whoever asks."""
+    uniforms = torch.cat([form.uniforms(store.key(*pair), len(pair[1])) for pair in pairs])
+    drawn = law.samples(
+        form.num_draws,
+        proposal_temperature=form.proposal_temperature,
+        temperature=temperature,
+        uniforms=uniforms.to(law.head.weight.device),
+    )
+    assert drawn.entropy is not None
+    return drawn.ids, drawn.weights, drawn.entropy
 
 
 def _check(config: TrainConfig) -> None:

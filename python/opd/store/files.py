@@ -62,8 +62,12 @@ def _open_partial(path: Path) -> tuple[int, Path]:
     while True:
         partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(8)}-{path.name}")
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        if not _lock(descriptor) or os.fstat(descriptor).st_nlink > 0:
-            return descriptor, partial
+        try:
+            if not _lock(descriptor) or os.fstat(descriptor).st_nlink > 0:
+                return descriptor, partial
+        except BlockingIOError:
+            # whoever holds it is about to delete it
+            pass
         # somebody took it for a dead one before it was locked
         os.close(descriptor)
 
@@ -85,15 +89,24 @@ def remove_dead_partials(directory: Path) -> int:
             if _lock(descriptor):
                 path.unlink(missing_ok=True)
                 removed += 1
+        except BlockingIOError:
+            # it is being written
+            continue
         finally:
             os.close(descriptor)
     return removed
 
 
 def _lock(descriptor: int) -> bool:
-    """False where somebody else holds it, or where the file system has no locks."""
+    """Hold a file; False where the file system has no locks.
+
+    Raises:
+        BlockingIOError: somebody else holds it.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
     except OSError:
         return False
     return True

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import opd_kernels as opk
+from opd.identity import hash_bytes
 from opd.store.files import StoreError, write_atomically
 from opd.store.fingerprint import TeacherFingerprint
+from opd.store.forms import Form, parse_form
 
 FORMAT, VERSION = "opd-teacher-store", 1
 NAME = "store.json"
@@ -24,23 +24,22 @@ class Manifest:
     Attributes:
         fingerprint: of the teacher.
         vocab_size: the laws are over ids in [0, vocab_size).
-        num_topk: entries of a law.
-        bits: of each log-prob.
+        form: what is kept of a law.
     """
 
     fingerprint: TeacherFingerprint
     vocab_size: int
-    num_topk: int
-    bits: int
+    form: Form
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a law."""
-        return opk.topk_row_bytes(self.num_topk, self.vocab_size, self.bits)
+    def values(self) -> dict[str, Any]:
+        """What store.json holds besides its format."""
+        values = asdict(self)
+        form = values.pop("form")
+        return {**values, **form}
 
     def write(self, path: Path) -> bool:
         """Create store.json in a directory; False if there is one."""
-        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        values = {"format": FORMAT, "version": VERSION, **self.values()}
         values["checksum"] = _checksum(values)
         data = json.dumps(values, indent=2).encode()
         return write_atomically(path / NAME, data, replace=False)
@@ -52,14 +51,20 @@ class Manifest:
             StoreError: something is.
         """
         differing = self.fingerprint.differences(found.fingerprint)
-        for name, words in (
-            ("vocab_size", "vocab_size"),
-            ("num_topk", "the number of entries"),
-            ("bits", "the bits of a log-prob"),
-        ):
-            here, there = getattr(self, name), getattr(found, name)
-            if here != there:
-                differing.append(f"{words} ({there} there, {here} here)")
+        here, there = self.values(), found.values()
+        words = {"vocab_size": "vocab_size"}
+        if type(self.form) is type(found.form):
+            words |= self.form.words
+        else:
+            differing.append(
+                f"what is kept of a law ({found.form.in_words()} there, {self.form.in_words()} "
+                "here)"
+            )
+        differing += [
+            f"{name} ({there[key]} there, {here[key]} here)"
+            for key, name in words.items()
+            if here[key] != there[key]
+        ]
         if differing:
             raise StoreError(
                 f"the store '{path}' holds laws of the teacher {found.fingerprint.model!r} and "
@@ -103,9 +108,10 @@ def _parse(file: Path, values: dict[str, Any]) -> Manifest:
     try:
         found = Manifest(
             fingerprint=TeacherFingerprint(**teacher),
-            **{name: values[name] for name in ("vocab_size", "num_topk", "bits")},
+            vocab_size=values["vocab_size"],
+            form=parse_form(values),
         )
-        assert found.row_bytes > 0
+        found.form.check(found.vocab_size)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"'{file}' is damaged: {error}") from None
     return found
@@ -113,4 +119,4 @@ def _parse(file: Path, values: dict[str, Any]) -> Manifest:
 
 def _checksum(values: dict[str, Any]) -> str:
     text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hash_bytes(text.encode()).hex()

@@ -6,11 +6,10 @@ docs/teacher_store.md has the tensors. Nothing that is read is used before it is
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ import torch
 from torch import Tensor
 
 import opd_kernels as opk
+from opd.identity import HASH_BYTES, hash_parts
 from opd.store.files import StoreError, write_atomically
+from opd.store.forms import DrawsForm
 from opd.store.manifest import Manifest
 
 FORMAT, VERSION = "opd-teacher-shard", "1"
 PATTERN = "shard-*.safetensors"
-_HASH_BYTES = 16
 _MAX_ID = 2**31 - 1
 _HAS_ENTROPY = 1
-# what the checksum in the metadata is of, in this order
-_INDEX = ("keys", "flags", "prompt_offsets", "completion_offsets", "checksums")
+# what the checksum in the metadata is of, in this order; the last only where rows differ in length
+_INDEX = ("keys", "flags", "prompt_offsets", "completion_offsets", "checksums", "code_offsets")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +53,31 @@ class TopkRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrawsRecord:
+    """Tokens drawn from the laws of one completion, in a store of such.
+
+    Attributes:
+        prompt_ids: [P] int64.
+        completion_ids: [C] int64.
+        ids: [C, M] int32, each once per row, ascending, then -1; M: the most of a row.
+        weights: [C, M] float32, the law on average, 0 beside -1; see `DrawsForm`.
+        entropy: [C] float32, nats, -sum weight log p: the law's on average; or None.
+    """
+
+    prompt_ids: Tensor
+    completion_ids: Tensor
+    ids: Tensor
+    weights: Tensor
+    entropy: Tensor | None
+
+
+Record = TopkRecord | DrawsRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
     """A record as its bytes: prompt_ids [P] and completion_ids [C] int32, codes [C, row bytes]
-    uint8, entropy [C] float32 or None."""
+    uint8 (of draws, [bytes]), entropy [C] float32 or None."""
 
     key: bytes
     prompt_ids: np.ndarray
@@ -68,7 +90,7 @@ class Packed:
         """About what it takes in a shard."""
         extra = 0 if self.entropy is None else self.entropy.nbytes
         ids = self.prompt_ids.nbytes + self.completion_ids.nbytes
-        return ids + self.codes.nbytes + extra + 2 * _HASH_BYTES + 17
+        return ids + self.codes.nbytes + extra + 2 * HASH_BYTES + 17
 
     @property
     def flags(self) -> int:
@@ -79,13 +101,13 @@ class Packed:
         """Of everything in it."""
         parts = [self.prompt_ids, self.completion_ids, self.codes]
         parts += [] if self.entropy is None else [self.entropy]
-        return _hash(b"record", self.key, bytes([self.flags]), *(p.tobytes() for p in parts))
+        return hash_parts(b"record", self.key, bytes([self.flags]), *(p.tobytes() for p in parts))
 
 
 def record_key(manifest: Manifest, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
     """16 bytes that stand for (teacher, prompt, completion); ids are int32."""
     teacher = manifest.fingerprint.digest().encode()
-    return _hash(b"key", teacher, prompt_ids.tobytes(), completion_ids.tobytes())
+    return hash_parts(b"key", teacher, prompt_ids.tobytes(), completion_ids.tobytes())
 
 
 def as_ids(name: str, value: Tensor) -> np.ndarray:
@@ -124,7 +146,7 @@ def write_shard(path: Path, manifest: Manifest, records: Sequence[Packed]) -> Pa
         return np.cumsum([0, *lengths], dtype=np.int64)
 
     def table(rows: list[bytes]) -> np.ndarray:
-        return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, _HASH_BYTES)
+        return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, HASH_BYTES)
 
     entropies = [record.entropy for record in records if record.entropy is not None]
     tensors = {
@@ -138,6 +160,8 @@ def write_shard(path: Path, manifest: Manifest, records: Sequence[Packed]) -> Pa
         "codes": np.concatenate([record.codes for record in records]),
         "entropy": np.concatenate([np.zeros(0, np.float32), *entropies]),
     }
+    if isinstance(manifest.form, DrawsForm):
+        tensors["code_offsets"] = offsets([len(record.codes) for record in records])
     metadata = _metadata(manifest)
     metadata["checksum"] = _index_checksum(metadata, tensors)
     write_atomically(path, save(tensors, metadata=metadata))
@@ -193,17 +217,32 @@ class Shard:
             self.packed(number)
         return is_same
 
-    def record(self, number: int) -> TopkRecord:
+    def record(self, number: int) -> Record:
         """A record, decoded.
 
         Raises:
             StoreError: it is not as it was written.
         """
         packed = self.packed(number)
-        manifest = self.manifest
-        codes = opk.TopkCodes(
-            torch.from_numpy(packed.codes), manifest.num_topk, manifest.vocab_size, manifest.bits
+        prompt_ids, completion_ids = (
+            torch.from_numpy(ids.astype(np.int64))
+            for ids in (packed.prompt_ids, packed.completion_ids)
         )
+        entropy = None if packed.entropy is None else torch.from_numpy(packed.entropy)
+        form, vocab_size = self.manifest.form, self.manifest.vocab_size
+        if isinstance(form, DrawsForm):
+            try:
+                ids, weights = form.decode(packed.codes, len(completion_ids), vocab_size)
+            except ValueError as error:
+                raise self._damaged(f"its draws are none, {error}", number) from None
+            return DrawsRecord(
+                prompt_ids=prompt_ids,
+                completion_ids=completion_ids,
+                ids=ids,
+                weights=weights,
+                entropy=entropy,
+            )
+        codes = opk.TopkCodes(torch.from_numpy(packed.codes), form.num_topk, vocab_size, form.bits)
         laws = opk.decode_topk(codes, backend="cpu")
         wrong = laws.status.nonzero()
         if len(wrong):
@@ -211,12 +250,12 @@ class Shard:
             words = opk.codec_status(int(laws.status[row]))
             raise self._damaged(f"the law of token {row} is none, {words}", number)
         return TopkRecord(
-            prompt_ids=torch.from_numpy(packed.prompt_ids.astype(np.int64)),
-            completion_ids=torch.from_numpy(packed.completion_ids.astype(np.int64)),
+            prompt_ids=prompt_ids,
+            completion_ids=completion_ids,
             ids=laws.ids,
             logprobs=laws.logprobs,
             tail_logprob=laws.tail_logprob,
-            entropy=None if packed.entropy is None else torch.from_numpy(packed.entropy),
+            entropy=entropy,
         )
 
     def packed(self, number: int) -> Packed:
@@ -227,13 +266,16 @@ class Shard:
         """
         prompt, completion = self._span(number)
         has_entropy = bool(self._flags[number] & _HAS_ENTROPY)
-        entropy = int(self._entropy_offsets[number]), int(self._entropy_offsets[number + 1])
+        entropy = self._between(self._entropy_offsets, number)
+        codes = completion
+        if self._code_offsets is not None:
+            codes = self._between(self._code_offsets, number)
         try:
             packed = Packed(
                 key=self.keys[number].tobytes(),
                 prompt_ids=self._rows("prompt_ids", prompt),
                 completion_ids=self._rows("completion_ids", completion),
-                codes=self._rows("codes", completion),
+                codes=self._rows("codes", codes),
                 entropy=self._rows("entropy", entropy) if has_entropy else None,
             )
         except Exception as error:
@@ -246,17 +288,20 @@ class Shard:
         return packed
 
     def _span(self, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        prompt, completion = self._prompt_offsets, self._completion_offsets
         return (
-            (int(prompt[number]), int(prompt[number + 1])),
-            (int(completion[number]), int(completion[number + 1])),
+            self._between(self._prompt_offsets, number),
+            self._between(self._completion_offsets, number),
         )
+
+    @staticmethod
+    def _between(offsets: np.ndarray, number: int) -> tuple[int, int]:
+        return int(offsets[number]), int(offsets[number + 1])
 
     def _rows(self, name: str, span: tuple[int, int]) -> np.ndarray:
         begin, end = span
         if begin == end:
             # safetensors refuses an empty slice
-            shape = (0, self.manifest.row_bytes) if name == "codes" else (0,)
+            shape = (0, *self._code_shape(0)[1:]) if name == "codes" else (0,)
             return np.zeros(shape, _DTYPES[name])
         return self._file.get_slice(name)[begin:end]
 
@@ -267,8 +312,8 @@ class Shard:
             raise self._damaged(
                 f"it is of version {metadata.get('version')!r}, and this opd reads {VERSION}"
             )
-        names = set(self._file.keys())
-        if names != set(_DTYPES):
+        names, index_names = set(self._file.keys()), _index_names(metadata)
+        if names != set(_DTYPES) - set(_INDEX) | set(index_names):
             raise self._damaged(f"its tensors are {', '.join(sorted(names))}")
         shapes: dict[str, list[int]] = {}
         for name in names:
@@ -276,7 +321,7 @@ class Shard:
             shapes[name] = list(found.get_shape())
             if found.get_dtype() != _NAMES[_DTYPES[name]]:
                 raise self._damaged(f"{name} is {found.get_dtype()}")
-        index = {name: self._file.get_tensor(name) for name in _INDEX}
+        index = {name: self._file.get_tensor(name) for name in index_names}
         if metadata.get("checksum") != _index_checksum(metadata, index):
             raise self._damaged("the checksum of its index does not fit")
         expected = _metadata(self.manifest)
@@ -291,26 +336,35 @@ class Shard:
         self._flags, self._checksums = index["flags"], index["checksums"]
         self._prompt_offsets = index["prompt_offsets"]
         self._completion_offsets = index["completion_offsets"]
+        self._code_offsets = index.get("code_offsets")
         self._entropy_offsets = _entropy_offsets(index)
+
+    def _code_shape(self, num_rows: int) -> list[int]:
+        """Of `codes` with that many laws or, of draws, bytes."""
+        form = self.manifest.form
+        if isinstance(form, DrawsForm):
+            return [num_rows]
+        return [num_rows, form.row_bytes(self.manifest.vocab_size)]
 
     def _check_shapes(self, shapes: dict[str, list[int]], index: dict[str, np.ndarray]) -> None:
         count = shapes["flags"][0] if len(shapes["flags"]) == 1 else -1
         totals = {}
-        for name in ("prompt", "completion"):
-            offsets = index[f"{name}_offsets"]
+        names = [name for name in index if name.endswith("_offsets")]
+        for name in names:
+            offsets = index[name]
             starts = offsets.shape == (count + 1,) and offsets[0] == 0
             # compared, not subtracted: a difference of what somebody made up may wrap around
             if not starts or not np.all(offsets[1:] >= offsets[:-1]):
-                raise self._damaged(f"its {name}_offsets are none")
+                raise self._damaged(f"its {name} are none")
             totals[name] = int(offsets[-1])
-        tokens = totals["completion"]
+        tokens = totals["completion_offsets"]
         entropies = int(_entropy_offsets(index)[-1])
         wanted = {
-            "keys": [count, _HASH_BYTES],
-            "checksums": [count, _HASH_BYTES],
-            "prompt_ids": [totals["prompt"]],
+            "keys": [count, HASH_BYTES],
+            "checksums": [count, HASH_BYTES],
+            "prompt_ids": [totals["prompt_offsets"]],
             "completion_ids": [tokens],
-            "codes": [tokens, self.manifest.row_bytes],
+            "codes": self._code_shape(totals.get("code_offsets", tokens)),
             "entropy": [entropies],
         }
         for name, shape in wanted.items():
@@ -330,6 +384,7 @@ _DTYPES: dict[str, Any] = {
     "flags": np.uint8,
     "prompt_offsets": np.int64,
     "completion_offsets": np.int64,
+    "code_offsets": np.int64,
     "checksums": np.uint8,
     "prompt_ids": np.int32,
     "completion_ids": np.int32,
@@ -363,21 +418,16 @@ def _metadata(manifest: Manifest) -> dict[str, str]:
         "version": VERSION,
         "teacher": manifest.fingerprint.digest(),
         "vocab_size": str(manifest.vocab_size),
-        "num_topk": str(manifest.num_topk),
-        "bits": str(manifest.bits),
+        **{key: str(value) for key, value in asdict(manifest.form).items()},
     }
+
+
+def _index_names(metadata: dict[str, str]) -> tuple[str, ...]:
+    return _INDEX if "num_draws" in metadata else _INDEX[:-1]
 
 
 def _index_checksum(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
     values = sorted(item for item in metadata.items() if item[0] != "checksum")
     words = [f"{name}={value}".encode() for name, value in values]
-    return _hash(b"index", *words, *(tensors[name].tobytes() for name in _INDEX)).hex()
-
-
-def _hash(*parts: bytes) -> bytes:
-    """Of the parts and where each ends."""
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.digest()
+    arrays = [tensors[name].tobytes() for name in _index_names(metadata)]
+    return hash_parts(b"index", *words, *arrays).hex()

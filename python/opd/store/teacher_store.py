@@ -13,8 +13,9 @@ from torch import Tensor
 
 from opd.store.files import StoreError
 from opd.store.fingerprint import TeacherFingerprint
+from opd.store.forms import DrawsForm, TopkForm
 from opd.store.manifest import NAME, Manifest, read_manifest
-from opd.store.shard import PATTERN, Shard, TopkRecord, as_ids, record_key
+from opd.store.shard import PATTERN, Record, Shard, as_ids, record_key
 from opd.store.writer import SHARD_BYTES, StoreWriter
 
 # a directory's time of change is that of the last tick of the clock: an entry may have come since
@@ -47,6 +48,7 @@ class TeacherStore:
         vocab_size: int,
         num_topk: int = 64,
         bits: int = 10,
+        draws: DrawsForm | None = None,
     ) -> Self:
         """Make a store, or open the one that is there if it is of the same teacher.
 
@@ -56,16 +58,16 @@ class TeacherStore:
             vocab_size: the laws are over ids in [0, vocab_size).
             num_topk: entries of a law, at most 4096.
             bits: of each log-prob, 4 to 16.
+            draws: keep tokens drawn from the law, in the place of the likeliest.
 
         Raises:
             StoreError: the store that is there is of another teacher, size or form.
         """
         path = Path(path)
-        manifest = Manifest(
-            fingerprint=fingerprint, vocab_size=vocab_size, num_topk=num_topk, bits=bits
-        )
+        form = draws or TopkForm(num_topk=num_topk, bits=bits)
+        manifest = Manifest(fingerprint=fingerprint, vocab_size=vocab_size, form=form)
         try:
-            assert manifest.row_bytes > 0
+            form.check(vocab_size)
         except (TypeError, ValueError) as error:
             raise StoreError(f"cannot make the store '{path}': {error}") from None
         try:
@@ -99,8 +101,7 @@ class TeacherStore:
         wanted = Manifest(
             fingerprint=fingerprint or manifest.fingerprint,
             vocab_size=manifest.vocab_size if vocab_size is None else vocab_size,
-            num_topk=manifest.num_topk,
-            bits=manifest.bits,
+            form=manifest.form,
         )
         wanted.refuse(path, manifest)
         return cls(path, manifest)
@@ -109,7 +110,7 @@ class TeacherStore:
         """A context manager that appends records; see `StoreWriter`."""
         return StoreWriter(self.path, self.manifest, shard_bytes=shard_bytes)
 
-    def get(self, prompt_ids: Tensor, completion_ids: Tensor) -> TopkRecord | None:
+    def get(self, prompt_ids: Tensor, completion_ids: Tensor) -> Record | None:
         """The laws of a completion; None if they are not there.
 
         Raises:
@@ -118,7 +119,7 @@ class TeacherStore:
         place = self._find(prompt_ids, completion_ids)
         return None if place is None else self._shards[place[0]].record(place[1])
 
-    def __getitem__(self, pair: tuple[Tensor, Tensor]) -> TopkRecord:
+    def __getitem__(self, pair: tuple[Tensor, Tensor]) -> Record:
         record = self.get(*pair)
         if record is None:
             raise KeyError(f"no laws of this prompt and completion in '{self.path}'")
@@ -134,7 +135,7 @@ class TeacherStore:
             return 0
         return 1 + int(np.any(self._keys[1:] != self._keys[:-1], axis=1).sum())
 
-    def __iter__(self) -> Iterator[TopkRecord]:
+    def __iter__(self) -> Iterator[Record]:
         """Every record once, in the order of the shards."""
         self.refresh()
         is_first = np.ones(len(self._keys), dtype=bool)
@@ -182,6 +183,11 @@ class TeacherStore:
         self._shards, self._keys, self._places = shards, all_keys[order], all_places[order]
         # searchsorted would copy a column of every row at each call
         self._high = np.ascontiguousarray(self._keys[:, 0])
+
+    def key(self, prompt_ids: Tensor, completion_ids: Tensor) -> bytes:
+        """16 bytes that stand for this teacher, prompt and completion."""
+        prompt = as_ids("prompt_ids", prompt_ids)
+        return record_key(self.manifest, prompt, as_ids("completion_ids", completion_ids))
 
     def _find(self, prompt_ids: Tensor, completion_ids: Tensor) -> tuple[int, int] | None:
         prompt = as_ids("prompt_ids", prompt_ids)

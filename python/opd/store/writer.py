@@ -6,13 +6,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import opd_kernels as opk
 from opd.store.files import StoreError, remove_dead_partials
+from opd.store.forms import DrawsForm, TopkForm
 from opd.store.manifest import Manifest
 from opd.store.shard import Packed, as_ids, record_key, shard_name, write_shard
 
@@ -72,38 +74,86 @@ class StoreWriter:
         """
         prompt = as_ids("prompt_ids", prompt_ids)
         completion = as_ids("completion_ids", completion_ids)
-        num_tokens = len(completion)
-        for name, value in (("ids", ids), ("logprobs", logprobs)):
-            if value.dim() != 2 or len(value) != num_tokens:
-                raise ValueError(
-                    f"append: {name} must have one row for each of the {num_tokens} completion "
-                    f"tokens, got shape {tuple(value.shape)}."
-                )
-        if entropy is not None and entropy.shape != (num_tokens,):
-            raise ValueError(
-                f"append: entropy must have the shape ({num_tokens},), got {tuple(entropy.shape)}."
-            )
-        ids, logprobs = self._padded(ids.detach().cpu(), logprobs.detach().cpu())
+        form = self._form(TopkForm, "append")
+        _check_rows("append", len(completion), entropy, ids=ids, logprobs=logprobs)
+        ids, logprobs = _padded(ids.detach().cpu(), logprobs.detach().cpu(), form.num_topk)
         codes = opk.encode_topk(
             ids,
             logprobs,
             vocab_size=self.manifest.vocab_size,
             tail_logprob=None if tail_logprob is None else tail_logprob.detach().cpu(),
-            bits=self.manifest.bits,
+            bits=form.bits,
             backend="cpu",
         )
+        self._add(prompt, completion, codes.codes.numpy(), entropy)
+
+    def append_draws(
+        self,
+        prompt_ids: Tensor,
+        completion_ids: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        entropy: Tensor | None = None,
+    ) -> None:
+        """Add the draws from the laws of one completion, to a store of such.
+
+        Args:
+            prompt_ids: [P] integers.
+            completion_ids: [C] integers.
+            ids: [C, M] integers, each once per row, negative: none.
+            weights: [C, M] floating, as `opd_kernels.sample_tokens` has them.
+            entropy: [C] floating, nats, -sum weight log p, kept as float32.
+
+        Raises:
+            ValueError: shapes that do not fit each other, ids or weights that are none of the
+                store's number of draws.
+            StoreError: as `append`.
+        """
+        prompt = as_ids("prompt_ids", prompt_ids)
+        completion = as_ids("completion_ids", completion_ids)
+        form = self._form(DrawsForm, "append_draws")
+        _check_rows("append_draws", len(completion), entropy, ids=ids, weights=weights)
+        if ids.shape != weights.shape:
+            raise ValueError(
+                f"append_draws: ids and weights must have one shape, got {tuple(ids.shape)} and "
+                f"{tuple(weights.shape)}."
+            )
+        try:
+            codes = form.encode(
+                ids.detach().cpu(), weights.detach().cpu(), self.manifest.vocab_size
+            )
+        except ValueError as error:
+            raise ValueError(f"append_draws: {error}.") from None
+        self._add(prompt, completion, codes, entropy)
+
+    def _form(self, kind: type[Any], name: str) -> Any:
+        form = self.manifest.form
+        if not isinstance(form, kind):
+            raise ValueError(
+                f"{name}: must be for what the store keeps, {form.in_words()}; take "
+                f"{'append' if isinstance(form, TopkForm) else 'append_draws'}."
+            )
+        return form
+
+    def _add(
+        self,
+        prompt: np.ndarray,
+        completion: np.ndarray,
+        codes: np.ndarray,
+        entropy: Tensor | None,
+    ) -> None:
         packed = Packed(
             key=record_key(self.manifest, prompt, completion),
             prompt_ids=prompt,
             completion_ids=completion,
-            codes=codes.codes.numpy(),
+            codes=codes,
             entropy=None if entropy is None else entropy.detach().cpu().float().numpy().copy(),
         )
         self._pending.append(packed)
         self._pending_keys.add(packed.key)
         self.pending_bytes += packed.num_bytes
         self.num_records += 1
-        self.num_tokens += num_tokens
+        self.num_tokens += len(completion)
         if self.pending_bytes >= self._shard_bytes:
             self.flush()
 
@@ -157,12 +207,26 @@ class StoreWriter:
             # the first error is the one to see
             _log.warning("%s", failure)
 
-    def _padded(self, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        missing = self.manifest.num_topk - ids.shape[1]
-        if missing < 0 or ids.shape != logprobs.shape:
+
+def _check_rows(op: str, num_tokens: int, entropy: Tensor | None, **tables: Tensor) -> None:
+    for name, value in tables.items():
+        if value.dim() != 2 or len(value) != num_tokens:
             raise ValueError(
-                f"append: ids and logprobs must have one shape of at most {self.manifest.num_topk} "
-                f"columns, got {tuple(ids.shape)} and {tuple(logprobs.shape)}."
+                f"{op}: {name} must have one row for each of the {num_tokens} completion tokens, "
+                f"got shape {tuple(value.shape)}."
             )
-        pad = torch.nn.functional.pad
-        return pad(ids, (0, missing), value=-1), pad(logprobs, (0, missing), value=-torch.inf)
+    if entropy is not None and entropy.shape != (num_tokens,):
+        raise ValueError(
+            f"{op}: entropy must have the shape ({num_tokens},), got {tuple(entropy.shape)}."
+        )
+
+
+def _padded(ids: Tensor, logprobs: Tensor, num_topk: int) -> tuple[Tensor, Tensor]:
+    missing = num_topk - ids.shape[1]
+    if missing < 0 or ids.shape != logprobs.shape:
+        raise ValueError(
+            f"append: ids and logprobs must have one shape of at most {num_topk} columns, got "
+            f"{tuple(ids.shape)} and {tuple(logprobs.shape)}."
+        )
+    pad = torch.nn.functional.pad
+    return pad(ids, (0, missing), value=-1), pad(logprobs, (0, missing), value=-torch.inf)

@@ -9,8 +9,8 @@ import torch
 
 from opd.batch import Batch
 from opd.schema import ConfigError, Section
-from opd.sparse_law import SparseLaw, TopkRows
-from opd.store import StoreError, TeacherStore, TopkRecord
+from opd.sparse_law import DrawnLaw, DrawnRows, SparseLaw, TopkRows, gather_rows
+from opd.store import DrawsForm, DrawsRecord, StoreError, TeacherStore, TopkRecord
 
 
 class CachedConfig(Section):
@@ -20,7 +20,8 @@ class CachedConfig(Section):
         path: of the store.
     """
 
-    tells: ClassVar[frozenset[str]] = frozenset({"topk"})
+    # one of them: which one is checked when the store is open
+    tells: ClassVar[frozenset[str]] = frozenset({"topk", "samples"})
     # at the one that the store was built at, which is checked when it is open
     takes_temperature: ClassVar[bool] = True
 
@@ -59,6 +60,16 @@ class CachedTeacher:
         self._device = resolve_device(device)
 
     @property
+    def fingerprint(self) -> str:
+        """Of the weights whose laws these are."""
+        return self.store.manifest.fingerprint.weights_hash
+
+    @property
+    def tells(self) -> frozenset[str]:
+        """What the store holds."""
+        return frozenset({self.store.manifest.form.tells})
+
+    @property
     def temperature(self) -> float:
         """That the store's laws are at."""
         return self.store.manifest.fingerprint.temperature
@@ -71,13 +82,15 @@ class CachedTeacher:
         """
         from opd.identity import tokenizer_hash
 
-        theirs, ours = self.store.manifest.fingerprint.tokenizer_hash, tokenizer_hash(tokenizer)
+        size, rows = self.store.manifest.vocab_size, student.lm_head_weight.shape[0]
+        theirs = self.store.manifest.fingerprint.tokenizer_hash
+        ours = tokenizer_hash(tokenizer, size)
         if theirs != ours:
             raise ConfigError(
-                f"teacher.path: the store '{self.store.path}' is of a tokenizer with the hash "
-                f"{theirs} and the student's has {ours}; token-by-token losses need one vocabulary"
+                f"teacher.path: the store '{self.store.path}' is of a tokenizer whose first {size} "
+                f"tokens have the hash {theirs} and the student's have {ours}; token-by-token "
+                "losses need one vocabulary"
             )
-        size, rows = self.store.manifest.vocab_size, student.lm_head_weight.shape[0]
         wanted = student.vocab_size or rows
         if size != wanted:
             raise ConfigError(
@@ -86,42 +99,58 @@ class CachedTeacher:
                 "differs, and build the store with it"
             )
 
-    def law(self, batch: Batch) -> SparseLaw:
+    def law(self, batch: Batch) -> SparseLaw | DrawnLaw:
         """Its next-token law at the trained positions, read when first asked for."""
+        form, source = self.store.manifest.form, f"the store '{self.store.path}'"
+        if isinstance(form, DrawsForm):
+            return DrawnLaw(
+                lambda: self._draws(batch),
+                source=source,
+                num_draws=form.num_draws,
+                proposal_temperature=form.proposal_temperature,
+                temperature=self.temperature,
+            )
         return SparseLaw(
-            lambda num_topk, token_ids, temperature: self._read(batch, num_topk),
-            source=f"the store '{self.store.path}'",
-            num_topk=self.store.manifest.num_topk,
+            lambda num_topk, token_ids, temperature: self._topk(batch, num_topk, form.num_topk),
+            source=source,
+            num_topk=form.num_topk,
             temperature=self.temperature,
         )
 
-    def _read(self, batch: Batch, num_topk: int) -> TopkRows:
-        known = self.store.manifest.num_topk
+    def _topk(self, batch: Batch, num_topk: int, known: int) -> TopkRows:
         if num_topk > known:
             raise ConfigError(
                 f"objective.teacher_top_k: must be at most the {known} that the store "
                 f"'{self.store.path}' has of every law, got {num_topk}"
             )
+        names = ("ids", "logprobs", "tail_logprob", "entropy")
+        rows = gather_rows(self._records(batch), batch.completion_rows(), names)
+        return TopkRows(**rows).to(self._device)
+
+    def _draws(self, batch: Batch) -> DrawnRows:
+        records = self._records(batch)
+        width = max(record.ids.shape[1] for record in records)
+        pad = torch.nn.functional.pad
         records = [
+            DrawnRows(
+                ids=pad(record.ids, (0, width - record.ids.shape[1]), value=-1),
+                weights=pad(record.weights, (0, width - record.ids.shape[1])),
+                entropy=record.entropy,
+            )
+            for record in records
+        ]
+        rows = gather_rows(records, batch.completion_rows(), ("ids", "weights", "entropy"))
+        return DrawnRows(**rows).to(self._device)
+
+    def _records(self, batch: Batch) -> list[Any]:
+        return [
             self._record(ids[:prompt_length], ids[prompt_length:])
             for ids, prompt_length in zip(batch.sequences(), batch.prompt_lengths, strict=True)
         ]
-        kept = batch.completion_rows()
 
-        def rows(name: str) -> torch.Tensor | None:
-            values = [getattr(record, name) for record in records]
-            if any(value is None for value in values):
-                return None
-            return torch.cat([value[k] for value, k in zip(values, kept, strict=True)])
-
-        return TopkRows(
-            ids=rows("ids"),
-            logprobs=rows("logprobs"),
-            tail_logprob=rows("tail_logprob"),
-            entropy=rows("entropy"),
-        ).to(self._device)
-
-    def _record(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> TopkRecord:
+    def _record(
+        self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor
+    ) -> TopkRecord | DrawsRecord:
         record = self.store.get(prompt_ids, completion_ids)
         if record is None:
             raise StoreError(

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from opd.batch import Batch
+from opd.identity import model_fingerprint
 from opd.model import LanguageModel, ModelSource, load_model
 
 
@@ -16,7 +18,7 @@ class LocalConfig(ModelSource):
     """A Hugging Face causal LM next to the student."""
 
     tells: ClassVar[frozenset[str]] = frozenset(
-        {"hidden", "topk", "given_tokens", "token_logprobs"}
+        {"hidden", "topk", "given_tokens", "token_logprobs", "samples"}
     )
     takes_temperature: ClassVar[bool] = True
 
@@ -43,6 +45,11 @@ class LocalTeacher(LanguageModel):
 
     def __init__(self, model: Any, **settings: Any) -> None:
         super().__init__(model.eval().requires_grad_(False), **settings)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights."""
+        return model_fingerprint(self.model)
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,11 +15,21 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from opd.batch import Batch, Head, Law
-from opd.clients import Client, Scores, Signal, TeacherRefused, TeacherUnavailable, connect
+from opd.clients import (
+    Client,
+    Scores,
+    Signal,
+    TeacherRefused,
+    TeacherUnavailable,
+    connect,
+    daemons,
+)
 from opd.schema import Section
-from opd.sparse_law import SparseLaw, TopkRows
+from opd.sparse_law import SparseLaw, TopkRows, gather_rows
 
 _log = logging.getLogger(__name__)
+# how often `on_wait` is called
+_LOOK_S = 0.1
 
 
 class ServerConfig(Section):
@@ -36,7 +47,8 @@ class ServerConfig(Section):
             must have been started with; docs/teacher_server.md has the error.
         concurrency: requests under way at one time.
         request_timeout_s: of one try, without a byte from the server.
-        deadline_s: without an answer for so long, a line says so; training waits and asks again.
+        deadline_s: without an answer for so long, a line says so; training waits and asks again,
+            at its start as later.
         patience_s: after so long without an answer, training stops. Null: never.
 
     The token of a server comes from the environment variable OPD_TEACHER_TOKEN.
@@ -80,7 +92,9 @@ class ServerConfig(Section):
         told = {"topk", "token_logprobs"}
         if self.protocol == "opd":
             told.add("given_tokens")
-        return frozenset(told | ({"hidden"} if self._sent == "hidden" else set()))
+        if self._sent == "hidden":
+            told |= {"hidden", "samples"}
+        return frozenset(told)
 
     @property
     def takes_temperature(self) -> bool:
@@ -144,25 +158,34 @@ class ServerTeacher:
         self._device = resolve_device(device)
         self._vocab_size = vocab_size
         self._moved_head: Head | None = None
-        # called between two tries of a server that does not answer; may raise
+        # called ten times a second while an answer is waited for; may raise
         self.on_wait: Callable[[], None] = lambda: None
         self._workspace_bytes = workspace_bytes
 
     @property
+    def fingerprint(self) -> str | None:
+        """Of the weights, where the server says so."""
+        return self.client.info().fingerprint
+
+    @property
     def max_positions(self) -> int | None:
         """Tokens that a sequence may have, where the server says so."""
-        return self.client.info().max_length
+        return self._patiently(self.client.info).max_length
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self.client.close()
 
     def check_fits(self, student: Any, tokenizer: Any) -> None:
-        """Compare its vocabulary with the student's.
+        """Compare its vocabulary with the student's; a server that is not up yet is waited for.
 
         Raises:
             TeacherRefused: they differ in size or in tokens.
-            TeacherUnavailable: it does not answer.
+            TeacherUnavailable: no answer within `patience_s`.
         """
-        for doubt in self.client.check(tokenizer):
+        for doubt in self._patiently(lambda: self.client.check(tokenizer)):
             _log.warning("%s", doubt)
-        theirs, ours = self.client.info().vocab_size, student.lm_head_weight.shape[0]
+        theirs, ours = self._patiently(self.client.info).vocab_size, student.lm_head_weight.shape[0]
         if self._vocab_size is None and theirs is not None and theirs != ours:
             raise TeacherRefused(
                 f"teacher.url: the teacher's law is over {theirs} tokens and the student's over "
@@ -175,7 +198,8 @@ class ServerTeacher:
             from opd.clients.probe import probe
 
             # rows that are off by one train without a word
-            probe(self.client, vocab_size=self._vocab_size or len(tokenizer), num_topk=1)
+            size = self._vocab_size or len(tokenizer)
+            self._patiently(lambda: probe(self.client, vocab_size=size, num_topk=1))
 
     def law(self, batch: Batch) -> Law | SparseLaw:
         """Its next-token law at the trained positions, fetched when first asked for."""
@@ -197,19 +221,14 @@ class ServerTeacher:
 
     def _head(self) -> Head:
         if self._moved_head is None:
-            head = self.client.head()
+            head = self._patiently(self.client.head)
             bias = None if head.bias is None else head.bias.to(self._device)
             self._moved_head = replace(head, weight=head.weight.to(self._device), bias=bias)
         return self._moved_head
 
     def _hidden(self, batch: Batch) -> Tensor:
         scores = self._score(batch, signal="hidden")
-        rows = torch.cat(
-            [
-                score.hidden[kept]
-                for score, kept in zip(scores, batch.completion_rows(), strict=True)
-            ]
-        )
+        rows = gather_rows(scores, batch.completion_rows(), ["hidden"])["hidden"]
         return rows.to(self._device, self._head().weight.dtype)
 
     def _topk(
@@ -222,53 +241,70 @@ class ServerTeacher:
             asked["query_ids"] = _spread(batch, kept, token_ids.cpu())
         scores = self._score(batch, temperature=temperature, **asked)
 
-        def rows(name: str) -> Tensor | None:
-            values = [getattr(score, name) for score in scores]
-            if any(value is None for value in values):
-                return None
-            return torch.cat([v[k] for v, k in zip(values, kept, strict=True)])
-
-        return TopkRows(
-            ids=rows("ids"),
-            logprobs=rows("logprobs"),
-            tail_logprob=rows("tail_logprob"),
-            token_logprobs=None if token_ids is None else rows("token_logprobs"),
-            entropy=rows("entropy"),
-        ).to(self._device)
+        names = ["ids", "logprobs", "tail_logprob", "entropy"]
+        names += [] if token_ids is None else ["token_logprobs"]
+        return TopkRows(**gather_rows(scores, kept, names)).to(self._device)
 
     def _score(self, batch: Batch, *, signal: Signal, **asked: Any) -> list[Scores]:
         """Scores of all sequences; waits for a server that does not answer."""
         sequences, starts = batch.sequences(), list(batch.prompt_lengths)
         queries = asked.pop("query_ids", None)
         done: list[Scores | None] = [None] * len(sequences)
+
+        def missing() -> list[int]:
+            return [i for i, score in enumerate(done) if score is None]
+
+        def ask() -> list[Scores]:
+            if not missing():
+                return []
+            some = {} if queries is None else {"query_ids": [queries[i] for i in missing()]}
+            return self.client.score(
+                [sequences[i] for i in missing()],
+                [starts[i] for i in missing()],
+                signal=signal,
+                **some,
+                **asked,
+            )
+
+        def keep(error: TeacherUnavailable) -> str:
+            some = error.results or [None] * len(missing())
+            for i, score in zip(missing(), some, strict=True):
+                done[i] = score
+            return f", {len(done) - len(missing())} of {len(done)} completions are scored and kept"
+
+        answered = self._patiently(ask, keep)
+        for i, score in zip(missing(), answered, strict=True):
+            done[i] = score
+        return [score for score in done if score is not None]
+
+    def _patiently(
+        self, ask: Callable[[], Any], keep: Callable[[TeacherUnavailable], str] = lambda error: ""
+    ) -> Any:
+        """What `ask` returns, asked again for as long as nobody answers and the patience lasts.
+
+        Args:
+            ask: a call of the client.
+            keep: called with the error of a call: takes what was answered, returns words for it.
+        """
         last_answer = time.monotonic()
-        while missing := [i for i, score in enumerate(done) if score is None]:
-            some = {} if queries is None else {"query_ids": [queries[i] for i in missing]}
+        while True:
             try:
-                found: Sequence[Scores | None] = self.client.score(
-                    [sequences[i] for i in missing],
-                    [starts[i] for i in missing],
-                    signal=signal,
-                    **some,
-                    **asked,
-                )
+                return self._looking_up(ask)
             except TeacherUnavailable as error:
-                found = error.results or [None] * len(missing)
-                if any(score is not None for score in found):
+                if any(score is not None for score in error.results):
                     last_answer = time.monotonic()
                 patience = self._config.patience_s
                 if patience is not None and time.monotonic() - last_answer >= patience:
                     raise
-                _log.warning(
-                    "%s; training waits and asks again, %d of %d completions are scored and kept",
-                    error,
-                    len(done) - sum(score is None for score in found),
-                    len(done),
-                )
+                _log.warning("%s; training waits and asks again%s", error, keep(error))
                 self.on_wait()
-            for i, score in zip(missing, found, strict=True):
-                done[i] = score
-        return [score for score in done if score is not None]
+
+    def _looking_up(self, ask: Callable[[], Any]) -> Any:
+        """What `ask` returns; `on_wait` is called meanwhile, as a signal must not wait for it."""
+        (future,) = daemons.start([ask])
+        while not wait([future], _LOOK_S).done:
+            self.on_wait()
+        return future.result()
 
 
 def _spread(batch: Batch, kept: Sequence[Tensor], token_ids: Tensor) -> list[Tensor]:

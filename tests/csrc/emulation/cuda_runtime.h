@@ -31,8 +31,8 @@
 using dim3 = emulation::Dim;
 #define threadIdx (::emulation::self().index)
 #define blockIdx (::emulation::self().block->index)
-#define blockDim (::emulation::machine().threads)
-#define gridDim (::emulation::machine().grid)
+#define blockDim (::emulation::self().machine->threads)
+#define gridDim (::emulation::self().machine->grid)
 
 inline void __syncthreads() { emulation::sync_block(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { emulation::sync_warp(); }

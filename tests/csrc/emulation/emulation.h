@@ -17,6 +17,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -54,10 +56,12 @@ __asm__(
 
 class Fiber {
  public:
-  // `entry` must not return.
-  void start(char* stack, void (*entry)()) {
+  // `entry` must not return. Stacks of other numbers begin in other sets of the caches: a thousand
+  // that begin in the same ones would evict each other at every switch.
+  void start(char* stack, unsigned number, void (*entry)()) {
+    const size_t stack_bytes = kStackBytes - 64 * (number % 64);
 #if defined(__x86_64__)
-    uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + kStackBytes) & ~uintptr_t(63);
+    uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + stack_bytes) & ~uintptr_t(63);
     void** slots = reinterpret_cast<void**>(top);
     --slots;  // as after a call: the stack is aligned before the return address
     *slots = nullptr;
@@ -67,7 +71,7 @@ class Fiber {
 #else
     getcontext(&context_);
     context_.uc_stack.ss_sp = stack;
-    context_.uc_stack.ss_size = kStackBytes;
+    context_.uc_stack.ss_size = stack_bytes;
     context_.uc_link = nullptr;
     makecontext(&context_, entry, 0);
 #endif
@@ -111,16 +115,38 @@ struct Block {
   size_t shared_bytes = 0;
   Barrier barrier;
   std::vector<Barrier> warps;
-  std::vector<uint64_t> lanes;  // what a warp's lanes exchange
+  std::vector<uint64_t> lanes[2];  // what a warp's lanes exchange, this time and the next
   std::vector<char> votes;      // of the threads
 };
+
+struct Machine;
 
 struct Thread {
   Fiber fiber;
   Dim index;
+  Machine* machine = nullptr;
   Block* block = nullptr;
   unsigned warp = 0, lane = 0;
+  unsigned exchanges = 0;
   bool done = false;
+  // the barrier that it waits at, and for how many; a turn before they have come would change nothing
+  const Barrier* barrier = nullptr;
+  unsigned generation = 0;
+  const unsigned* expected = nullptr;
+
+  bool waits() const {
+    return barrier != nullptr && barrier->generation == generation && barrier->arrived < *expected;
+  }
+};
+
+// The threads that are kept waiting: none, those of a block, or those of a warp.
+struct Laggards {
+  const Block* block = nullptr;
+  bool whole_block = false;
+  unsigned warp = 0;
+  bool include(const Thread& thread) const {
+    return thread.block == block && (whole_block || thread.warp == warp);
+  }
 };
 
 struct Machine {
@@ -129,52 +155,76 @@ struct Machine {
   std::vector<Block> blocks;
   std::vector<Thread> fibers;
   std::vector<Stack> stacks;
+  std::vector<unsigned> order;  // of a round, in which each thread has at most one turn
+  size_t turn = 0;
+  Laggards laggards;
   Barrier cluster_barrier;
   unsigned live = 0;
   uint64_t progress = 0;
   Fiber scheduler;
-  Thread* current = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::vector<std::pair<void*, Copy>> copies;  // by mbarrier
   std::mt19937 random;
   const char* waiting_for = "";
 };
 
+// The thread that runs. Kernels ask for it all the time, and one of the calling thread would take a
+// call to find: threads of the host that launch at once take turns.
+inline Thread* running = nullptr;
+
+inline Thread& self() { return *running; }
+
+// That of the calling thread of the host.
 inline Machine& machine() {
   static thread_local Machine instance;
   return instance;
 }
 
-inline Thread& self() { return *machine().current; }
-
-inline void yield() {
-  Machine& m = machine();
-  Thread& mine = *m.current;
-  mine.fiber.switch_to(m.scheduler);
+// Whose turn comes next in this round, or nobody's.
+inline Thread* next_thread(Machine& m) {
+  while (m.turn < m.order.size()) {
+    Thread& thread = m.fibers[m.order[m.turn++]];
+    if (!thread.done && !thread.waits() && !m.laggards.include(thread)) return &thread;
+  }
+  return nullptr;
 }
 
-// Waits until `expected()` threads, counted again as threads return, have arrived.
-template <class Expected>
-void wait_at(Barrier& barrier, Expected&& expected, const char* what) {
-  Machine& m = machine();
+// Ends the turn of the thread that runs.
+inline void yield() {
+  Thread& mine = self();
+  Machine& m = *mine.machine;
+  if (Thread* const next = next_thread(m)) {
+    running = next;
+    mine.fiber.switch_to(next->fiber);
+  } else {
+    mine.fiber.switch_to(m.scheduler);
+  }
+}
+
+// Waits until `expected` threads, which become fewer as threads return, have arrived.
+inline void wait_at(Barrier& barrier, const unsigned& expected, const char* what) {
+  Thread& mine = self();
+  Machine& m = *mine.machine;
   const unsigned generation = barrier.generation;
   ++barrier.arrived;
   ++m.progress;
   while (barrier.generation == generation) {
-    if (barrier.arrived >= expected()) {
+    if (barrier.arrived >= expected) {
       barrier.arrived = 0;
       ++barrier.generation;
       ++m.progress;
       break;
     }
     m.waiting_for = what;
+    mine.barrier = &barrier, mine.generation = generation, mine.expected = &expected;
     yield();
+    mine.barrier = nullptr;
   }
 }
 
 inline void sync_block() {
   Block& block = *self().block;
-  wait_at(block.barrier, [&] { return block.live; }, "__syncthreads");
+  wait_at(block.barrier, block.live, "__syncthreads");
 }
 
 // Whether any thread of the block gives true.
@@ -190,14 +240,21 @@ inline bool sync_block_or(bool value) {
 }
 
 inline void sync_cluster() {
-  Machine& m = machine();
-  wait_at(m.cluster_barrier, [&] { return m.live; }, "a cluster barrier");
+  Machine& m = *self().machine;
+  wait_at(m.cluster_barrier, m.live, "a cluster barrier");
 }
 
 inline void sync_warp() {
   Thread& thread = self();
   Block& block = *thread.block;
-  wait_at(block.warps[thread.warp], [&] { return block.live_in_warp[thread.warp]; }, "__syncwarp");
+  wait_at(block.warps[thread.warp], block.live_in_warp[thread.warp], "__syncwarp");
+}
+
+// The 8 bytes of each lane of the warp in this exchange. Those of the one after it are elsewhere, and
+// before the second one after it every lane has been through the next: so nobody's are overwritten
+// before they are read, and a lane that has read need not wait.
+inline uint64_t* exchanged(Thread& thread) {
+  return thread.block->lanes[thread.exchanges++ % 2].data() + thread.warp * 32;
 }
 
 // Every lane of the warp gives a value and takes that of lane `from`.
@@ -205,30 +262,28 @@ template <class T>
 T exchange(T value, unsigned from) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
   Thread& thread = self();
-  uint64_t* const lanes = thread.block->lanes.data() + thread.warp * 32;
+  uint64_t* const lanes = exchanged(thread);
   std::memcpy(&lanes[thread.lane], &value, sizeof(T));
   sync_warp();
   T taken;
   std::memcpy(&taken, &lanes[from & 31], sizeof(T));
-  sync_warp();
   return taken;
 }
 
 // A bit for each lane of the warp that gives true.
 inline uint32_t ballot(bool value) {
   Thread& thread = self();
-  uint64_t* const lanes = thread.block->lanes.data() + thread.warp * 32;
+  uint64_t* const lanes = exchanged(thread);
   lanes[thread.lane] = value;
   sync_warp();
   uint32_t bits = 0;
   for (unsigned lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(lanes[lane] != 0) << lane;
-  sync_warp();
   return bits;
 }
 
 // The same address in the shared memory of another block of the cluster.
 inline void* peer(void* pointer, unsigned rank) {
-  Machine& m = machine();
+  Machine& m = *self().machine;
   Block& mine = *self().block;
   const ptrdiff_t offset = static_cast<char*>(pointer) - mine.shared;
   if (offset < 0 || size_t(offset) >= mine.shared_bytes) fail("not an address in shared memory");
@@ -292,9 +347,9 @@ inline size_t land(void* mbarrier) {
 }
 
 inline void thread_main() {
-  Machine& m = machine();
+  Thread& mine = self();
+  Machine& m = *mine.machine;
   (*m.kernel)();
-  Thread& mine = *m.current;
   mine.done = true;
   --m.live;
   --mine.block->live;
@@ -303,16 +358,6 @@ inline void thread_main() {
   yield();
   fail("a fiber ran on after its end");
 }
-
-// The threads that are kept waiting: none, those of a block, or those of a warp.
-struct Laggards {
-  const Block* block = nullptr;
-  bool whole_block = false;
-  unsigned warp = 0;
-  bool include(const Thread& thread) const {
-    return thread.block == block && (whole_block || thread.warp == warp);
-  }
-};
 
 inline Laggards choose_laggards(Machine& m, unsigned warps) {
   if (seed() == 0) return {};
@@ -340,35 +385,37 @@ inline void run_cluster(Machine& m, unsigned first_block, size_t shared_bytes) {
                    (1024 - reinterpret_cast<uintptr_t>(block.storage.get()) % 1024);
     std::memset(block.storage.get(), 0xff, shared_bytes + 1024);  // NaN, as floats and as doubles
     block.warps.assign(warps, {});
-    block.lanes.assign(warps * 32, 0);
+    for (auto& lanes : block.lanes) lanes.assign(warps * 32, 0);
     block.votes.assign(per_block, 0);
     block.live_in_warp.assign(warps, 0);
     for (unsigned t = 0; t < per_block; ++t) {
       Thread& thread = m.fibers[b * per_block + t];
       thread.index = {t, 0, 0};
+      thread.machine = &m;
       thread.block = &block;
       thread.warp = t / 32;
       thread.lane = t % 32;
       ++block.live_in_warp[thread.warp];
-      thread.fiber.start(m.stacks[b * per_block + t].get(), &thread_main);
+      const unsigned number = b * per_block + t;
+      thread.fiber.start(m.stacks[number].get(), number, &thread_main);
     }
   }
-  std::vector<unsigned> order(m.fibers.size());
-  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
-  Laggards laggards = choose_laggards(m, warps);
+  m.order.resize(m.fibers.size());
+  std::iota(m.order.begin(), m.order.end(), 0u);
+  m.laggards = choose_laggards(m, warps);
   while (m.live > 0) {
     const uint64_t before = m.progress;
-    if (seed() != 0) std::shuffle(order.begin(), order.end(), m.random);
-    for (unsigned i : order) {
-      if (m.fibers[i].done || laggards.include(m.fibers[i])) continue;
-      m.current = &m.fibers[i];
-      m.scheduler.switch_to(m.current->fiber);
+    if (seed() != 0) std::shuffle(m.order.begin(), m.order.end(), m.random);
+    m.turn = 0;
+    if (Thread* const first = next_thread(m)) {
+      running = first;
+      m.scheduler.switch_to(first->fiber);
     }
     if (m.progress != before) {
-      if (laggards.block == nullptr) laggards = choose_laggards(m, warps);
-    } else if (laggards.block != nullptr) {
+      if (m.laggards.block == nullptr) m.laggards = choose_laggards(m, warps);
+    } else if (m.laggards.block != nullptr) {
       // all of them have a turn
-      laggards = {};
+      m.laggards = {};
     } else {
       std::fprintf(stderr, "waiting for %s: ", m.waiting_for);
       fail("no thread can go on");
@@ -379,6 +426,8 @@ inline void run_cluster(Machine& m, unsigned first_block, size_t shared_bytes) {
 
 inline void launch(Dim grid, Dim threads, unsigned cluster_size, size_t shared_bytes,
                    const std::function<void()>& kernel) {
+  static std::mutex turns;
+  const std::lock_guard<std::mutex> turn(turns);
   Machine& m = machine();
   if (grid.y != 1 || grid.z != 1 || threads.y != 1 || threads.z != 1) fail("only 1-D launches");
   if (grid.x % cluster_size) fail("the grid must be a multiple of the cluster");

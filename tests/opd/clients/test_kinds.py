@@ -3,16 +3,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
+import tenacity
 import torch
 
 import opd_kernels as opk
-from opd.clients import BadReply, TeacherRefused, TeacherUnavailable, connect
+from opd.clients import (
+    BadReply,
+    ServerFault,
+    TeacherInfo,
+    TeacherRefused,
+    TeacherUnavailable,
+    connect,
+)
 from opd.schema import ConfigError
 from tests.opd.clients.conftest import VOCAB_SIZE
 
@@ -163,6 +174,39 @@ def test_busy_servers_are_tried_again(fake, variant, sequences, starts):
     ]
     assert len(client.score(sequences, starts, num_topk=K)) == 5
     assert not server.failures
+
+
+def test_a_server_that_fails_at_a_request_again_and_again_is_not_asked_for_ever(
+    fake, sequences, starts
+):
+    client, server = fake("vllm", client={"concurrency": 1})
+    client.transport._wait = tenacity.wait_none()
+    client.info()
+    fault = httpx2.Response(500, text="out of memory")
+    server.failures = [fault] * 7
+    assert len(client.score(sequences, starts, num_topk=K)) == 5
+    # only those in a row count: a restart may be what helped
+    server.failures = ([fault] * 7 + [httpx2.Response(503)]) * 3
+    assert len(client.score(sequences, starts, num_topk=K)) == 5
+    server.failures, before = [fault] * 20, len(server.requests)
+    with pytest.raises(ServerFault, match=r"failed 8 times in a row \(status 500, out of memory\)"):
+        client.score(sequences, starts, num_topk=K)
+    assert len(server.requests) == before + 8
+
+
+def test_ctrl_c_does_not_wait_for_requests_under_way(sequences, starts):
+    """Nor does the end of the process, which waits for threads that are no daemons."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        client = connect("trl", url, deadline_s=60, max_tokens_per_request=1)
+        client._info = TeacherInfo()
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            client.score(sequences, starts, num_topk=K)
+        assert time.monotonic() - begin < 2
+        asking = [thread for thread in threading.enumerate() if thread.name.startswith("teacher")]
+        assert len(asking) == 4 and all(thread.daemon for thread in asking)
 
 
 def test_what_the_server_takes_for_wrong_is_not_tried_again(fake, variant, sequences, starts):

@@ -159,9 +159,17 @@ def test_the_vocabulary_is_checked_by_its_hash(client, tokenizer):
         def get_vocab(self):
             return {"a": 0}
 
+    class More:
+        def get_vocab(self):
+            return {**tokenizer.get_vocab(), "added": 45, "w": 44}
+
     assert client.check(tokenizer) == []
-    with pytest.raises(TeacherRefused, match="one vocabulary"):
+    with pytest.raises(TeacherRefused, match=r"the first 45 tokens .* one vocabulary"):
         client.check(Other())
+    with pytest.raises(TeacherRefused, match="the first 45 tokens"):
+        client.check(More())
+    # of which laws over fewer tokens know nothing
+    assert connect("opd", client.url, law_size=44).check(More()) == []
 
 
 def test_limits_are_refused_before_anything_is_sent(client):

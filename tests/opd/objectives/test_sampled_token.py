@@ -53,6 +53,33 @@ def test_mean_over_the_vocabulary_is_the_gradient_of_reverse_kl():
     torch.testing.assert_close(mean, exact, rtol=1e-9, atol=1e-11)
 
 
+def test_a_mixture_is_weighted_back_to_the_students_law():
+    torch.manual_seed(3)
+    vocab_size, width = 8, 5
+    hidden = torch.randn(1, width, dtype=torch.float64, requires_grad=True)
+    student = Law(lambda: hidden, Head(torch.randn(vocab_size, width, dtype=torch.float64)))
+    teacher = Law(
+        lambda: torch.ones(1, width, dtype=torch.float64),
+        Head(torch.randn(vocab_size, width, dtype=torch.float64)),
+    )
+    ids = torch.arange(vocab_size)
+    p, q = (
+        torch.log_softmax(law.head.logits(law.hidden().detach()).double(), -1)[0].exp()
+        for law in (teacher, student)
+    )
+    mixture = 0.2 * p + 0.8 * q
+    mean = torch.zeros_like(hidden)
+    for token in ids.tolist():
+        batch = _token_batch(torch.tensor([token]), mixture[token : token + 1].log())
+        batch = replace(batch, token_origin=torch.tensor([1], dtype=torch.uint8))
+        loss = SampledToken()(student, teacher, batch, 1).loss
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        mean += mixture[token] * gradient
+    loss = FullVocab(divergence="reverse_kl")(student, teacher, batch, 1).loss
+    (exact,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(mean, exact, rtol=1e-5, atol=1e-6)
+
+
 def _on_policy(trajectories, law):
     """The trajectories, with the law's own log-probabilities as the sampler's."""
     batch = collate(trajectories, pad_id=0)

@@ -3,9 +3,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from opd.batch import Prompt
+from opd.config import parse_config
 from opd.rollouts import MixtureConfig
+from opd.schema import ConfigError
 
 PROMPTS = [
     Prompt(
@@ -54,3 +57,39 @@ def test_every_kind_of_step_has_the_same_number_of_completions(student, teacher,
     config = MixtureConfig(lmbda=0.5, seq_kd=seq_kd, num_generations=3, max_completion_length=1)
     engine = config.build(student, teacher, tokenizer, seed=0)
     assert {len(engine.collect(PROMPTS, step)) for step in range(8)} == {6}
+
+
+def test_two_models_may_write_in_the_students_place(student, teacher, tokenizer):
+    config = MixtureConfig(
+        lmbda=0.5,
+        max_completion_length=2,
+        num_generations=2,
+        on_policy={"kind": "speculative", "mode": "topk", "num_topk": 3},
+    )
+    assert config.needs_teacher
+    engine = config.build(student, teacher, tokenizer, seed=0)
+    kinds = set()
+    for step in range(8):
+        trajectories = engine.collect(PROMPTS, step)
+        (origin,) = {t.origin for t in trajectories}
+        kinds.add(origin)
+        assert len(trajectories) == 4
+        assert max(t.completion_length for t in trajectories) <= 2
+        # a step without drafts has none to count
+        assert bool(engine.metrics()) == (origin == "mixed")
+    assert kinds == {"mixed", "data"}
+
+
+def test_what_both_sides_share_is_said_once():
+    with pytest.raises(ValidationError, match=r"on_policy.num_generations: is rollouts.num_gen"):
+        MixtureConfig(on_policy={"kind": "teacher_mixed", "num_generations": 3})
+
+
+def test_a_mistake_in_the_nested_section_is_one_sentence(values):
+    on_policy = {"kind": "speculative", "num_drafts": 3}
+    values["rollouts"] = {"kind": "mixture", "lmbda": 1, "on_policy": on_policy}
+    with pytest.raises(ConfigError, match=r"num_drafts.*did you mean 'num_draft'"):
+        parse_config(values)
+    with pytest.raises(ConfigError, match=r"teacher: is required by rollouts.on_policy"):
+        on_policy.pop("num_drafts")
+        parse_config({**values, "teacher": None, "objective": {"kind": "token_nll"}})

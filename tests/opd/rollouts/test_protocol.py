@@ -32,9 +32,11 @@ def test_each_kind_is_called_what_it_is_filed_under(registry):
 
 
 @pytest.mark.parametrize("kind", ROLLOUTS)
-def test_every_engine_collects_in_order_and_keeps_its_state(student, tokenizer, kind):
+def test_every_engine_collects_in_order_and_keeps_its_state(student, teacher, tokenizer, kind):
     config = ROLLOUTS[kind](max_completion_length=2)
-    engine = config.build(student, None, tokenizer, seed=0, max_steps=4)
+    engine = config.build(
+        student, teacher if config.needs_teacher else None, tokenizer, seed=0, max_steps=4
+    )
     trajectories = engine.collect([PROMPT, PROMPT], 0)
     assert len(trajectories) == 2
     assert all(torch.equal(t.ids[: t.prompt_length], PROMPT.ids) for t in trajectories)

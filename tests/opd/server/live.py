@@ -11,15 +11,18 @@ import time
 import uvicorn
 
 from opd.server.app import AppSettings, build_app
+from opd.server.connections import uvicorn_config
 
 
 @contextlib.contextmanager
-def running(engine, port=0, **settings):
+def running(engine, port=0, head_timeout_s=10.0, **settings):
     """A server in a thread."""
     listener = socket.create_server(("127.0.0.1", port))
-    app = build_app(engine, AppSettings(**settings))
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none")
-    server = uvicorn.Server(config)
+    settings = AppSettings(**settings)
+    app = build_app(engine, settings)
+    server = uvicorn.Server(
+        uvicorn_config(app, max_queue=settings.max_queue, head_timeout_s=head_timeout_s)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

@@ -46,6 +46,8 @@ def test_bad_options_are_one_sentence(words, message, capsys, monkeypatch):
 def test_no_such_model(capsys):
     assert main(["serve-teacher", "--model", "builtin:nothing", "--port", "0"]) == 2
     assert "no builtin model 'nothing'" in capsys.readouterr().err
+    assert main(["serve-teacher", "--model", "a/b/c", "--port", "0"]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("--model: no model at 'a/b/")
 
 
 def test_a_port_that_is_taken(capsys):

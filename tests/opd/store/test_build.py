@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 
+import opd_kernels as opk
 from opd.assembly import load_run_tokenizer, load_student, load_teacher
 from opd.batch import Trajectory, collate
 from opd.cli import main
 from opd.config import parse_config
-from opd.store import TeacherStore
+from opd.store import DrawsForm, TeacherStore, TopkForm
 from opd.store.build import build as build_store
 from opd.store.writer import StoreWriter
 
@@ -65,6 +66,31 @@ def test_build_keeps_the_teachers_laws_of_every_completion(settings, tmp_path):
     torch.testing.assert_close(record.tail_logprob.double(), tail, rtol=1e-4, atol=1e-5)
     entropy = -(dense.exp() * dense).sum(1)
     torch.testing.assert_close(record.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("proposal", [1.0, 3.0])
+def test_draws_are_those_of_the_law_whoever_makes_them(settings, tmp_path, proposal):
+    """In whatever order and batches completions come, each gets the same tokens of its laws."""
+    config = parse_config(settings)
+    form = DrawsForm(num_draws=9, proposal_temperature=proposal, seed=3)
+    build_store(config, tmp_path / "one", draws=form, quiet=True)
+    others = parse_config({**settings, "per_device_train_batch_size": 3, "seed": 5})
+    build_store(others, tmp_path / "two", draws=form, quiet=True)
+    one, two = TeacherStore.open(tmp_path / "one"), TeacherStore.open(tmp_path / "two")
+    assert len(one) == len(two) > 10
+    for record in one:
+        same = two[record.prompt_ids, record.completion_ids]
+        assert torch.equal(same.ids, record.ids) and torch.equal(same.weights, record.weights)
+    dense = truth(config, record)
+    uniforms = form.uniforms(one.key(record.prompt_ids, record.completion_ids), len(dense))
+    drawn = opk.sample_tokens(dense, uniforms, proposal_temperature=proposal)
+    width = record.ids.shape[1]
+    assert torch.equal(record.ids, drawn.ids[:, :width])
+    torch.testing.assert_close(
+        record.weights.double(), drawn.weights[:, :width], rtol=6e-4, atol=1e-6
+    )
+    known = -(drawn.weights * drawn.logprobs.clamp_min(-100)).sum(1)
+    torch.testing.assert_close(record.entropy.double(), known, rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_build_scores_nothing(settings, tmp_path):
@@ -136,7 +162,7 @@ def test_cache_info_and_verify_say_what_is_there(tmp_path, run_file, capsys):
     assert "step 8/8" in captured.err and "completions of" in captured.err
     assert main(["cache", "info", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "random weights" in out and "6, 10 bits each" in out
+    assert "random weights" in out and "the 6 likeliest tokens, 10 bits each" in out
     assert main(["cache", "verify", str(path)]) == 0
     assert "records in 1 shards are whole" in capsys.readouterr().out
     shard = next(path.glob("shard-*"))
@@ -150,12 +176,45 @@ def test_cache_info_and_verify_say_what_is_there(tmp_path, run_file, capsys):
     assert "no teacher store at" in capsys.readouterr().err
 
 
+def test_what_a_store_keeps_follows_the_options_and_the_objective(run_file, capsys, tmp_path):
+    def build(name, *words):
+        path = tmp_path / name
+        arguments = ["--config", str(run_file), "--store", str(path), "--quiet", *words]
+        assert main(["cache", "build", *arguments]) == 0
+        return TeacherStore.open(path).manifest.form
+
+    objective = "objective={kind: teacher_samples, num_draws: 7, proposal_temperature: 2.0}"
+    assert build("a", "--num-draws", "4") == DrawsForm(num_draws=4)
+    expected = DrawsForm(num_draws=7, proposal_temperature=2.0, seed=6)
+    assert build("b", objective, "seed=6") == expected
+    assert build("c", objective, "--num-draws", "3").proposal_temperature == 2.0
+    assert build("d", objective, "--num-topk", "5") == TopkForm(num_topk=5)
+    capsys.readouterr()
+    assert main(["cache", "info", str(tmp_path / "b")]) == 0
+    assert "7 draws at proposal temperature 2, seed 6" in capsys.readouterr().out
+    # and is what another objective cannot train on
+    train = [
+        "train",
+        "--config",
+        str(run_file),
+        "--quiet",
+        "objective={kind: topk, teacher_top_k: 3}",
+    ]
+    assert main([*train, f"teacher={{kind: cached, path: {tmp_path / 'b'}}}"]) == 2
+    words = "objective.kind: must be one that asks for tokens that it draws, which is what the"
+    assert words in capsys.readouterr().err
+
+
 def test_what_cannot_be_cached_is_refused_in_words(settings, run_file, capsys, tmp_path):
     arguments = ["--config", str(run_file), "--store", str(tmp_path / "s")]
     assert main(["cache", "build", *arguments, "--num-topk", "46"]) == 2
     assert "--num-topk: must be in [1, 45]" in capsys.readouterr().err
     assert main(["cache", "build", *arguments, "--num-topk", "6", "--bits", "3"]) == 2
     assert "bits must be in [4, 16]" in capsys.readouterr().err
+    assert main(["cache", "build", *arguments, "--num-topk", "6", "--num-draws", "3"]) == 2
+    assert "--num-draws: a store holds draws or the likeliest" in capsys.readouterr().err
+    assert main(["cache", "build", *arguments, "--num-draws", "5000"]) == 2
+    assert "num_draws must be in [1, 4096], got 5000" in capsys.readouterr().err
     evaluation = "evaluation={eval_steps: 2}"
     assert main(["cache", "build", *arguments, "rollouts={kind: replay}", evaluation]) == 2
     assert "follows a student that trains" in capsys.readouterr().err

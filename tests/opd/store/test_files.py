@@ -47,3 +47,34 @@ def test_what_the_dead_left_goes_and_what_the_living_write_stays(tmp_path):
     assert files.partials(tmp_path) == [partial]
     os.close(descriptor)
     assert files.remove_dead_partials(tmp_path) == 1
+
+
+def test_a_writer_whose_file_is_taken_for_a_dead_ones_takes_another(tmp_path, monkeypatch):
+    """Somebody sweeps up between the writer's open and its lock."""
+    lock, swept = files._lock, []
+
+    def late(descriptor):
+        if not swept:
+            (path,) = files.partials(tmp_path)
+            other = os.open(path, os.O_WRONLY)
+            assert lock(other)
+            swept.append((other, path))
+        return lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", late)
+    descriptor, partial = files._open_partial(tmp_path / "y")
+    other, path = swept[0]
+    path.unlink()
+    os.close(other)
+    assert files.partials(tmp_path) == [partial]
+    os.close(descriptor)
+
+
+def test_without_locks_everything_is_written_and_nothing_swept_up(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    (tmp_path / ".partial-dead-x").write_bytes(b"half")
+    assert files.write_atomically(tmp_path / "a", b"x")
+    assert files.remove_dead_partials(tmp_path) == 0

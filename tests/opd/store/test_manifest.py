@@ -16,6 +16,8 @@ from tests.opd.store.conftest import create
 def test_manifest_comes_back(store):
     assert read_manifest(store.path) == store.manifest
     assert create(store.path).manifest == store.manifest
+    keys = {"format", "version", "fingerprint", "vocab_size", "num_topk", "bits", "checksum"}
+    assert json.loads((store.path / NAME).read_text()).keys() == keys
 
 
 def test_two_who_create_agree(tmp_path):

@@ -89,5 +89,5 @@ def test_other_versions_and_formats_are_named(store, path):
 def test_sizes_are_those_of_the_page(store, path):
     shard = Shard(path, store.manifest)
     assert (len(shard), shard.num_tokens) == (3, 3 + 5 + 2)
-    codes = shard.num_tokens * store.manifest.row_bytes
+    codes = shard.num_tokens * store.manifest.form.row_bytes(store.manifest.vocab_size)
     assert codes < path.stat().st_size < codes + 2500

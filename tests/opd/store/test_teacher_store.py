@@ -209,7 +209,7 @@ def test_damage_of_one_record_leaves_the_others(store):
     fill(store, [3, 5, 9])
     path = next(store.path.glob("shard-*"))
     data = bytearray(path.read_bytes())
-    codes = store[ids_of(5)].ids.shape[0] * store.manifest.row_bytes
+    codes = store[ids_of(5)].ids.shape[0] * store.manifest.form.row_bytes(VOCAB)
     assert codes > 0
     # the last tensor but one is of codes; a byte in the middle of record 5's
     start = data.index(shard.Shard(path, store.manifest).packed(1).codes.tobytes())

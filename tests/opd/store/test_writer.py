@@ -119,7 +119,9 @@ def test_a_file_size_limit_is_a_full_disk(store):
 
 
 WRITER = """
-    import itertools
+    import itertools, signal
+    # a shell that puts the tests in the background has them ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     path, first, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     store = create(path)
     with store.writer(shard_bytes=20_000) as writer:

@@ -17,7 +17,9 @@ VOCAB_SIZE = 45
 def _fill(path, teacher, tokenizer, trajectories, *, num_topk=8, temperature=1.0, bits=16):
     store = TeacherStore.create(
         path,
-        fingerprint=fingerprint_of(teacher.model, tokenizer, name="tiny", temperature=temperature),
+        fingerprint=fingerprint_of(
+            teacher.model, tokenizer, name="tiny", temperature=temperature, vocab_size=VOCAB_SIZE
+        ),
         vocab_size=VOCAB_SIZE,
         num_topk=num_topk,
         bits=bits,
@@ -101,8 +103,15 @@ def test_refuses_another_tokenizer_and_another_size(store, student, tokenizer):
         def get_vocab(self):
             return {"a": 0}
 
-    with pytest.raises(ConfigError, match=r"is of a tokenizer with the hash \w+"):
+    with pytest.raises(ConfigError, match=r"whose first 45 tokens have the hash \w+"):
         CachedTeacher(store).check_fits(student, _Other())
+
+    class _More:
+        def get_vocab(self):
+            return {**tokenizer.get_vocab(), "added": VOCAB_SIZE}
+
+    # no law is about it
+    CachedTeacher(store).check_fits(student, _More())
 
     class _Wider:
         lm_head_weight = torch.zeros(50, 2)
@@ -117,6 +126,7 @@ def test_refuses_another_tokenizer_and_another_size(store, student, tokenizer):
 def test_objectives_that_need_more_are_refused(values):
     values["teacher"] = {"kind": "cached", "path": "nowhere"}
     with pytest.raises(
-        ConfigError, match=r"tells its likeliest tokens; objective\.kind 'full_vocab'"
+        ConfigError,
+        match=r"likeliest tokens, tokens that it draws; .* asks for hidden states",
     ):
         parse_config(values)

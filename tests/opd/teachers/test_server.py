@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 
 import pytest
 import torch
@@ -148,6 +150,42 @@ def test_a_signal_ends_the_wait(student, client, batch):
     with pytest.raises(KeyboardInterrupt):
         _loss(Topk(teacher_top_k=6), student, teacher, batch)
     assert len(client.calls) == 1
+
+
+def test_a_signal_does_not_wait_for_an_answer(student, client, batch, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(client, "score", lambda *arguments, **settings: answer.wait(20))
+    teacher, begin = _served(client), time.monotonic()
+
+    def give_up():
+        raise KeyboardInterrupt
+
+    teacher.on_wait = give_up
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _loss(Topk(teacher_top_k=6), student, teacher, batch)
+        assert time.monotonic() - begin < 2
+    finally:
+        answer.set()
+
+
+def test_a_server_that_is_not_up_yet_is_waited_for(student, client, tokenizer, caplog):
+    tries = []
+
+    def check(tokenizer):
+        tries.append(1)
+        if len(tries) < 3:
+            raise TeacherUnavailable("teacher http://nowhere gave no answer within 1 s")
+        return []
+
+    client.check = check
+    with caplog.at_level(logging.WARNING):
+        _served(client).check_fits(student, tokenizer)
+    assert len(tries) == 3
+    assert caplog.text.count("gave no answer within 1 s; training waits and asks again") == 2
+    tries.clear()
+    with pytest.raises(TeacherUnavailable):
+        _served(client, patience_s=1e-9).check_fits(student, tokenizer)
 
 
 def test_where_a_server_is_changes_no_weight(values):

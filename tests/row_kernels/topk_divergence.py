@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the row kernels of topk_divergence do on CUDA and in Triton alike.
-
-`gpu` is a fixture of the module that imports these: a `tests.twins.Gpu`.
-"""
+"""topk_divergence on a GPU backend, by the raw ops and the public op."""
 
 from __future__ import annotations
 
@@ -73,14 +70,14 @@ def test_rows_with_options_match_float64(gpu, option, dtype):
     logits[:, 690:] = math.nan
     ids = topk_rows.ids_of(3, 690, 8, 1)
     law = law_of(option, 3, 690, bias=True)
-    check_rows(gpu, logits, ids, law, f"{gpu.backend} {option} {dtype_id(dtype)}")
+    check_rows(gpu, logits, ids, law, f"{gpu.name} {option} {dtype_id(dtype)}")
 
 
 @pytest.mark.parametrize("num_ids", [1, 64, 700, 2499, 2500])
 def test_rows_of_any_number_of_ids_match_float64(gpu, num_ids):
     logits = torch.randn(2, 2500) * 3
     ids = topk_rows.ids_of(2, 2500, num_ids, 2)
-    check_rows(gpu, logits, ids, law_of("law_everything", 2, 2500), f"{gpu.backend} K={num_ids}")
+    check_rows(gpu, logits, ids, law_of("law_everything", 2, 2500), f"{gpu.name} K={num_ids}")
 
 
 @pytest.mark.parametrize("grad_dtype", [None, BF16, F16], ids=["own", "bf16", "fp16"])
@@ -241,12 +238,12 @@ EVERY_PAIR = [
 def test_topk_divergence_matches_reference(gpu, case, dtype):
     spec, tail = PAIRS[0]
     assert (spec.name, tail) == ("forward_kl", "bucket")
-    check_topk_divergence(case, dtype, spec, tail, gpu.backend, max_tokens=5)
+    check_topk_divergence(case, dtype, spec, tail, gpu.name, max_tokens=5)
 
 
 @pytest.mark.parametrize("pair", EVERY_PAIR)
 def test_topk_divergence_of_every_kind_matches_reference(gpu, pair):
-    check_topk_divergence(BY_NAME["odd"], F32, *pair, gpu.backend, max_tokens=5)
+    check_topk_divergence(BY_NAME["odd"], F32, *pair, gpu.name, max_tokens=5)
 
 
 @pytest.mark.parametrize("tail", [TAILS[0], TAILS[-1]])
@@ -255,7 +252,7 @@ def test_topk_divergence_compiles_without_a_graph_break(gpu, tail):
     logprobs = torch.tensor([[-1.0, -2.0, -math.inf], [-0.5, -1.5, -1.5]])
 
     def loss(logits):
-        options = {"tail": tail, "divergence": "skew_reverse_kl", "backend": gpu.backend}
+        options = {"tail": tail, "divergence": "skew_reverse_kl", "backend": gpu.name}
         return opk.topk_divergence(logits * 1.5, ids, logprobs, **options).sum()
 
     torch._dynamo.reset()
@@ -268,4 +265,4 @@ def test_topk_divergence_compiles_without_a_graph_break(gpu, tail):
 def test_topk_divergence_refuses_float64_in_words(gpu):
     logits, ids = torch.randn(2, 5, dtype=F64), torch.zeros(2, 1, dtype=torch.int64)
     with pytest.raises(opk.UnsupportedBackendError, match="float64 is not supported by the"):
-        opk.topk_divergence(logits, ids, -torch.ones(2, 1), backend=gpu.backend)
+        opk.topk_divergence(logits, ids, -torch.ones(2, 1), backend=gpu.name)

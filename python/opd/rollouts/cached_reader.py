@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that reads sequences of different lengths piece by piece, and can take tokens back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd.model import PROBE_TOLERANCE, LanguageModel
+from opd.schema import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+class CachedReader:
+    """Hidden states of the newest tokens of B sequences; those before them come from a KV cache.
+
+    Each row holds its own tokens and nothing else, right-aligned: slot j of W is a token of row b
+    if j >= W - length[b]. So what the model sees is ordinary left padding; tokens that are next
+    to each other are in adjacent slots, which sliding windows and ALiBi count; and the cache is
+    never wider than the longest row. Rows that lose different numbers of tokens are moved by one
+    gather per layer; keys carry their rotation with them, so that moving them changes nothing.
+
+    Args:
+        model: in eval mode.
+        num_rows: B.
+        keeps_cache: False reads every sequence from its start each time: for models whose state
+            cannot be taken back by a token.
+    """
+
+    def __init__(self, model: LanguageModel, num_rows: int, *, keeps_cache: bool = True) -> None:
+        from transformers import DynamicCache
+
+        self._model = model
+        # without a configuration every layer keeps all its tokens, also one with a sliding window
+        self._cache = DynamicCache() if keeps_cache else None
+        self._slots = 0
+        self._lengths = torch.zeros(num_rows, dtype=torch.int64)
+        # tokens of each row, those read again included
+        self.num_read = torch.zeros(num_rows, dtype=torch.int64)
+
+    def read(self, tokens: Tensor, ends: Tensor, num_states: int = 1) -> Tensor:
+        """Hidden states at the last `num_states` tokens of each row. [B, num_states, D].
+
+        Args:
+            tokens: [B, M] int64, each row's sequence from its first token, on the model's device.
+            ends: [B] int64 on the CPU, >= 1; row b's sequence is tokens[b, :ends[b]]. It may be
+                shorter than the last one; its tokens before the last `num_states` are as they
+                were when they were read.
+            num_states: >= 1. Places before a row's first token hold numbers without meaning.
+        """
+        kept = torch.minimum(self._lengths, (ends - num_states).clamp_min(0))
+        # one width for all rows: some read a few tokens again
+        width = int((ends - kept).max())
+        kept = (ends - width).clamp_min(0)
+        self._align(kept)
+        place = torch.arange(width) + (ends - width)[:, None]
+        slots = int(kept.max()) + width
+        mask = torch.arange(slots) >= slots - ends[:, None]
+        device = tokens.device
+        place = place.clamp_min(0).to(device)
+        states = self._model.states(
+            tokens.gather(1, place), mask.long().to(device), place, self._cache
+        )
+        self.num_read = self.num_read + ends - kept
+        if self._cache is not None:
+            self._lengths, self._slots = ends.clone(), slots
+        return states[:, width - num_states :].to(self._model.lm_head_weight.dtype)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with some of the sequences: indices, on the CPU."""
+        self._lengths, self.num_read = self._lengths[rows], self.num_read[rows]
+        for layer in self._layers():
+            at = rows.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys[at], layer.values[at]
+
+    def _align(self, kept: Tensor) -> None:
+        """Let each row be its first kept[b] tokens, at the right edge of the narrowest cache."""
+        width, dropped = int(kept.max()), self._lengths - kept
+        if width == self._slots and not dropped.any():
+            return
+        # in slots of the old cache; what is left of a row's first token the mask hides
+        starts = self._slots - dropped - width
+        is_slice = bool((starts == starts[0]).all())
+        slots = (torch.arange(width) + starts[:, None]).clamp_min(0)
+        for layer in self._layers():
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                if is_slice:
+                    new = old[:, :, int(starts[0]) : int(starts[0]) + width]
+                else:
+                    at = slots.to(old.device)[:, None, :, None]
+                    new = old.gather(2, at.expand(-1, old.shape[1], -1, old.shape[3]))
+                setattr(layer, name, new)
+
+    def _layers(self) -> list[Any]:
+        layers = [] if self._cache is None else self._cache.layers
+        return [layer for layer in layers if layer.is_initialized]
+
+
+def can_take_back(model: LanguageModel) -> bool:
+    """Whether a model's KV cache forgets single tokens exactly, tried on a few real ones.
+
+    Returns:
+        False, with a warning, for a model that must read its sequences again for every token:
+        one with a recurrent state (Mamba, Qwen3-Next), or a cache of its own kind.
+
+    Raises:
+        ConfigError: even that gives other hidden states than each sequence by itself.
+    """
+    for keeps_cache in (True, False):
+        error = _probe_error(model, keeps_cache)
+        if error <= PROBE_TOLERANCE.get(model.lm_head_weight.dtype, 1e-4):
+            break
+    else:
+        raise ConfigError(
+            f"{model.name}: {type(model.model).__name__} has hidden states that are off by "
+            f"{error:.2g} of the largest when it reads sequences of different lengths together, "
+            "padded on the left, so two models cannot write with it token by token"
+        )
+    if not keeps_cache:
+        _log.warning(
+            "%s: the state of %s cannot be taken back by a token, so it reads each sequence anew "
+            "for every token, which is slow",
+            model.name,
+            type(model.model).__name__,
+        )
+    return keeps_cache
+
+
+@torch.no_grad()
+def _probe_error(model: LanguageModel, keeps_cache: bool) -> float:
+    """The largest difference of hidden states, relative to the largest of them."""
+    sequences = torch.tensor([[3, 1, 4, 1, 5, 0], [2, 7, 1, 8, 2, 5]]) % len(model.lm_head_weight)
+    sequences = sequences.to(model.device)
+    lengths = torch.tensor([5, 6])
+    # from the fourth token on
+    wrong = torch.cat([sequences[:, :3], sequences.flip(0)[:, 3:]], dim=1)
+    with reading(model):
+        alone = torch.stack(
+            [_last_state(model, row[:n]) for row, n in zip(sequences, lengths, strict=True)]
+        )
+        try:
+            reader = CachedReader(model, len(lengths), keeps_cache=keeps_cache)
+            reader.read(wrong, torch.tensor([3, 5]))
+            reader.read(wrong, torch.tensor([4, 6]))
+            # one token of the first row is taken back, three of the second
+            reader.read(sequences, torch.tensor([4, 4]))
+            together = reader.read(sequences, lengths)[:, 0]
+        except Exception:
+            # a cache that is none of ours fails in the model's own code, each in its own way
+            if keeps_cache:
+                return torch.inf
+            raise
+    largest = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    error = float((together.float() - alone).abs().max() / largest)
+    return error if error == error else torch.inf
+
+
+def _last_state(model: LanguageModel, sequence: Tensor) -> Tensor:
+    ids = sequence[None]
+    positions = torch.arange(len(sequence), device=ids.device)[None]
+    return model.states(ids, torch.ones_like(ids), positions)[0, -1].float()
+
+
+@contextmanager
+def reading(*models: LanguageModel) -> Iterator[None]:
+    """Eval mode meanwhile, in which also checkpointed layers keep a cache."""
+    were_training = [model.model.training for model in models]
+    for model in models:
+        model.model.eval()
+    try:
+        yield
+    finally:
+        for model, was_training in zip(models, were_training, strict=True):
+            model.model.train(was_training)
+
+
+def right_padded(sequences: Sequence[Tensor], length: int, device: Any) -> Tensor:
+    """[B, length] int64, zeros behind each sequence."""
+    padded = torch.zeros(len(sequences), length, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)] = sequence
+    return padded.to(device)
