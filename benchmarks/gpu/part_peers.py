@@ -152,7 +152,7 @@ def precision(device: Device, context: Context, law: str, name: str, here: list[
 
 
 def verify(device: Device, context: Context) -> None:
-    """flashinfer's chain kernel with the softmax that it needs, beside ours from the same logits."""
+    """flashinfer's chain kernel with its softmax, beside ours from the same logits."""
     sizes, shape = context.sizes, context.sizes.shapes[0]
     for num_sequences, num_drafts in verification.SIZES:
         drafts = verification.drafts_of(device, shape, sizes.dtype, num_sequences, num_drafts)

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What verification needs of each row by itself, and the residual law of a pair of rows with a token
 // drawn from it. Two launches each. In the first the tiles of all rows are the work of one warp each,
-// so that a single row of 151,936 columns keeps 149 warps of 19 blocks busy and five rows fill an
-// H200; a tile leaves its sums in the workspace. In the second a warp per row puts its tiles
-// together, in their order, and looks for the token in the one tile that has it. A row that is cut
-// by top-k or top-p takes a block in the second launch, which reads only the tiles whose largest
-// entry may be kept.
+// so that a row of 151,936 columns is that of 149 warps in 38 blocks, and four rows reach every
+// multiprocessor of an H200; a tile leaves its sums in the workspace. In the second a warp per row
+// puts its tiles together, in their order, and looks for the token in the one tile that has it. A row
+// that is cut by top-k or top-p takes a block in the second launch, which reads only the tiles whose
+// largest entry may be kept.
 //
 // No bit depends on how tiles are dealt out: a tile's sums come from its lanes in a fixed order, a
 // row's from its tiles in theirs.
@@ -22,7 +22,8 @@ namespace opd {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+// small blocks: a few rows are to reach every multiprocessor
+constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 constexpr int kNoColumn = std::numeric_limits<int>::max();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -48,7 +49,7 @@ struct RowsParameters {
 };
 
 template <bool kGeneral>
-__global__ void __launch_bounds__(kThreads, 3) speculative_verify_row_tiles(RowsParameters p) {
+__global__ void __launch_bounds__(kThreads, 6) speculative_verify_row_tiles(RowsParameters p) {
   const int64_t index = index_of_warp<kWarps>();
   const int64_t at = index / p.num_tiles;
   if (at >= p.num_rows) return;
@@ -296,7 +297,7 @@ struct Pair {
 constexpr int kAtOnce = kTileVectors / 2;  // vectors of a side; two sides would fill the registers
 
 template <bool kGeneral>
-__global__ void __launch_bounds__(kThreads, 2) speculative_verify_pair_tiles(ResidualParameters p) {
+__global__ void __launch_bounds__(kThreads, 4) speculative_verify_pair_tiles(ResidualParameters p) {
   const int64_t index = index_of_warp<kWarps>();
   const int64_t at = index / p.num_tiles;
   if (at >= p.num_rows) return;

@@ -10,6 +10,7 @@ it reads the tiles whose largest entry may be kept.
 
 from __future__ import annotations
 
+import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -417,7 +418,7 @@ def speculative_verify_rows_fwd(
     )  # fmt: skip
     has_top_k, has_top_p = 0 < top_k < vocab_size, top_p < 1.0
     if has_top_k or has_top_p:
-        high = torch.tensor(top_p, dtype=torch.float32).item()
+        (high,) = struct.unpack("f", struct.pack("f", top_p))
         launch(
             _cut_rows_kernel, num_rows, num_warps, law, token_ids, largest, lse, floor, logprobs,
             row_largest, sizes, top_k, high, top_p - high, HAS_TOP_K=has_top_k,

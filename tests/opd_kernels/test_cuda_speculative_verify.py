@@ -46,4 +46,4 @@ def test_cuda_speculative_verify_does_not_depend_on_where_a_row_begins():
             wide = torch.full((4, 3001 + gap), float("nan"))
             wide[:, :3001] = logits
             for one, two in zip(rows_of(CUDA.ops, wide, ids, 3001, cut), expected, strict=True):
-                assert torch.equal(one, two)
+                assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
