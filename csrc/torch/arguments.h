@@ -271,6 +271,26 @@ inline opd_topk_divergence_spec_t topk_divergence_spec(const Tensor& logits,
           static_cast<const int64_t*>(token_ids.data_ptr()), token_ids.size(1)};
 }
 
+// One side of the residual law; `law` is three of the six numbers.
+inline opd_cut_law_t cut_law(const Tensor& logits, const Tensor& lse, const Tensor& floor,
+                             const Tensor& rows, const Tensor& scale, int64_t vocab_size,
+                             ScalarType real, const Optional& bias, const Optional& temperatures,
+                             const double* law) {
+  const int64_t num_rows = logits.dim() > 0 ? logits.size(0) : 0;
+  check_rows(lse, num_rows, ScalarType::Double);
+  check_rows(floor, num_rows, real);
+  check_rows(scale, rows.numel(), ScalarType::Double);
+  return {side(logits, num_rows, vocab_size, real, bias, law[0], law[1], law[2], temperatures),
+          num_rows, static_cast<const double*>(lse.data_ptr()), floor.data_ptr(),
+          static_cast<const int64_t*>(rows.data_ptr()),
+          static_cast<const double*>(scale.data_ptr())};
+}
+
+inline Tensor verify_workspace(const Tensor& like, int64_t num_rows, int64_t vocab_size) {
+  return torch::stable::new_empty(
+      like, {opd_speculative_verify_workspace_bytes(num_rows, vocab_size)}, ScalarType::Byte);
+}
+
 inline opd_segments_t segments_of(const Tensor& offsets, int64_t num_tokens, const Tensor& real) {
   require(real.scalar_type() == ScalarType::Float || real.scalar_type() == ScalarType::Double,
           "opd: values of segments must be float32 or float64");

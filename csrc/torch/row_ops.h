@@ -367,11 +367,6 @@ void topk_divergence_bwd_(const Backend& kernels, Tensor logits, Tensor token_id
 
 // ---- verification of drafts ----
 
-inline Tensor verify_workspace(const Tensor& like, int64_t num_rows, int64_t vocab_size) {
-  return torch::stable::new_empty(
-      like, {opd_speculative_verify_workspace_bytes(num_rows, vocab_size)}, ScalarType::Byte);
-}
-
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> speculative_verify_rows_fwd(
     const Backend& kernels, Tensor logits, Tensor token_ids, OPD_ONE_LAW_PARAMETERS, int64_t top_k,
@@ -406,21 +401,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> speculative_verify_ro
   args.workspace = workspace.data_ptr();
   kernels.speculative_verify_rows(&args);
   return {lse, floor, logprobs, ranks, argmax, largest};
-}
-
-// One side of the residual law; `law` is three of the six numbers.
-inline opd_cut_law_t cut_law(const Tensor& logits, const Tensor& lse, const Tensor& floor,
-                             const Tensor& rows, const Tensor& scale, int64_t vocab_size,
-                             ScalarType real, const Optional& bias, const Optional& temperatures,
-                             const double* law) {
-  const int64_t num_rows = logits.dim() > 0 ? logits.size(0) : 0;
-  check_rows(lse, num_rows, ScalarType::Double);
-  check_rows(floor, num_rows, real);
-  check_rows(scale, rows.numel(), ScalarType::Double);
-  return {side(logits, num_rows, vocab_size, real, bias, law[0], law[1], law[2], temperatures),
-          num_rows, static_cast<const double*>(lse.data_ptr()), floor.data_ptr(),
-          static_cast<const int64_t*>(rows.data_ptr()),
-          static_cast<const double*>(scale.data_ptr())};
 }
 
 template <class Backend>
