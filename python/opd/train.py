@@ -112,6 +112,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             display.step(run.step, _log(run, writer, meter) if is_logged else {})
             if is_last or (config.evaluation and _is_due(run.step, config.evaluation.eval_steps)):
                 evaluated = _evaluate(run, writer, display)
+                # again: the rollouts may follow what was found, and nobody evaluates this step twice
+                run.mark()
             if is_last or stop or _is_due(run.step, config.save_steps):
                 display.phase("save")
                 run.save()

@@ -13,11 +13,13 @@ import time
 import pytest
 import torch
 
+import opd.train
 from opd.checkpoint import list_checkpoints
 from opd.clients import ServerFault
 from opd.clients.opd_server import OpdClient
 from opd.config import parse_config
 from opd.metrics import read_jsonl
+from opd.rollouts.replay import ReplayRollouts
 from opd.server.engine import Engine
 from opd.store import DrawsForm
 from opd.store.build import build
@@ -157,6 +159,47 @@ def test_a_teacher_that_dies_costs_no_step(run, values, tmp_path, url, monkeypat
     assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
     losses, weights = run("cut", teacher=teacher)
     assert len(losses) == 3 and torch.equal(weights, expected)
+
+
+def test_a_teacher_that_dies_after_an_evaluation_keeps_what_it_changed(
+    run, tmp_path, url, monkeypatch
+):
+    changes = {
+        "teacher": {"kind": "server", "url": url, "hidden_dtype": "float32"},
+        "rollouts": {"kind": "replay", "max_completion_length": 60},
+        "evaluation": {"eval_steps": 1, "num_prompts": 2},
+    }
+    judge, observe, observed = opd.train._judge, ReplayRollouts.observe, []
+
+    def rises(self, value):
+        observed.append(value)
+        # phi follows from the second one on
+        observe(self, 1.0 + (self._reference_nll or 0.0))
+
+    def dies(*arguments):
+        if len(observed) == 3:
+            raise ServerFault("teacher http://x: /v1/hidden_states failed 8 times in a row")
+        return judge(*arguments)
+
+    monkeypatch.setattr(ReplayRollouts, "observe", rises)
+    _, expected = run("whole", **changes)
+    observed.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(opd.train, "_judge", dies)
+        with pytest.raises(ServerFault):
+            run("cut", **changes)
+    _, weights = run("cut", **changes)
+    phis = [
+        [
+            row["replay/phi"]
+            for row in read_jsonl(tmp_path / name / "metrics.jsonl")
+            if "loss" in row
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert phis[0] == phis[1] and phis[0][1] < phis[0][2]
+    # which requests the server scores together moves the last bits
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("transport", ["local", "hidden", "topk", "store", "draws"])
