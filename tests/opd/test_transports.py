@@ -161,6 +161,19 @@ def test_a_teacher_that_dies_costs_no_step(run, values, tmp_path, url, monkeypat
     assert len(losses) == 3 and torch.equal(weights, expected)
 
 
+def test_a_teacher_that_dies_in_the_first_step_leaves_nothing(values, url, monkeypatch, capsys):
+    def dies(*arguments):
+        raise ServerFault("teacher http://x: /v1/hidden_states failed 8 times in a row")
+
+    monkeypatch.setattr(OpdClient, "_score_part", dies)
+    values["teacher"] = {"kind": "server", "url": url}
+    with pytest.raises(ServerFault):
+        train(parse_config(values))
+    said = "".join(capsys.readouterr())
+    assert "the run cannot go on; no step was done" in said and "is kept" not in said
+    assert not list_checkpoints(values["output_dir"])
+
+
 def test_a_teacher_that_dies_after_an_evaluation_keeps_what_it_changed(
     run, tmp_path, url, monkeypatch
 ):
