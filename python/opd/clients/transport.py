@@ -35,11 +35,18 @@ class Damaged(BadReply):
 
 class _Transient(Exception):
     def __init__(
-        self, reason: str, retry_after_s: float | None = None, status: int | None = None
+        self,
+        reason: str,
+        retry_after_s: float | None = None,
+        status: int | None = None,
+        *,
+        silent: bool = False,
     ) -> None:
         super().__init__(reason)
         self.retry_after_s = retry_after_s
         self.status = status
+        # no answer in time: says neither that the server works nor that it fails
+        self.silent = silent
 
 
 class Transport:
@@ -87,6 +94,8 @@ class Transport:
         self._wait = tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.5)
         self._reminded = threading.Lock()
         self._last_reminder = -_REMIND_S
+        # by path, what a call left at its deadline: slow faults do not reach the limit in one call
+        self._faults: dict[str, int] = {}
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -112,9 +121,9 @@ class Transport:
             HttpRefused: a status that another try does not change.
             TeacherUnavailable: the deadline.
             BadReply: the reply came whole and is wrong, or came damaged three times.
-            ServerFault: status 500 eight times in a row.
+            ServerFault: status 500 eight times in a row, over the calls of this path.
         """
-        damaged = faults = 0
+        damaged, faults = 0, self._faults.get(path, 0)
         reason: _Transient | None = None
 
         def attempt() -> Any:
@@ -126,14 +135,20 @@ class Transport:
                 body, reply = self._once(method, path, deadline, content, headers or {})
             except _Transient as error:
                 reason = error
-                faults = faults + 1 if error.status == 500 else 0
-                if faults == _MAX_FAULTS:
+                if error.status == 500:
+                    faults += 1
+                elif not error.silent:
+                    faults = 0
+                    self._faults.pop(path, None)
+                if faults >= _MAX_FAULTS:
+                    self._faults.pop(path, None)
                     raise ServerFault(
                         f"teacher {self.url}: {path} failed {faults} times in a row ({error}): it "
                         "runs, and cannot do what is asked; its log should say why"
                     ) from None
                 raise
             faults = 0
+            self._faults.pop(path, None)
             try:
                 return body if parse is None else parse(body, reply.headers)
             except Damaged as error:
@@ -153,6 +168,8 @@ class Transport:
         try:
             return retrying(attempt)
         except _Transient as error:
+            if faults:
+                self._faults[path] = faults
             raise TeacherUnavailable(
                 f"teacher {self.url} gave no answer within {deadline.seconds:g} s ({error}); see "
                 "that it runs and raise the deadline if it is only slow; the requests that it had "
@@ -183,7 +200,8 @@ class Transport:
             finally:
                 reply.close()
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _Transient(_words(error)) from None
+            silent = isinstance(error, httpx2.ReadTimeout)
+            raise _Transient(_words(error), silent=silent) from None
         if reply.status_code in _TRANSIENT:
             raise _Transient(
                 f"status {reply.status_code}, {_message(body)}",
@@ -209,7 +227,7 @@ class Transport:
                     "for fewer sequences at a time, or raise max_reply_bytes"
                 )
             if deadline.left() <= 0:
-                raise _Transient("the reply was still coming in")
+                raise _Transient("the reply was still coming in", silent=True)
             parts.append(part)
         return b"".join(parts)
 

@@ -24,6 +24,7 @@ from opd.clients import (
     TeacherUnavailable,
     connect,
 )
+from opd.clients.transport import Deadline
 from opd.schema import ConfigError
 from tests.opd.clients.conftest import VOCAB_SIZE
 
@@ -192,6 +193,31 @@ def test_a_server_that_fails_at_a_request_again_and_again_is_not_asked_for_ever(
     with pytest.raises(ServerFault, match=r"failed 8 times in a row \(status 500, out of memory\)"):
         client.score(sequences, starts, num_topk=K)
     assert len(server.requests) == before + 8
+
+
+def test_slow_faults_are_counted_over_calls(fake):
+    client, server = fake("vllm")
+    transport = client.transport
+    transport._wait = tenacity.wait_none()
+    fault = httpx2.Response(500, text="out of memory")
+    silence, busy = httpx2.ReadTimeout(""), httpx2.Response(503)
+
+    def call(*replies):
+        """Of so many tries, at the end of which the deadline is there."""
+        server.failures, deadline = list(replies), Deadline(60)
+        deadline.sleep = lambda _: None if server.failures else deadline.cancel()
+        transport.call("POST", "/v1/completions", deadline=deadline, content=b"{}")
+
+    # silence says neither that it works nor that it fails
+    for replies in ((fault, fault, fault), (fault, silence), (silence,), (fault, fault, fault)):
+        with pytest.raises(TeacherUnavailable):
+            call(*replies)
+    with pytest.raises(ServerFault, match="failed 8 times in a row"):
+        call(fault, fault)
+    # what was told is told, and 503 says that it is at it
+    for _ in range(3):
+        with pytest.raises(TeacherUnavailable):
+            call(fault, fault, fault, busy, fault)
 
 
 def test_ctrl_c_does_not_wait_for_requests_under_way(sequences, starts):
