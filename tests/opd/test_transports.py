@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import opd.train
+from opd.assembly import open_run
 from opd.checkpoint import list_checkpoints
 from opd.clients import ServerFault
 from opd.clients.opd_server import OpdClient
 from opd.config import parse_config
 from opd.metrics import read_jsonl
 from opd.rollouts.replay import ReplayRollouts
+from opd.schema import ConfigError
 from opd.server.engine import Engine
 from opd.store import DrawsForm
 from opd.store.build import build
@@ -125,6 +127,21 @@ def test_a_store_is_the_teacher_of_an_offline_stage(run, values, tmp_path, model
     teacher = {"kind": "cached", "path": str(tmp_path / "store")}
     cached = run("cached", objective=TOPK, rollouts=DATASET, teacher=teacher)
     _same(cached, local, rel=1e-3)
+
+
+def test_other_draws_than_a_store_has_are_refused_at_load(values, tmp_path, model_path):
+    values |= {
+        "teacher": {"kind": "local", "model_name_or_path": model_path},
+        "objective": {**DRAWS, "num_draws": 3},
+        "rollouts": DATASET,
+    }
+    build(parse_config(copy.deepcopy(values)), tmp_path / "store", draws=DrawsForm(), quiet=True)
+    values["teacher"] = {"kind": "cached", "path": str(tmp_path / "store")}
+    with pytest.raises(ConfigError, match=r"objective\.num_draws: must be 50, with .* got 3"):
+        open_run(parse_config(values))
+    values["objective"] = {**DRAWS, "proposal_temperature": 2.0}
+    with pytest.raises(ConfigError, match=r"proposal_temperature: must be 1, with .* got 2"):
+        open_run(parse_config(values))
 
 
 @pytest.mark.parametrize("how", ["signal", "fault"])
