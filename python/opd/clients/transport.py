@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -97,9 +100,27 @@ class Transport:
         # by path, what a call left at its deadline: slow faults do not reach the limit in one call
         self._faults: dict[str, int] = {}
 
+        # of what is under way, for `close`
+        self._streams: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._deadlines: weakref.WeakSet[Deadline] = weakref.WeakSet()
+        self._under_way = threading.Lock()
+
     def close(self) -> None:
-        """Let go of the connections."""
+        """Let go of the connections; calls under way in other threads end as at their deadline."""
+        with self._under_way:
+            streams, deadlines = list(self._streams), list(self._deadlines)
+        for deadline in deadlines:
+            deadline.cancel()
+        for stream in streams:
+            # closing alone does not wake a thread that reads
+            with contextlib.suppress(OSError):
+                stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         self._client.close()
+
+    def _note(self, event: str, info: Mapping[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            with self._under_way:
+                self._streams.add(info["return_value"])
 
     def call(
         self,
@@ -124,6 +145,8 @@ class Transport:
             ServerFault: status 500 eight times in a row, over the calls of this path.
         """
         damaged, faults = 0, self._faults.get(path, 0)
+        with self._under_way:
+            self._deadlines.add(deadline)
         reason: _Transient | None = None
 
         def attempt() -> Any:
@@ -192,6 +215,7 @@ class Transport:
             content=content,
             headers=dict(headers),
             timeout=httpx2.Timeout(longest, connect=min(10.0, longest)),
+            extensions={"trace": self._note},
         )
         try:
             reply = self._client.send(request, stream=True)

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx2
 import pytest
@@ -23,8 +24,9 @@ from opd.clients import (
     TeacherRefused,
     TeacherUnavailable,
     connect,
+    daemons,
 )
-from opd.clients.transport import Deadline
+from opd.clients.transport import Damaged, Deadline, Transport
 from opd.schema import ConfigError
 from tests.opd.clients.conftest import VOCAB_SIZE
 
@@ -233,6 +235,34 @@ def test_ctrl_c_does_not_wait_for_requests_under_way(sequences, starts):
         assert time.monotonic() - begin < 2
         asking = [thread for thread in threading.enumerate() if thread.name.startswith("teacher")]
         assert len(asking) == 4 and all(thread.daemon for thread in asking)
+
+
+def test_closing_ends_requests_under_way():
+    """One that waits for a reply, and one that waits before its next try."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        transport = Transport(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        asleep = Deadline(60)
+        calls = [
+            partial(transport.call, "GET", "/", deadline=Deadline(60)),
+            partial(transport.call, "GET", "/", deadline=asleep, parse=_damaged),
+        ]
+        transport._wait = tenacity.wait_fixed(60)
+        once = transport._once
+
+        def answers_one(*arguments):
+            return (b"", httpx2.Response(200)) if arguments[2] is asleep else once(*arguments)
+
+        transport._once = answers_one
+        futures = daemons.start(calls, num_threads=2)
+        time.sleep(0.5)
+        assert not any(future.done() for future in futures)
+        transport.close()
+        for future in futures:
+            assert isinstance(future.exception(timeout=3), TeacherUnavailable)
+
+
+def _damaged(body, headers):
+    raise Damaged("cut")
 
 
 def test_what_the_server_takes_for_wrong_is_not_tried_again(fake, variant, sequences, starts):
