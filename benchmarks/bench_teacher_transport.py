@@ -2,8 +2,9 @@
 """A teacher's law over HTTP, end to end: our binary frames against JSON, the best K per token.
 
 A server of its own process scores texts, and both forms carry the same law, to the bit. JSON is
-what a server writes with `json.dumps`, per text lists of K ids and K log-probs a row, as TRL's and
-SGLang's are, and what a client makes of it with `json.loads` and `torch.tensor`. vLLM's, a map of
+per text lists of K ids and K log-probs a row, a form like TRL's and SGLang's, written by Python's
+`json.dumps` and read with `json.loads` and `torch.tensor`. SGLang's /generate writes by orjson,
+which takes less time and is not measured: the ratio is that of Python's json. vLLM's, a map of
 {logprob, rank, decoded_token} per token, is three times as long and takes four times as long to
 write and read: this is the lighter of the two.
 

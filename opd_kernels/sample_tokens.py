@@ -55,7 +55,8 @@ def sample_tokens(
             numbers, so that the same ones give the same tokens. Checked on CPU. A float32 has 24
             bits: of tokens rarer than 6e-8 it skips some; float64 does not.
         proposal_temperature: > 0. 1 draws from p, with weights count / N. Above 1 draws more of
-            the tail; below 1 less, with weights that have no bound.
+            the tail; below 1 less, with weights that have no bound. Below some 0.2 any number of
+            draws one can afford sums to less than the law; above some 10 weights underflow to 0.
         temperature: divides the logits; > 0. A number, or [T] without gradient.
         softcap: c of cap, Gemma's; > 0. None: no cap.
         logit_scale: multiplies the logits before the cap; not 0.

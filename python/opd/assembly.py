@@ -374,6 +374,13 @@ def _check_told(config: TrainConfig, teacher: Any) -> None:
             f"'{teacher.store.path}' holds, got {config.objective.kind!r}, which asks for "
             f"{in_words([asked])}"
         )
+    for key, there in getattr(teacher, "drawn_with", {}).items():
+        here = getattr(config.objective, key)
+        if asked and here != there:
+            raise ConfigError(
+                f"objective.{key}: must be {there:g}, with which the store '{teacher.store.path}' "
+                f"was filled, got {here:g}"
+            )
 
 
 def _check_temperature(config: TrainConfig, theirs: float | None) -> None:

@@ -47,7 +47,9 @@ def first_difference(theirs: Any, ours: Any, vocab_size: int | None = None) -> s
         return None
     i = min(i for i in there.keys() | here.keys() if there.get(i) != here.get(i))
     words = [repr(tokens[i]) if i in tokens else "none" for tokens in (there, here)]
-    hint = f" (vocab_size={i} leaves out all from there on)" if i else ""
+    # where both have a token they are different tokenizers, and no size mends that
+    one_sided = (i in there) != (i in here)
+    hint = f" (vocab_size={i} leaves out all from there on)" if i and one_sided else ""
     return f"token {i} is {words[0]} there and {words[1]} for the student{hint}"
 
 

@@ -112,6 +112,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             display.step(run.step, _log(run, writer, meter) if is_logged else {})
             if is_last or (config.evaluation and _is_due(run.step, config.evaluation.eval_steps)):
                 evaluated = _evaluate(run, writer, display)
+                # rollouts may follow what was found, and nobody evaluates this step twice
+                run.mark()
             if is_last or stop or _is_due(run.step, config.save_steps):
                 display.phase("save")
                 run.save()
@@ -148,9 +150,8 @@ def _steps_kept(run: Run, display: Display) -> Iterator[None]:
     except (_GivenUp, TeacherError) as error:
         if run.step and not (run.output_dir / f"checkpoint-{run.step}").is_dir():
             run.save(as_marked=True)
-        display.say(
-            f"without the teacher the run cannot go on; it is kept as of the end of step {run.step}"
-        )
+        kept = f"it is kept as of the end of step {run.step}" if run.step else "no step was done"
+        display.say(f"without the teacher the run cannot go on; {kept}")
         if isinstance(error, TeacherError):
             raise
 

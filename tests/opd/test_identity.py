@@ -28,9 +28,8 @@ def test_tokens_that_no_law_is_about_do_not_matter():
     assert first_difference(short, long, 2) is None
     words = "token 2 is none there and 'c' for the student (vocab_size=2 leaves out"
     assert words in first_difference(short, long, 3)
-    assert (
-        first_difference(_Words("b"), _Words("a")) == "token 0 is 'b' there and 'a' for the student"
-    )
+    words = "token 1 is 'b' there and 'c' for the student"
+    assert first_difference(_Words("a", "b"), _Words("a", "c")) == words
 
 
 def test_parts_are_told_apart():

@@ -13,11 +13,15 @@ import time
 import pytest
 import torch
 
+import opd.train
+from opd.assembly import open_run
 from opd.checkpoint import list_checkpoints
 from opd.clients import ServerFault
 from opd.clients.opd_server import OpdClient
 from opd.config import parse_config
 from opd.metrics import read_jsonl
+from opd.rollouts.replay import ReplayRollouts
+from opd.schema import ConfigError
 from opd.server.engine import Engine
 from opd.store import DrawsForm
 from opd.store.build import build
@@ -125,6 +129,21 @@ def test_a_store_is_the_teacher_of_an_offline_stage(run, values, tmp_path, model
     _same(cached, local, rel=1e-3)
 
 
+def test_other_draws_than_a_store_has_are_refused_at_load(values, tmp_path, model_path):
+    values |= {
+        "teacher": {"kind": "local", "model_name_or_path": model_path},
+        "objective": {**DRAWS, "num_draws": 3},
+        "rollouts": DATASET,
+    }
+    build(parse_config(copy.deepcopy(values)), tmp_path / "store", draws=DrawsForm(), quiet=True)
+    values["teacher"] = {"kind": "cached", "path": str(tmp_path / "store")}
+    with pytest.raises(ConfigError, match=r"objective\.num_draws: must be 50, with .* got 3"):
+        open_run(parse_config(values))
+    values["objective"] = {**DRAWS, "proposal_temperature": 2.0}
+    with pytest.raises(ConfigError, match=r"proposal_temperature: must be 1, with .* got 2"):
+        open_run(parse_config(values))
+
+
 @pytest.mark.parametrize("how", ["signal", "fault"])
 def test_a_teacher_that_dies_costs_no_step(run, values, tmp_path, url, monkeypatch, how):
     teacher = {"kind": "server", "url": url, "hidden_dtype": "float32"}
@@ -157,6 +176,60 @@ def test_a_teacher_that_dies_costs_no_step(run, values, tmp_path, url, monkeypat
     assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
     losses, weights = run("cut", teacher=teacher)
     assert len(losses) == 3 and torch.equal(weights, expected)
+
+
+def test_a_teacher_that_dies_in_the_first_step_leaves_nothing(values, url, monkeypatch, capsys):
+    def dies(*arguments):
+        raise ServerFault("teacher http://x: /v1/hidden_states failed 8 times in a row")
+
+    monkeypatch.setattr(OpdClient, "_score_part", dies)
+    values["teacher"] = {"kind": "server", "url": url}
+    with pytest.raises(ServerFault):
+        train(parse_config(values))
+    said = "".join(capsys.readouterr())
+    assert "the run cannot go on; no step was done" in said and "is kept" not in said
+    assert not list_checkpoints(values["output_dir"])
+
+
+def test_a_teacher_that_dies_after_an_evaluation_keeps_what_it_changed(
+    run, tmp_path, url, monkeypatch
+):
+    changes = {
+        "teacher": {"kind": "server", "url": url, "hidden_dtype": "float32"},
+        "rollouts": {"kind": "replay", "max_completion_length": 60},
+        "evaluation": {"eval_steps": 1, "num_prompts": 2},
+    }
+    judge, observe, observed = opd.train._judge, ReplayRollouts.observe, []
+
+    def rises(self, value):
+        observed.append(value)
+        # phi follows from the second one on
+        observe(self, 1.0 + (self._reference_nll or 0.0))
+
+    def dies(*arguments):
+        if len(observed) == 3:
+            raise ServerFault("teacher http://x: /v1/hidden_states failed 8 times in a row")
+        return judge(*arguments)
+
+    monkeypatch.setattr(ReplayRollouts, "observe", rises)
+    _, expected = run("whole", **changes)
+    observed.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(opd.train, "_judge", dies)
+        with pytest.raises(ServerFault):
+            run("cut", **changes)
+    _, weights = run("cut", **changes)
+    phis = [
+        [
+            row["replay/phi"]
+            for row in read_jsonl(tmp_path / name / "metrics.jsonl")
+            if "loss" in row
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert phis[0] == phis[1] and phis[0][1] < phis[0][2]
+    # which requests the server scores together moves the last bits
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("transport", ["local", "hidden", "topk", "store", "draws"])

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,11 +38,18 @@ class Damaged(BadReply):
 
 class _Transient(Exception):
     def __init__(
-        self, reason: str, retry_after_s: float | None = None, status: int | None = None
+        self,
+        reason: str,
+        retry_after_s: float | None = None,
+        status: int | None = None,
+        *,
+        silent: bool = False,
     ) -> None:
         super().__init__(reason)
         self.retry_after_s = retry_after_s
         self.status = status
+        # no answer in time: says neither that the server works nor that it fails
+        self.silent = silent
 
 
 class Transport:
@@ -87,10 +97,30 @@ class Transport:
         self._wait = tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.5)
         self._reminded = threading.Lock()
         self._last_reminder = -_REMIND_S
+        # by path, what a call left at its deadline: slow faults do not reach the limit in one call
+        self._faults: dict[str, int] = {}
+
+        # of what is under way, for `close`
+        self._streams: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._deadlines: weakref.WeakSet[Deadline] = weakref.WeakSet()
+        self._under_way = threading.Lock()
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Let go of the connections; calls under way in other threads end as at their deadline."""
+        with self._under_way:
+            streams, deadlines = list(self._streams), list(self._deadlines)
+        for deadline in deadlines:
+            deadline.cancel()
+        for stream in streams:
+            # closing alone does not wake a thread that reads
+            with contextlib.suppress(OSError):
+                stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         self._client.close()
+
+    def _note(self, event: str, info: Mapping[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            with self._under_way:
+                self._streams.add(info["return_value"])
 
     def call(
         self,
@@ -112,9 +142,11 @@ class Transport:
             HttpRefused: a status that another try does not change.
             TeacherUnavailable: the deadline.
             BadReply: the reply came whole and is wrong, or came damaged three times.
-            ServerFault: status 500 eight times in a row.
+            ServerFault: status 500 eight times in a row, over the calls of this path.
         """
-        damaged = faults = 0
+        damaged, faults = 0, self._faults.get(path, 0)
+        with self._under_way:
+            self._deadlines.add(deadline)
         reason: _Transient | None = None
 
         def attempt() -> Any:
@@ -126,14 +158,20 @@ class Transport:
                 body, reply = self._once(method, path, deadline, content, headers or {})
             except _Transient as error:
                 reason = error
-                faults = faults + 1 if error.status == 500 else 0
-                if faults == _MAX_FAULTS:
+                if error.status == 500:
+                    faults += 1
+                elif not error.silent:
+                    faults = 0
+                    self._faults.pop(path, None)
+                if faults >= _MAX_FAULTS:
+                    self._faults.pop(path, None)
                     raise ServerFault(
                         f"teacher {self.url}: {path} failed {faults} times in a row ({error}): it "
                         "runs, and cannot do what is asked; its log should say why"
                     ) from None
                 raise
             faults = 0
+            self._faults.pop(path, None)
             try:
                 return body if parse is None else parse(body, reply.headers)
             except Damaged as error:
@@ -153,6 +191,8 @@ class Transport:
         try:
             return retrying(attempt)
         except _Transient as error:
+            if faults:
+                self._faults[path] = faults
             raise TeacherUnavailable(
                 f"teacher {self.url} gave no answer within {deadline.seconds:g} s ({error}); see "
                 "that it runs and raise the deadline if it is only slow; the requests that it had "
@@ -175,6 +215,7 @@ class Transport:
             content=content,
             headers=dict(headers),
             timeout=httpx2.Timeout(longest, connect=min(10.0, longest)),
+            extensions={"trace": self._note},
         )
         try:
             reply = self._client.send(request, stream=True)
@@ -183,7 +224,8 @@ class Transport:
             finally:
                 reply.close()
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _Transient(_words(error)) from None
+            silent = isinstance(error, httpx2.ReadTimeout)
+            raise _Transient(_words(error), silent=silent) from None
         if reply.status_code in _TRANSIENT:
             raise _Transient(
                 f"status {reply.status_code}, {_message(body)}",
@@ -209,7 +251,7 @@ class Transport:
                     "for fewer sequences at a time, or raise max_reply_bytes"
                 )
             if deadline.left() <= 0:
-                raise _Transient("the reply was still coming in")
+                raise _Transient("the reply was still coming in", silent=True)
             parts.append(part)
         return b"".join(parts)
 

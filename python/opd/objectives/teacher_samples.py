@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 import opd_kernels as opk
@@ -27,7 +27,8 @@ class TeacherSamples(Section):
 
     Attributes:
         num_draws: per position, 1 to 4096.
-        proposal_temperature: above 1 draws more of the tail, with weights that vary more elsewhere.
+        proposal_temperature: above 1 draws more of the tail, with weights that vary more elsewhere;
+            in [0.25, 4], beyond which a few dozen draws tell little of the law.
         temperature: divides both models' logits.
 
     Source: random-sampling knowledge distillation, arXiv:2503.16870.
@@ -39,8 +40,19 @@ class TeacherSamples(Section):
 
     kind: Literal["teacher_samples"] = "teacher_samples"
     num_draws: int = Field(50, ge=1, le=4096)
-    proposal_temperature: float = Field(1.0, ge=1e-30, le=1e30)
+    proposal_temperature: float = 1.0
     temperature: float = Field(1.0, gt=0)
+
+    @field_validator("proposal_temperature")
+    @classmethod
+    def _check_proposal(cls, value: float) -> float:
+        if not 0.25 <= value <= 4:
+            raise ValueError(
+                "must be in [0.25, 4]: far below 1 the draws miss most of the law, and their "
+                "weights sum to less than 1; far above 1 they are of tokens with weights near 0, "
+                f"got {value:g}"
+            )
+        return value
 
     def ask(self, teacher: Law | DrawnLaw, batch: Batch) -> None:
         """What does not wait for the student, on the teacher's time."""
@@ -59,7 +71,8 @@ class TeacherSamples(Section):
         hidden = student.hidden()
         # -sum w log q has the gradient of `drop` on w over its sum, times that sum
         mass = drawn.weights.sum(1)
-        target = (drawn.weights / mass[:, None]).log()
+        # all weights of a position may underflow: with the weight 0 any law does, but no NaN
+        target = torch.where(mass[:, None] > 0, drawn.weights / mass[:, None], 1.0).log()
         out = opk.fused_linear_topk_divergence(
             hidden,
             student.head.weight,

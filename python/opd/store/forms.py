@@ -114,9 +114,11 @@ class DrawsForm:
         """[num_tokens, N] float64 in [0, 1) that follow from the seed and a record's key alone, so
         that whoever draws for a completion, and when, draws the same."""
         digest = hash_parts(b"draws", self.seed.to_bytes(8, "little"), key)
-        # the generator takes 63 bits
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.rand(num_tokens, self.num_draws, dtype=torch.float64, generator=generator)
+        # keyed by all 128 bits; torch's generator on CPU takes 32 of a seed
+        philox = np.random.Philox(key=int.from_bytes(digest, "little"))
+        # numpy keeps a bit generator's stream from release to release, not that of a Generator
+        words = philox.random_raw(num_tokens * self.num_draws) >> np.uint64(11)
+        return torch.from_numpy(words * 2.0**-53).view(num_tokens, self.num_draws)
 
     @property
     def is_counted(self) -> bool:

@@ -70,6 +70,13 @@ class CachedTeacher:
         return frozenset({self.store.manifest.form.tells})
 
     @property
+    def drawn_with(self) -> dict[str, float]:
+        """What a store of draws binds the objective to, by the names that it has there."""
+        form = self.store.manifest.form
+        names = ("num_draws", "proposal_temperature") if isinstance(form, DrawsForm) else ()
+        return {name: getattr(form, name) for name in names}
+
+    @property
     def temperature(self) -> float:
         """That the store's laws are at."""
         return self.store.manifest.fingerprint.temperature
@@ -106,8 +113,7 @@ class CachedTeacher:
             return DrawnLaw(
                 lambda: self._draws(batch),
                 source=source,
-                num_draws=form.num_draws,
-                proposal_temperature=form.proposal_temperature,
+                **self.drawn_with,
                 temperature=self.temperature,
             )
         return SparseLaw(

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx2
 import pytest
@@ -23,7 +24,9 @@ from opd.clients import (
     TeacherRefused,
     TeacherUnavailable,
     connect,
+    daemons,
 )
+from opd.clients.transport import Damaged, Deadline, Transport
 from opd.schema import ConfigError
 from tests.opd.clients.conftest import VOCAB_SIZE
 
@@ -194,6 +197,31 @@ def test_a_server_that_fails_at_a_request_again_and_again_is_not_asked_for_ever(
     assert len(server.requests) == before + 8
 
 
+def test_slow_faults_are_counted_over_calls(fake):
+    client, server = fake("vllm")
+    transport = client.transport
+    transport._wait = tenacity.wait_none()
+    fault = httpx2.Response(500, text="out of memory")
+    silence, busy = httpx2.ReadTimeout(""), httpx2.Response(503)
+
+    def call(*replies):
+        """Of so many tries, at the end of which the deadline is there."""
+        server.failures, deadline = list(replies), Deadline(60)
+        deadline.sleep = lambda _: None if server.failures else deadline.cancel()
+        transport.call("POST", "/v1/completions", deadline=deadline, content=b"{}")
+
+    # silence says neither that it works nor that it fails
+    for replies in ((fault, fault, fault), (fault, silence), (silence,), (fault, fault, fault)):
+        with pytest.raises(TeacherUnavailable):
+            call(*replies)
+    with pytest.raises(ServerFault, match="failed 8 times in a row"):
+        call(fault, fault)
+    # what was told is told, and 503 says that it is at it
+    for _ in range(3):
+        with pytest.raises(TeacherUnavailable):
+            call(fault, fault, fault, busy, fault)
+
+
 def test_ctrl_c_does_not_wait_for_requests_under_way(sequences, starts):
     """Nor does the end of the process, which waits for threads that are no daemons."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -207,6 +235,34 @@ def test_ctrl_c_does_not_wait_for_requests_under_way(sequences, starts):
         assert time.monotonic() - begin < 2
         asking = [thread for thread in threading.enumerate() if thread.name.startswith("teacher")]
         assert len(asking) == 4 and all(thread.daemon for thread in asking)
+
+
+def test_closing_ends_requests_under_way():
+    """One that waits for a reply, and one that waits before its next try."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        transport = Transport(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        asleep = Deadline(60)
+        calls = [
+            partial(transport.call, "GET", "/", deadline=Deadline(60)),
+            partial(transport.call, "GET", "/", deadline=asleep, parse=_damaged),
+        ]
+        transport._wait = tenacity.wait_fixed(60)
+        once = transport._once
+
+        def answers_one(*arguments):
+            return (b"", httpx2.Response(200)) if arguments[2] is asleep else once(*arguments)
+
+        transport._once = answers_one
+        futures = daemons.start(calls, num_threads=2)
+        time.sleep(0.5)
+        assert not any(future.done() for future in futures)
+        transport.close()
+        for future in futures:
+            assert isinstance(future.exception(timeout=3), TeacherUnavailable)
+
+
+def _damaged(body, headers):
+    raise Damaged("cut")
 
 
 def test_what_the_server_takes_for_wrong_is_not_tried_again(fake, variant, sequences, starts):

@@ -82,6 +82,31 @@ def test_student_equal_to_teacher_has_no_loss_whatever_is_drawn(hf_model, studen
     assert signal.loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_position_whose_weights_underflow_counts_for_nothing(student, batch):
+    """Beside others, which count as ever."""
+
+    def loss(weights):
+        ids = torch.tensor([[3, 5, -1]]).repeat(batch.num_tokens, 1)
+        weights = weights[:, None] * torch.tensor([0.5, 0.25, 0.0])
+        rows = DrawnRows(ids=ids, weights=weights)
+        made = {"num_draws": 50, "proposal_temperature": 1.0, "temperature": 1.0}
+        law = DrawnLaw(lambda: rows, source="x", **made)
+        signal = TeacherSamples()(student.law(batch), law, batch, batch.num_tokens)
+        student.model.zero_grad()
+        signal.loss.backward()
+        gradients = [p.grad.flatten().clone() for p in student.model.parameters()]
+        return signal.loss.detach(), torch.cat(gradients)
+
+    num_tokens = batch.num_tokens
+    first = torch.eye(num_tokens)[0]
+    parts = [loss(first), loss(1 - first)]
+    whole = loss(torch.ones(num_tokens))
+    for one, other, both in zip(*parts, whole, strict=True):
+        torch.testing.assert_close(one + other, both)
+    nothing = loss(torch.zeros(num_tokens))
+    assert nothing[0] == 0 and not nothing[1].any()
+
+
 def test_draws_that_were_made_with_other_settings_are_refused(student, batch):
     def law(**settings):
         rows = DrawnRows(ids=torch.zeros(1, 1), weights=torch.ones(1, 1))
@@ -98,7 +123,14 @@ def test_draws_that_were_made_with_other_settings_are_refused(student, batch):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num_draws": 0}, {"num_draws": 4097}, {"proposal_temperature": 0.0}]
+    "settings",
+    [
+        {"num_draws": 0},
+        {"num_draws": 4097},
+        {"proposal_temperature": 0.2},
+        {"proposal_temperature": 5.0},
+        {"proposal_temperature": float("nan")},
+    ],
 )
 def test_refuses(settings):
     with pytest.raises(ValidationError, match=next(iter(settings))):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd.store import DrawsForm, StoreError, TeacherStore, verify
+from opd.store import DrawsForm, StoreError, TeacherStore, forms, verify
 from opd.store.forms import TopkForm, parse_form
 from tests.opd.store.conftest import create, ids_of, laws_of
 from tests.opd.store.test_teacher_store import damaged, is_harmless, same
@@ -127,6 +128,23 @@ def test_random_numbers_follow_from_the_seed_and_the_record_alone():
     assert torch.equal(first, form.uniforms(b"a" * 16, 4))
     assert not torch.equal(first, form.uniforms(b"b" * 16, 4))
     assert not torch.equal(first, DrawsForm(num_draws=3, seed=2).uniforms(b"a" * 16, 4))
+
+
+def test_the_random_numbers_follow_from_all_of_the_hash(monkeypatch):
+    """Two hashes that agree in their first 8 bytes, or only in the low half of them."""
+    hashes = [b"\x01" + bytes(15), b"\x01" + bytes(4) + b"\x05" + bytes(10), b"\x01" * 9 + bytes(7)]
+    hashes.append(b"\x01" * 8 + bytes(8))
+    found = []
+    for digest in hashes:
+        monkeypatch.setattr(forms, "hash_parts", lambda *parts, digest=digest: digest)
+        found.append(DrawsForm(num_draws=3).uniforms(b"", 4))
+    assert all((a != b).any() for a, b in itertools.combinations(found, 2))
+
+
+def test_the_random_numbers_stay_what_they_are():
+    """A store is filled further by later releases."""
+    found = DrawsForm(num_draws=2, seed=1).uniforms(b"a" * 16, 1)
+    assert found.tolist() == [[0.8489828069292644, 0.2703113195966329]]
 
 
 # -- stores of draws -------------------------------------------------------------------------------
