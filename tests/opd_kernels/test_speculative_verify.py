@@ -94,6 +94,15 @@ def test_speculative_verify_cuts_by_hand():
     assert kept_by(row, 3, 0.49) == [[1]] and kept_by(row, 3, 0.51) == [[1, 2, 4]]
 
 
+def test_speculative_verify_cuts_where_float32_has_gaps():
+    # 8 is one step of float32 at 1e8: e^-8 each, of which there are as many as weigh 1
+    logits = torch.full((1, 3000), 1e8 - 8)
+    logits[0, 0] = 1e8
+    for top_k in (0, 2999):
+        assert kept_by(logits, top_k, 0.9) == [list(range(3000))]
+    assert kept_by(logits, 0, 0.4) == kept_by(logits, 1, 0.9) == [[0]]
+
+
 @pytest.mark.parametrize("dtype", [F64, F32], ids=dtype_id)
 @pytest.mark.parametrize(
     "law",
