@@ -138,6 +138,7 @@ def fused_linear_speculative_verify(
     ]
     decision = pack_decision(
         drafts,
+        vocab_size,
         uniforms,
         mode,
         num_draft,

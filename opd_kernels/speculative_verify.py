@@ -159,6 +159,7 @@ def speculative_verify(
     ]
     decision = pack_decision(
         drafts,
+        vocab_size,
         uniforms,
         mode,
         num_draft,
@@ -262,6 +263,7 @@ def pair_of(mode: str, of_student: object, of_both: object, in_greedy: object) -
 
 def pack_decision(
     drafts: Tensor,
+    vocab_size: int,
     uniforms: Tensor | None,
     mode: str,
     num_draft: Tensor | None,
@@ -275,7 +277,8 @@ def pack_decision(
 ) -> Decision:
     """Checks what is the same from logits and from hidden states."""
     num_sequences = drafts.shape[0]
-    top_ks = [checked_top_k(op, value) for value in pair_of(mode, *top_k, 0)]
+    # as many as there are is all; the ops hold no larger number
+    top_ks = [min(checked_top_k(op, value), vocab_size) for value in pair_of(mode, *top_k, 0)]
     top_ps = [checked_top_p(op, value) for value in pair_of(mode, *top_p, 1.0)]
     if isinstance(num_topk, bool) or not isinstance(num_topk, int):
         raise TypeError(f"{op}: num_topk must be an int, got {type(num_topk).__name__}.")
@@ -313,7 +316,7 @@ def pack_decision(
         top_ks,
         top_ps,
         mode,
-        num_topk,
+        min(num_topk, vocab_size),
         math.inf if threshold is None else float(threshold),
         bool(with_acceptance) and mode in ("rejection", "block"),
     )

@@ -122,7 +122,7 @@ def speculative_verify(
         if mode == "rejection":
             keep = (coins * q_of < p_of) | ((q_of == 0) & (p_of > 0))
         elif mode == "topk":
-            keep = _ranks(z_p[:, :num_drafts], ids) < num_topk
+            keep = _ranks(z_p[:, :num_drafts], ids) < min(num_topk, z_p.shape[2])
         elif mode == "greedy":
             keep = ids.squeeze(2) == z_p[:, :num_drafts].argmax(2)
         else:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -281,6 +282,11 @@ def test_speculative_verify_of_all_and_of_no_ranks():
     upto = drafts.teacher[:, 0].softmax(-1).cumsum(-1)
     expected = (upto <= drafts.uniforms[:, -1:]).sum(1)
     assert torch.equal(none.next_token.long(), expected)
+    # more than there are is all of them, also of numbers that no kernel holds
+    for backend, number in itertools.product(("cpu", "reference"), (61, 2**31, 2**40, 2**64)):
+        options = {"uniforms": drafts.uniforms, "mode": "topk", "backend": backend}
+        kept = opk.speculative_verify(*drafts[:3], num_topk=number, top_k=number, **options)
+        same(kept, every, rtol=1e-12, atol=1e-12, what=f"{backend} {number}")
     # ranks are by id where logits are equal, and no law is needed of the student
     teacher = torch.tensor([[2.0, 1.0, 1.0, 0.0]]).expand(1, 2, 4)
     for token, rank in enumerate((0, 1, 2, 3)):
