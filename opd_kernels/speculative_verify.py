@@ -80,7 +80,10 @@ def speculative_verify(
     topk        keep i while fewer than num_topk tokens come before x_i in p_i; next ~ p_n.
                 num_topk = V keeps all, 0 none.
     threshold   d_i = KL(p_i || q_i) of the laws before they are cut: keep i until the first d_i
-                above threshold times the mean of the `window` values before it; next ~ p_n.
+                above threshold times the mean of the `window` values before it, of which none
+                may be unknown: until these are there all are kept; next ~ p_n. A d below 1e-10,
+                rounding of equal laws, counts as 0. A d of inf (q = 0 < p) is above every finite
+                limit, and nothing is while it is in the window, but that 0 * inf = 0.
     greedy      keep i while x_i is the teacher's best token, then its best one; of equals the
                 smallest id. Temperatures, top_k, top_p and uniforms are not read.
 
@@ -106,9 +109,11 @@ def speculative_verify(
         student_logit_scale, teacher_logit_scale: multiply the logits before the cap; not 0.
         vocab_size: the leading columns that count; the rest is not read.
         num_topk: of mode topk.
-        threshold: of mode threshold, >= 0. inf keeps all, 0 none after the first token.
+        threshold: of mode threshold, >= 0. inf keeps all, 0 none after the first `window` tokens
+            where the laws differ.
         history: [B, window] of mode threshold: d of the tokens before the drafts, the last one
-            last, NaN where there was none. None: the drafts are the first, and window is G.
+            last, NaN where there was none. None: the drafts are the first, and window is G, so
+            that all are kept.
         with_acceptance: in the modes rejection and block, adds the expected acceptance: one more
             pass over both laws.
         backend: "cpu" | "cuda" | "triton" | "reference"; None picks one.

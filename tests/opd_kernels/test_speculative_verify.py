@@ -307,12 +307,31 @@ def test_speculative_verify_by_thresholds():
         return on_cpu(*tensors, uniforms=uniforms, mode="threshold", threshold=threshold, **options)
 
     assert call(math.inf).num_accepted.tolist() == [5] * 6
-    # the first token has nothing before it
-    assert call(0.0).num_accepted.tolist() == [1] * 6
+    # nothing is refused before the window is whole, and without history it is all of the drafts
+    assert call(0.0).num_accepted.tolist() == [5] * 6
     history = torch.full((6, 2), NAN)
-    assert call(0.0, history=history).num_accepted.tolist() == [1] * 6
+    assert call(0.0, history=history).num_accepted.tolist() == [2] * 6
     history[:, 1] = 1e-3
+    assert call(0.0, history=history).num_accepted.tolist() == [1] * 6
+    assert call(1e-9, history=history.flip(1)).num_accepted.tolist() == [2] * 6
+    history[:, 0] = 1e-3
     assert call(1.0, history=history).num_accepted.tolist() == [0] * 6
+    # nothing is above inf, but 0 times it is 0
+    history[:, 0] = INF
+    assert call(1e-9, history=history).num_accepted.tolist() == [1] * 6
+    assert call(0.0, history=history).num_accepted.tolist() == [0] * 6
+    # rounding is no divergence
+    assert call(1.0, history=torch.full((6, 2), 1e-11)).num_accepted.tolist() == [0] * 6
+    same_laws = torch.full((6, 1), 1e-11)
+    equal = (tensors[0], tensors[2][:, :-1] + 0.37, tensors[2])
+    for number, backend in itertools.product((0.0, 2.0), ("cpu", "reference")):
+        for dtype in (F64, F32):
+            kept = opk.speculative_verify(
+                equal[0], *(value.to(dtype) for value in equal[1:]), uniforms=uniforms,
+                mode="threshold", threshold=number, history=same_laws, backend=backend,
+            )  # fmt: skip
+            assert kept.num_accepted.tolist() == [5] * 6, (backend, dtype)
+            assert not bool(kept.divergence.any())
     got = call(math.inf, history=history, top_k=3)
     p, q = tensors[2][:, :-1].log_softmax(-1), tensors[1].log_softmax(-1)
     torch.testing.assert_close(got.divergence, (p.exp() * (p - q)).sum(-1))
