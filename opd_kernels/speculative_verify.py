@@ -400,7 +400,8 @@ def check_values(drafts: Tensor, decision: Decision, vocab_size: int, op: str = 
     real = torch.where(places < num_draft.unsqueeze(1), drafts, 0)
     _checks.token_ids_in_range(op, real, vocab_size, "draft_token_ids")
     if decision.mode != "greedy":
-        flat = decision.uniforms.reshape(-1)
+        coins = torch.where(places < num_draft.unsqueeze(1), decision.uniforms[:, :-1], 0.0)
+        flat = torch.cat([coins, decision.uniforms[:, -1:]], 1).reshape(-1)
         _checks.values_in_range(op, "uniforms", flat, None, 0.0, _BELOW_ONE, "in [0, 1)")
     return num_draft
 

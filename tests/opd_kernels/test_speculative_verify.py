@@ -199,12 +199,17 @@ def test_speculative_verify_of_a_bad_law_ends_its_own_sequence(mode, bad):
 def test_speculative_verify_does_not_read_what_comes_after():
     drafts = drafts_of(4, 3, 300)
     for mode in MODES:
-        options = drafts.options(mode, num_draft=torch.tensor([1, 0, 2, 3]))
+        options = drafts.options(
+            mode, num_draft=torch.tensor([1, 0, 2, 3]), uniforms=drafts.uniforms.clone()
+        )
         expected = on_cpu(*drafts[:3], **options)
         ids, student, teacher = (value.clone() for value in drafts[:3])
         for row, last in enumerate((1, 0, 2, 3)):
             ids[row, last:], student[row, last:], teacher[row, last + 1 :] = -7, NAN, INF
-        same(on_cpu(ids, student, teacher, **options), expected, what=mode)
+            options["uniforms"][row, last:-1] = NAN
+        for backend in ("cpu", "reference"):
+            got = opk.speculative_verify(ids, student, teacher, backend=backend, **options)
+            same(got, expected, rtol=1e-11, atol=1e-11, what=f"{mode} {backend}")
         if mode not in ("block", "threshold"):
             # nor after a refusal
             for row, last in enumerate(expected.num_accepted.tolist()):
