@@ -189,6 +189,17 @@ def logit_scale(op: str, name: str, value: float) -> float:
     return float(value)
 
 
+def law_number(rows, name: str, value: float) -> float:
+    """A number of a law whose size and inverse float32, where the kernel is in it, holds whole."""
+    tiny = torch.finfo(torch.float32).tiny
+    if rows.real != torch.float64 and not tiny <= abs(value) <= 1 / tiny:
+        raise ValueError(
+            f"{rows.op}: {name} must be in [{tiny:.3g}, {1 / tiny:.3g}] in size, as float32 holds "
+            f"it and its inverse, got {value}."
+        )
+    return value
+
+
 def autocast_pair(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast, hidden states in the head's dtype; the op forms float32 logits of its own."""
     both = isinstance(hidden, Tensor) and isinstance(weight, Tensor)

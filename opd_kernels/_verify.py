@@ -21,6 +21,8 @@ MODES = ("rejection", "block", "topk", "threshold", "greedy")
 # these read the student's law to decide, and the first two to draw
 NEEDS_STUDENT = ("rejection", "block", "threshold")
 _DRAW_RESIDUAL = ("rejection", "block")
+# of a law from another that rounding alone tells apart
+NO_DIVERGENCE = 1e-10
 _FORWARD_KL = 0
 _UNREAD, _NO_TOKEN = -2, -1
 
@@ -250,12 +252,17 @@ def _kept(
     if width == 0:
         return coins < 0, coins
     divergence = _divergences(kernels, spec, student_logits, teacher_logits, *ids.shape)
-    before = divergence if history is None else torch.cat([history.double(), divergence], 1)
+    divergence = torch.where(divergence < NO_DIVERGENCE, 0.0, divergence)
+    before = divergence if history is None else torch.cat([history, divergence], 1)
+    before = torch.where(before < NO_DIVERGENCE, 0.0, before)
     window = width if history is None else history.shape[1]
     before = torch.nn.functional.pad(before, (width + window - before.shape[1], 0), value=math.nan)
-    means = torch.stack([before[:, i : i + window].nanmean(1) for i in range(width)], 1)
-    # a mean of nothing is NaN, and so is inf times a mean of 0: neither refuses
-    return ~(divergence > spec.threshold * means), divergence
+    means = torch.stack([before[:, i : i + window].mean(1) for i in range(width)], 1)
+    # a mean with an unknown value is NaN, and so is inf times a mean of 0: neither refuses
+    limits = spec.threshold * means
+    if spec.threshold == 0:
+        limits = torch.where(means == math.inf, 0.0, limits)
+    return ~(divergence > limits), divergence
 
 
 def _divergences(kernels, spec, student_logits, teacher_logits, num_sequences, width) -> Tensor:

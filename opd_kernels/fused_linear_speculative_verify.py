@@ -76,7 +76,8 @@ def fused_linear_speculative_verify(
         teacher_lm_head_weight: [V, Dt] of the same dtype.
         student_bias, teacher_bias: [V] of the heads.
         vocab_size: the leading rows of the heads that count, where they are padded differently.
-        workspace_bytes: budget for logits and other temporaries.
+        workspace_bytes: budget for logits and other temporaries. The default of 1 GiB stands for
+            56 MiB on a CPU, or two sequences where a step takes whole ones, also where it is given.
         The rest: as in `speculative_verify`.
 
     Returns:
@@ -138,6 +139,7 @@ def fused_linear_speculative_verify(
     ]
     decision = pack_decision(
         drafts,
+        vocab_size,
         uniforms,
         mode,
         num_draft,

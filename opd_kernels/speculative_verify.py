@@ -80,7 +80,10 @@ def speculative_verify(
     topk        keep i while fewer than num_topk tokens come before x_i in p_i; next ~ p_n.
                 num_topk = V keeps all, 0 none.
     threshold   d_i = KL(p_i || q_i) of the laws before they are cut: keep i until the first d_i
-                above threshold times the mean of the `window` values before it; next ~ p_n.
+                above threshold times the mean of the `window` values before it, of which none
+                may be unknown: until these are there all are kept; next ~ p_n. A d below 1e-10,
+                rounding of equal laws, counts as 0. A d of inf (q = 0 < p) is above every finite
+                limit, and nothing is while it is in the window, but that 0 * inf = 0.
     greedy      keep i while x_i is the teacher's best token, then its best one; of equals the
                 smallest id. Temperatures, top_k, top_p and uniforms are not read.
 
@@ -106,9 +109,11 @@ def speculative_verify(
         student_logit_scale, teacher_logit_scale: multiply the logits before the cap; not 0.
         vocab_size: the leading columns that count; the rest is not read.
         num_topk: of mode topk.
-        threshold: of mode threshold, >= 0. inf keeps all, 0 none after the first token.
+        threshold: of mode threshold, >= 0. inf keeps all, 0 none after the first `window` tokens
+            where the laws differ.
         history: [B, window] of mode threshold: d of the tokens before the drafts, the last one
-            last, NaN where there was none. None: the drafts are the first, and window is G.
+            last, NaN where there was none. None: the drafts are the first, and window is G, so
+            that all are kept.
         with_acceptance: in the modes rejection and block, adds the expected acceptance: one more
             pass over both laws.
         backend: "cpu" | "cuda" | "triton" | "reference"; None picks one.
@@ -159,6 +164,7 @@ def speculative_verify(
     ]
     decision = pack_decision(
         drafts,
+        vocab_size,
         uniforms,
         mode,
         num_draft,
@@ -262,6 +268,7 @@ def pair_of(mode: str, of_student: object, of_both: object, in_greedy: object) -
 
 def pack_decision(
     drafts: Tensor,
+    vocab_size: int,
     uniforms: Tensor | None,
     mode: str,
     num_draft: Tensor | None,
@@ -275,7 +282,8 @@ def pack_decision(
 ) -> Decision:
     """Checks what is the same from logits and from hidden states."""
     num_sequences = drafts.shape[0]
-    top_ks = [checked_top_k(op, value) for value in pair_of(mode, *top_k, 0)]
+    # as many as there are is all; the ops hold no larger number
+    top_ks = [min(checked_top_k(op, value), vocab_size) for value in pair_of(mode, *top_k, 0)]
     top_ps = [checked_top_p(op, value) for value in pair_of(mode, *top_p, 1.0)]
     if isinstance(num_topk, bool) or not isinstance(num_topk, int):
         raise TypeError(f"{op}: num_topk must be an int, got {type(num_topk).__name__}.")
@@ -313,7 +321,7 @@ def pack_decision(
         top_ks,
         top_ps,
         mode,
-        num_topk,
+        min(num_topk, vocab_size),
         math.inf if threshold is None else float(threshold),
         bool(with_acceptance) and mode in ("rejection", "block"),
     )
@@ -392,7 +400,8 @@ def check_values(drafts: Tensor, decision: Decision, vocab_size: int, op: str = 
     real = torch.where(places < num_draft.unsqueeze(1), drafts, 0)
     _checks.token_ids_in_range(op, real, vocab_size, "draft_token_ids")
     if decision.mode != "greedy":
-        flat = decision.uniforms.reshape(-1)
+        coins = torch.where(places < num_draft.unsqueeze(1), decision.uniforms[:, :-1], 0.0)
+        flat = torch.cat([coins, decision.uniforms[:, -1:]], 1).reshape(-1)
         _checks.values_in_range(op, "uniforms", flat, None, 0.0, _BELOW_ONE, "in [0, 1)")
     return num_draft
 

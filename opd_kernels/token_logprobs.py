@@ -55,6 +55,10 @@ def pack_law(
     if isinstance(temperature, Tensor):
         temperature, temperatures = 1.0, _checks.per_token(rows, "temperature", temperature)
     temperature = _checks.temperature(rows.op, "temperature", temperature)
+    # a softcap of 0 is none
+    for name, value in (("logit_scale", scale), ("softcap", cap), ("temperature", temperature)):
+        if value != 0:
+            _checks.law_number(rows, name, value)
     if bias is not None:
         bias = _checks.bias(rows, "bias", bias, vocab_size)
     return Law(bias, temperatures, [scale, cap, temperature], vocab_size)

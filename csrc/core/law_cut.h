@@ -203,7 +203,8 @@ T top_p_floor(const Measured<T>& row, T floor, double top_p, double kept) {
   const double share =
       0.5 * (1.0 - top_p) * kept / static_cast<double>(row.logits.vocab_size());
   const T least = static_cast<T>(static_cast<double>(row.largest) + std::log(share));
-  const T bound = std::max(least, std::nextafter(floor, kMinusInfinity<T>));
+  // neither it, which rounding to T may have raised, nor the floor is outside
+  const T bound = std::nextafter(std::max(least, floor), kMinusInfinity<T>);
   return Cut<T>(row, {true, top_p * kept}).find(bound);
 }
 

@@ -55,7 +55,7 @@ def speculative_verify(
     rejection: u_i q_i(x_i) < p_i(x_i), then norm(max(p_n - q_n, 0)), or p_G;
     block: n = max {i: u_{i-1} < h_i}, then norm(max(w_n p_n - q_n, 0)), or p_G;
     topk: rank of x_i in p_i < num_topk, then p_n;
-    threshold: until KL(p_i || q_i) > threshold * mean of the last window, then p_n;
+    threshold: until KL(p_i || q_i) > threshold * mean of the last window, if whole, then p_n;
     greedy: x_i = argmax p_i, then argmax p_n
 
     Args:
@@ -122,12 +122,12 @@ def speculative_verify(
         if mode == "rejection":
             keep = (coins * q_of < p_of) | ((q_of == 0) & (p_of > 0))
         elif mode == "topk":
-            keep = _ranks(z_p[:, :num_drafts], ids) < num_topk
+            keep = _ranks(z_p[:, :num_drafts], ids) < min(num_topk, z_p.shape[2])
         elif mode == "greedy":
             keep = ids.squeeze(2) == z_p[:, :num_drafts].argmax(2)
         else:
             whole = [_law(z, t, 0, 1.0) for z, t in ((z_p, temperature), (z_q, student_options[0]))]
-            divergence = _kl(whole[0][:, :num_drafts], whole[1])
+            divergence = _without_noise(_kl(whole[0][:, :num_drafts], whole[1]))
             keep = ~_is_above(divergence, threshold, history)
         n = (keep & real & ~broken).cumprod(1).sum(1)
         lost = torch.nn.functional.pad(broken & real, (0, 1)).gather(1, n.unsqueeze(1)).squeeze(1)
@@ -207,16 +207,23 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(p == 0, 0.0, p * (p.log() - q.log())).sum(2)
 
 
+def _without_noise(divergence: Tensor) -> Tensor:
+    """What is below 1e-10 is the rounding of equal laws."""
+    return torch.where(divergence < 1e-10, 0.0, divergence)
+
+
 def _is_above(divergence: Tensor, threshold: float, history: Tensor | None) -> Tensor:
-    """d_i > threshold * mean of the last window; False where there is none."""
+    """d_i > threshold * mean of the last window, 0 * inf = 0; False while a value is missing."""
     above = torch.zeros(divergence.shape, dtype=torch.bool, device=divergence.device)
-    before = divergence[:, :0] if history is None else history.to(torch.float64)
+    before = divergence[:, :0]
+    if history is not None:
+        before = _without_noise(history.to(torch.float64))
     window = divergence.shape[1] if history is None else history.shape[1]
     for i in range(divergence.shape[1]):
-        last = before[:, max(0, before.shape[1] - window) :]
-        counts = ~last.isnan()
-        mean = torch.where(counts, last, 0.0).sum(1) / counts.sum(1)
-        above[:, i] = divergence[:, i] > threshold * mean
+        if window > 0 and before.shape[1] >= window and threshold < math.inf:
+            mean = before[:, before.shape[1] - window :].mean(1)
+            limit = torch.where(mean.isnan(), math.nan, 0.0) if threshold == 0 else threshold * mean
+            above[:, i] = divergence[:, i] > limit
         before = torch.cat([before, divergence[:, i : i + 1]], 1)
     return above
 

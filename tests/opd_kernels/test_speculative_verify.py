@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -92,6 +93,15 @@ def test_speculative_verify_cuts_by_hand():
     assert kept_by(row, 0, 0.81) == [[0, 1, 2, 3, 4]]
     # top_p counts what top_k has left as all there is: 0.4 of 0.8
     assert kept_by(row, 3, 0.49) == [[1]] and kept_by(row, 3, 0.51) == [[1, 2, 4]]
+
+
+def test_speculative_verify_cuts_where_float32_has_gaps():
+    # 8 is one step of float32 at 1e8: e^-8 each, of which there are as many as weigh 1
+    logits = torch.full((1, 3000), 1e8 - 8)
+    logits[0, 0] = 1e8
+    for top_k in (0, 2999):
+        assert kept_by(logits, top_k, 0.9) == [list(range(3000))]
+    assert kept_by(logits, 0, 0.4) == kept_by(logits, 1, 0.9) == [[0]]
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=dtype_id)
@@ -189,12 +199,17 @@ def test_speculative_verify_of_a_bad_law_ends_its_own_sequence(mode, bad):
 def test_speculative_verify_does_not_read_what_comes_after():
     drafts = drafts_of(4, 3, 300)
     for mode in MODES:
-        options = drafts.options(mode, num_draft=torch.tensor([1, 0, 2, 3]))
+        options = drafts.options(
+            mode, num_draft=torch.tensor([1, 0, 2, 3]), uniforms=drafts.uniforms.clone()
+        )
         expected = on_cpu(*drafts[:3], **options)
         ids, student, teacher = (value.clone() for value in drafts[:3])
         for row, last in enumerate((1, 0, 2, 3)):
             ids[row, last:], student[row, last:], teacher[row, last + 1 :] = -7, NAN, INF
-        same(on_cpu(ids, student, teacher, **options), expected, what=mode)
+            options["uniforms"][row, last:-1] = NAN
+        for backend in ("cpu", "reference"):
+            got = opk.speculative_verify(ids, student, teacher, backend=backend, **options)
+            same(got, expected, rtol=1e-11, atol=1e-11, what=f"{mode} {backend}")
         if mode not in ("block", "threshold"):
             # nor after a refusal
             for row, last in enumerate(expected.num_accepted.tolist()):
@@ -272,6 +287,11 @@ def test_speculative_verify_of_all_and_of_no_ranks():
     upto = drafts.teacher[:, 0].softmax(-1).cumsum(-1)
     expected = (upto <= drafts.uniforms[:, -1:]).sum(1)
     assert torch.equal(none.next_token.long(), expected)
+    # more than there are is all of them, also of numbers that no kernel holds
+    for backend, number in itertools.product(("cpu", "reference"), (61, 2**31, 2**40, 2**64)):
+        options = {"uniforms": drafts.uniforms, "mode": "topk", "backend": backend}
+        kept = opk.speculative_verify(*drafts[:3], num_topk=number, top_k=number, **options)
+        same(kept, every, rtol=1e-12, atol=1e-12, what=f"{backend} {number}")
     # ranks are by id where logits are equal, and no law is needed of the student
     teacher = torch.tensor([[2.0, 1.0, 1.0, 0.0]]).expand(1, 2, 4)
     for token, rank in enumerate((0, 1, 2, 3)):
@@ -292,12 +312,31 @@ def test_speculative_verify_by_thresholds():
         return on_cpu(*tensors, uniforms=uniforms, mode="threshold", threshold=threshold, **options)
 
     assert call(math.inf).num_accepted.tolist() == [5] * 6
-    # the first token has nothing before it
-    assert call(0.0).num_accepted.tolist() == [1] * 6
+    # nothing is refused before the window is whole, and without history it is all of the drafts
+    assert call(0.0).num_accepted.tolist() == [5] * 6
     history = torch.full((6, 2), NAN)
-    assert call(0.0, history=history).num_accepted.tolist() == [1] * 6
+    assert call(0.0, history=history).num_accepted.tolist() == [2] * 6
     history[:, 1] = 1e-3
+    assert call(0.0, history=history).num_accepted.tolist() == [1] * 6
+    assert call(1e-9, history=history.flip(1)).num_accepted.tolist() == [2] * 6
+    history[:, 0] = 1e-3
     assert call(1.0, history=history).num_accepted.tolist() == [0] * 6
+    # nothing is above inf, but 0 times it is 0
+    history[:, 0] = INF
+    assert call(1e-9, history=history).num_accepted.tolist() == [1] * 6
+    assert call(0.0, history=history).num_accepted.tolist() == [0] * 6
+    # rounding is no divergence
+    assert call(1.0, history=torch.full((6, 2), 1e-11)).num_accepted.tolist() == [0] * 6
+    same_laws = torch.full((6, 1), 1e-11)
+    equal = (tensors[0], tensors[2][:, :-1] + 0.37, tensors[2])
+    for number, backend in itertools.product((0.0, 2.0), ("cpu", "reference")):
+        for dtype in (F64, F32):
+            kept = opk.speculative_verify(
+                equal[0], *(value.to(dtype) for value in equal[1:]), uniforms=uniforms,
+                mode="threshold", threshold=number, history=same_laws, backend=backend,
+            )  # fmt: skip
+            assert kept.num_accepted.tolist() == [5] * 6, (backend, dtype)
+            assert not bool(kept.divergence.any())
     got = call(math.inf, history=history, top_k=3)
     p, q = tensors[2][:, :-1].log_softmax(-1), tensors[1].log_softmax(-1)
     torch.testing.assert_close(got.divergence, (p.exp() * (p - q)).sum(-1))
@@ -416,6 +455,11 @@ def test_speculative_verify_opcheck_and_explain():
         ({"num_draft": torch.tensor([1])}, ValueError, "num_draft must have 2 rows"),
         ({"num_draft": torch.ones(2)}, TypeError, "num_draft must be int64 or int32"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+        ({"temperature": 1e-50}, ValueError, r"must be in \[1.18e-38, 8.51e\+37\] in size, as fl"),
+        ({"student_temperature": 1e50}, ValueError, r"temperature must be in \[1.18e-38"),
+        ({"teacher_softcap": 1e50}, ValueError, r"softcap must be in \[1.18e-38"),
+        ({"student_softcap": 1e-50}, ValueError, r"softcap must be in \[1.18e-38"),
+        ({"teacher_logit_scale": -1e-50}, ValueError, r"logit_scale must be in .* got -1e-50"),
         ({"top_k": -1}, ValueError, "top_k must be at least 0"),
         ({"top_k": 1.5}, TypeError, "top_k must be an int"),
         ({"top_p": 0.0}, ValueError, "top_p must be positive"),

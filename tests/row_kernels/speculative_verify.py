@@ -122,6 +122,14 @@ def test_speculative_verify_rows_with_options_are_those_of_float64(gpu, option, 
     check_rows(gpu, logits, ids, 1490, cut, bias=bias, **options)
 
 
+def test_speculative_verify_rows_are_cut_where_float32_has_gaps(gpu):
+    # 8 is one step of float32 at 1e8
+    logits = torch.full((1, 3000), 1e8 - 8)
+    logits[0, 7] = 1e8
+    for cut in ((0, 0.9), (2999, 0.9), (0, 0.4)):
+        check_rows(gpu, logits, torch.tensor([9]), 3000, cut)
+
+
 def test_speculative_verify_rows_of_hostile_rows(gpu):
     logits = logits_of(8, 2100)
     logits[0, 5], logits[1, 2099], logits[2] = NAN, INF, -INF
