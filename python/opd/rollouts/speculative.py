@@ -23,6 +23,7 @@ _OWN = {"topk": ("num_topk",), "threshold": ("threshold", "window")}
 _LAWS = ("temperature", "top_k", "top_p")
 # modes in which the token after a whole accepted draft is the teacher's too
 _WITH_BONUS = ("rejection", "block", "greedy")
+_OF_THE_TEACHERS_LAW = ("rejection", "block")
 
 
 class SpeculativeConfig(Sampling):
@@ -68,6 +69,12 @@ class SpeculativeConfig(Sampling):
         """Not in `topk`: whether a draft stays depends on it, so those that stay have a law of
         their own, which is neither model's. Nor in `greedy`, where nothing is drawn."""
         return self.mode in ("rejection", "block", "threshold")
+
+    @property
+    def temperature_key(self) -> str:
+        """Completions of the teacher's law have its temperature, if it has one of its own."""
+        is_teachers = self.mode in _OF_THE_TEACHERS_LAW and self.teacher_temperature is not None
+        return "teacher_temperature" if is_teachers else "temperature"
 
     @model_validator(mode="after")
     def _check_keys_are_used(self) -> Self:
@@ -126,7 +133,7 @@ class SpeculativeRollouts(PairRollouts):
     def behaviour(self, writing: Writing) -> Tensor:
         """The teacher's law in `rejection` and `block`, else that of whoever wrote the token."""
         taught = torch.tensor(writing.teacher_logprobs)
-        if self.config.mode in ("rejection", "block"):
+        if self.config.mode in _OF_THE_TEACHERS_LAW:
             return taught
         by_teacher = torch.tensor(writing.writers) == TEACHER
         return torch.where(by_teacher, taught, torch.tensor(writing.student_logprobs))

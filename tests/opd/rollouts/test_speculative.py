@@ -363,3 +363,22 @@ def test_policy_gradients_need_a_law_that_is_known(values, mode):
     else:
         with pytest.raises(ConfigError, match=f"got 'speculative' with mode '{mode}'"):
             parse_config(values)
+
+
+@pytest.mark.parametrize(
+    ("mode", "ours", "theirs", "right", "key"),
+    [
+        ("rejection", 0.5, 1.0, 1.0, "teacher_temperature 1.0"),
+        ("block", 1.0, 0.3, 0.3, "teacher_temperature 0.3"),
+        ("rejection", 0.5, None, 0.5, "temperature 0.5"),
+        ("threshold", 0.5, 1.0, 0.5, "temperature 0.5"),
+    ],
+)
+def test_policy_gradients_are_at_the_temperature_sampled_at(values, mode, ours, theirs, right, key):
+    laws = {"temperature": ours, "teacher_temperature": theirs}
+    values["rollouts"] = {"kind": "speculative", "mode": mode, **laws}
+    values["objective"] = {"kind": "sampled_token", "temperature": right}
+    assert parse_config(values).objective.temperature == right
+    values["objective"]["temperature"] = 0.7
+    with pytest.raises(ConfigError, match=f"must equal rollouts.{key}, at which"):
+        parse_config(values)
