@@ -114,6 +114,8 @@ class SpeculativeRollouts(PairRollouts):
         )
         self.config = config
         self.is_greedy = config.mode == "greedy"
+        if self.is_greedy:
+            self.tells = ()
         self._has_bonus = config.mode in _WITH_BONUS
         self._clock = Clock(student.device)
         self._counts = _Counts()
@@ -130,8 +132,13 @@ class SpeculativeRollouts(PairRollouts):
         self._metrics |= self._counts.metrics(self._clock.flush())
         return trajectories
 
-    def behaviour(self, writing: Writing) -> Tensor:
-        """The teacher's law in `rejection` and `block`, else that of whoever wrote the token."""
+    def behaviour(self, writing: Writing) -> Tensor | None:
+        """The teacher's law in `rejection` and `block`, in `threshold` that of who wrote the token.
+
+        None in the modes without one, see `SpeculativeConfig.tells_behaviour`.
+        """
+        if not self.config.tells_behaviour:
+            return None
         taught = torch.tensor(writing.teacher_logprobs)
         if self.config.mode in _OF_THE_TEACHERS_LAW:
             return taught
