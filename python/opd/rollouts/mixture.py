@@ -58,10 +58,18 @@ class MixtureConfig(Sampling):
 
     @model_validator(mode="after")
     def _check_shared_keys(self) -> Self:
-        twice = [] if self.on_policy is None else self.on_policy.model_fields_set & {*_SHARED}
-        for key in sorted(twice):
-            if getattr(self.on_policy, key) != getattr(self, key):
-                raise ValueError(f"on_policy.{key}: is rollouts.{key}, {getattr(self, key)}")
+        if self.on_policy is None:
+            return self
+        shared = {key: getattr(self, key) for key in _SHARED}
+        for key, value in shared.items():
+            own = getattr(self.on_policy, key)
+            if key in self.on_policy.model_fields_set and own != value:
+                raise ValueError(
+                    f"on_policy.{key}: must equal rollouts.{key}, {value}, which all steps share, "
+                    f"got {own}; leave it out"
+                )
+        # said here, so that the resolved configuration reads back as it is
+        object.__setattr__(self, "on_policy", self.on_policy.model_copy(update=shared))
         return self
 
     @property
@@ -86,9 +94,7 @@ class MixtureConfig(Sampling):
         if self.on_policy is None:
             own: Rollouts = HfRollouts(student, tokenizer, self)
         else:
-            shared = {key: getattr(self, key) for key in _SHARED}
-            with_shared = self.on_policy.model_copy(update=shared)
-            own = with_shared.build(student, teacher, tokenizer, seed=seed)
+            own = self.on_policy.build(student, teacher, tokenizer, seed=seed)
         return MixtureRollouts(
             own,
             written,

@@ -82,8 +82,14 @@ class SpeculativeConfig(Sampling):
         if self.mode == "greedy":
             others += [*_LAWS, *(f"teacher_{key}" for key in _LAWS)]
         for key in others:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} means nothing in mode {self.mode!r}")
+            default = type(self).model_fields[key].default
+            if getattr(self, key) != default:
+                # an override cannot take a recipe's key out, but can give it its default
+                said = "null" if default is None else default
+                raise ValueError(
+                    f"{key} means nothing in mode {self.mode!r}; leave it out, or override what "
+                    f"a recipe says with its default, {key}={said}"
+                )
         return self
 
     def build(

@@ -81,8 +81,15 @@ def test_two_models_may_write_in_the_students_place(student, teacher, tokenizer)
 
 
 def test_what_both_sides_share_is_said_once():
-    with pytest.raises(ValidationError, match=r"on_policy.num_generations: is rollouts.num_gen"):
+    message = r"on_policy.num_generations: must equal rollouts.num_generations, 1.*got 3; leave it"
+    with pytest.raises(ValidationError, match=message):
         MixtureConfig(on_policy={"kind": "teacher_mixed", "num_generations": 3})
+
+
+def test_a_resolved_section_reads_back_as_it_is():
+    config = MixtureConfig(num_generations=2, on_policy={"kind": "teacher_mixed"})
+    assert config.on_policy.num_generations == 2
+    assert MixtureConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_mistake_in_the_nested_section_is_one_sentence(values):

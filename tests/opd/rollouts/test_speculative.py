@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from opd.batch import WRITERS, Prompt
-from opd.config import parse_config
+from opd.config import load_config, parse_config
 from opd.rollouts import Sampling, SpeculativeConfig, sample
 from opd.rollouts.writing import STUDENT, TEACHER
 from opd.schema import ConfigError
@@ -338,7 +338,10 @@ def test_no_prompts_give_no_completions(pair, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"mode": "rejection", "num_topk": 3}, "num_topk means nothing in mode 'rejection'"),
+        (
+            {"mode": "rejection", "num_topk": 3},
+            "num_topk means nothing in mode 'rejection'; leave it out,.*num_topk=25",
+        ),
         ({"mode": "topk", "window": 3}, "window means nothing in mode 'topk'"),
         ({"mode": "greedy", "temperature": 0.5}, "temperature means nothing in mode 'greedy'"),
         ({"mode": "speculate"}, "rejection"),
@@ -347,6 +350,14 @@ def test_no_prompts_give_no_completions(pair, tokenizer):
 def test_keys_that_a_mode_does_not_read_are_refused(settings, sentence):
     with pytest.raises(ValidationError, match=sentence):
         SpeculativeConfig(**settings)
+
+
+def test_a_recipe_goes_over_to_another_mode_as_the_message_says():
+    overrides = ["rollouts.mode=rejection"]
+    with pytest.raises(ConfigError, match="num_topk=25"):
+        load_config("skd", overrides)
+    config = load_config("skd", [*overrides, "rollouts.num_topk=25"])
+    assert config.rollouts.mode == "rejection"
 
 
 def test_a_run_needs_a_teacher_at_hand(values):
