@@ -225,7 +225,8 @@ class SpeculativeRollouts(PairRollouts):
             self.student,
             self.teacher,
             draft.ids.clamp_min(0),
-            draft.states,
+            # where nothing is drawn, nobody asks for the student's law
+            None if self.is_greedy else draft.states,
             states.gather(1, places),
             uniforms,
             mode=self.config.mode,

@@ -15,7 +15,7 @@ from opd.batch import WRITERS, Prompt, Trajectory
 from opd.rollouts.cached_reader import reading, right_padded
 from opd.rollouts.hf import Sampling, end_token_ids
 from opd.rollouts.protocol import Rollouts
-from opd.rollouts.writer import Writer, judge
+from opd.rollouts.writer import Writer, judge, refuse_broken
 
 STUDENT, TEACHER = WRITERS.index("student"), WRITERS.index("teacher")
 
@@ -232,7 +232,8 @@ class PairRollouts(Rollouts):
         # the state of the token before predicts it
         before = torch.tensor([len(writings[r].prompt.ids) + place - 1 for r, place in asked])
         hidden = states[rows, before].to(model.lm_head_weight.dtype)
-        told, _ = judge(self.student, self.student, hidden, hidden, tokens[rows, before + 1])
+        told = judge(self.student, hidden, tokens[rows, before + 1])
+        refuse_broken(bool(told.isnan().any()), self.student)
         for (row, place), logprob in zip(asked, told.tolist(), strict=True):
             writings[row].student_logprobs[place] = logprob
         for writing in {id(writings[row]): writings[row] for row, _ in asked}.values():
