@@ -59,14 +59,13 @@ class CachedReader:
         width = int((ends - kept).max())
         kept = (ends - width).clamp_min(0)
         self._align(kept)
-        place = torch.arange(width) + (ends - width)[:, None]
         slots = int(kept.max()) + width
-        mask = torch.arange(slots) >= slots - ends[:, None]
+        # one copy to the device: each waits for what runs there
         device = tokens.device
-        place = place.clamp_min(0).to(device)
-        states = self._model.states(
-            tokens.gather(1, place), mask.long().to(device), place, self._cache
-        )
+        ends_there = ends.to(device)[:, None]
+        place = (torch.arange(width, device=device) + ends_there - width).clamp_min(0)
+        mask = torch.arange(slots, device=device) >= slots - ends_there
+        states = self._model.states(tokens.gather(1, place), mask.long(), place, self._cache)
         self.num_read = self.num_read + ends - kept
         if self._cache is not None:
             self._lengths, self._slots = ends.clone(), slots
@@ -76,8 +75,8 @@ class CachedReader:
         """Go on with some of the sequences: indices, on the CPU."""
         self._lengths, self.num_read = self._lengths[rows], self.num_read[rows]
         for layer in self._layers():
-            at = rows.to(layer.keys.device)
-            layer.keys, layer.values = layer.keys[at], layer.values[at]
+            rows = rows.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
     def _align(self, kept: Tensor) -> None:
         """Let each row be its first kept[b] tokens, at the right edge of the narrowest cache."""
@@ -87,15 +86,17 @@ class CachedReader:
         # in slots of the old cache; what is left of a row's first token the mask hides
         starts = self._slots - dropped - width
         is_slice = bool((starts == starts[0]).all())
-        slots = (torch.arange(width) + starts[:, None]).clamp_min(0)
+        first = int(starts[0])
+        slots = (torch.arange(width) + starts[:, None]).clamp_min(0)[:, None, :, None]
         for layer in self._layers():
+            # once for each device that has layers
+            slots = slots if is_slice else slots.to(layer.keys.device)
             for name in ("keys", "values"):
                 old = getattr(layer, name)
                 if is_slice:
-                    new = old[:, :, int(starts[0]) : int(starts[0]) + width]
+                    new = old[:, :, first : first + width]
                 else:
-                    at = slots.to(old.device)[:, None, :, None]
-                    new = old.gather(2, at.expand(-1, old.shape[1], -1, old.shape[3]))
+                    new = old.gather(2, slots.expand(-1, old.shape[1], -1, old.shape[3]))
                 setattr(layer, name, new)
 
     def _layers(self) -> list[Any]:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from opd.model import LanguageModel
 from opd.rollouts.cached_reader import CachedReader, can_take_back, reading, right_padded
@@ -63,6 +64,30 @@ def test_the_cache_is_as_wide_as_the_longest_row_and_nothing_is_read_twice(famil
     reader.read(tokens[:1], torch.tensor([6]))
     assert {layer.keys.shape[2] for layer in reader._cache.layers} == {6}
     assert reader.num_read.tolist() == [7]
+
+
+def test_rows_are_moved_by_one_copy_to_the_device_however_many_layers(family_model):
+    class Copies(TorchFunctionMode):
+        num = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.num += function is torch.Tensor.to and args[0].device.type == "cpu"
+            return function(*args, **(kwargs or {}))
+
+    model = LanguageModel(family_model("llama", seed=3, num_hidden_layers=4))
+    reader = CachedReader(model, 2)
+    tokens = torch.arange(1, 29).repeat(2, 1)
+    with torch.no_grad():
+        reader.read(tokens, torch.tensor([9, 9]))
+    for layer in reader._cache.layers:
+        # a device that is not the CPU, on every machine
+        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+    with Copies() as copies:
+        reader._align(torch.tensor([5, 8]))
+        assert copies.num == 1
+        reader.keep_rows(torch.tensor([1]))
+        assert copies.num == 2
+    assert {tuple(layer.values.shape[::2]) for layer in reader._cache.layers} == {(1, 8)}
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
