@@ -43,6 +43,9 @@ class SpeculativeConfig(Sampling):
         window: of `threshold`.
         temperature, top_k, top_p: of the student's draws.
         teacher_temperature, teacher_top_k, teacher_top_p: of the teacher's. Default: the student's.
+        student_logprobs: trajectories have the student's log-probabilities of all tokens, for one
+            more pass of the student over each completion with tokens that it was not asked about.
+            In `topk` there are none, and they always have them.
 
     Source: arXiv:2211.17192 and 2302.01318 (rejection), 2403.10444 (block), SKD, 2410.11325,
     whose settings are num_topk 25, num_draft 5, student 0.5/0.5 and teacher 0.2/0.5 of
@@ -63,6 +66,7 @@ class SpeculativeConfig(Sampling):
     teacher_temperature: float | None = Field(None, gt=0)
     teacher_top_k: int | None = Field(None, ge=0)
     teacher_top_p: float | None = Field(None, gt=0, le=1)
+    student_logprobs: bool = False
 
     @property
     def tells_behaviour(self) -> bool:
@@ -80,7 +84,7 @@ class SpeculativeConfig(Sampling):
     def _check_keys_are_used(self) -> Self:
         others = [key for mode, keys in _OWN.items() if mode != self.mode for key in keys]
         if self.mode == "greedy":
-            others += [*_LAWS, *(f"teacher_{key}" for key in _LAWS)]
+            others += [*_LAWS, *(f"teacher_{key}" for key in _LAWS), "student_logprobs"]
         for key in others:
             default = type(self).model_fields[key].default
             if getattr(self, key) != default:
@@ -122,6 +126,8 @@ class SpeculativeRollouts(PairRollouts):
         self.is_greedy = config.mode == "greedy"
         if self.is_greedy:
             self.tells = ()
+        elif config.mode != "topk" and not config.student_logprobs:
+            self.tells = ("teacher",)
         self._has_bonus = config.mode in _WITH_BONUS
         self._clock = Clock(student.device)
         self._counts = _Counts()

@@ -166,7 +166,12 @@ def test_both_models_logprobs_are_those_of_the_laws_drawn_from(
 ):
     student, teacher = pair()
     trajectories, _ = _collect(
-        (student, teacher), tokenizer, prompts, num_generations=3, **settings
+        (student, teacher),
+        tokenizer,
+        prompts,
+        num_generations=3,
+        student_logprobs=True,
+        **settings,
     )
     ours = {
         key: settings.get(key, 0 if key == "top_k" else 1.0)
@@ -192,6 +197,28 @@ def test_both_models_logprobs_are_those_of_the_laws_drawn_from(
             drawn = found["teacher"]
         assert torch.equal(t.behaviour_logprobs, drawn)
         assert torch.isfinite(t.behaviour_logprobs).all()
+
+
+@pytest.mark.parametrize("mode", ["rejection", "block", "threshold"])
+def test_the_student_reads_no_more_for_logprobs_that_nobody_asked_for(
+    pair, tokenizer, prompts, mode
+):
+    both = pair()
+    plain, _ = _collect(both, tokenizer, prompts, mode=mode)
+    asked, _ = _collect(both, tokenizer, prompts, mode=mode, student_logprobs=True)
+    assert any(
+        a.tokens_read["student"] > b.tokens_read["student"]
+        for a, b in zip(asked, plain, strict=True)
+    )
+    for a, b in zip(asked, plain, strict=True):
+        assert b.student_logprobs is None
+        assert torch.isfinite(a.student_logprobs).all()
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.behaviour_logprobs, b.behaviour_logprobs)
+        assert torch.equal(a.teacher_logprobs, b.teacher_logprobs)
+        assert a.tokens_read["teacher"] == b.tokens_read["teacher"]
+        extra = a.tokens_read["student"] - b.tokens_read["student"]
+        assert extra in (0, len(a.ids))
 
 
 @pytest.mark.parametrize(("num_topk", "writer"), [(45, STUDENT), (0, TEACHER)])
