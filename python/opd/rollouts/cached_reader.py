@@ -112,10 +112,24 @@ def can_take_back(model: LanguageModel) -> bool:
         one with a recurrent state (Mamba, Qwen3-Next), or a cache of its own kind.
 
     Raises:
+        torch.OutOfMemoryError: the few tokens do not fit.
         ConfigError: even that gives other hidden states than each sequence by itself.
     """
+    cause = ""
     for keeps_cache in (True, False):
-        error = _probe_error(model, keeps_cache)
+        try:
+            error = _probe_error(model, keeps_cache)
+        except torch.OutOfMemoryError:
+            # which says nothing of the cache
+            raise
+        except Exception as failure:
+            # a cache that is none of ours fails in the model's own code, each in its own way
+            if not keeps_cache:
+                raise
+            cause = f"{type(failure).__name__}: {failure}"
+            continue
+        if keeps_cache:
+            cause = f"its hidden states are then off by {error:.2g} of the largest"
         if error <= PROBE_TOLERANCE.get(model.lm_head_weight.dtype, 1e-4):
             break
     else:
@@ -126,10 +140,11 @@ def can_take_back(model: LanguageModel) -> bool:
         )
     if not keeps_cache:
         _log.warning(
-            "%s: the state of %s cannot be taken back by a token, so it reads each sequence anew "
-            "for every token, which is slow",
+            "%s: the state of %s cannot be taken back by a token (%s), so it reads each sequence "
+            "anew for every token, which is slow",
             model.name,
             type(model.model).__name__,
+            cause,
         )
     return keeps_cache
 
@@ -146,18 +161,12 @@ def _probe_error(model: LanguageModel, keeps_cache: bool) -> float:
         alone = torch.stack(
             [_last_state(model, row[:n]) for row, n in zip(sequences, lengths, strict=True)]
         )
-        try:
-            reader = CachedReader(model, len(lengths), keeps_cache=keeps_cache)
-            reader.read(wrong, torch.tensor([3, 5]))
-            reader.read(wrong, torch.tensor([4, 6]))
-            # one token of the first row is taken back, three of the second
-            reader.read(sequences, torch.tensor([4, 4]))
-            together = reader.read(sequences, lengths)[:, 0]
-        except Exception:
-            # a cache that is none of ours fails in the model's own code, each in its own way
-            if keeps_cache:
-                return torch.inf
-            raise
+        reader = CachedReader(model, len(lengths), keeps_cache=keeps_cache)
+        reader.read(wrong, torch.tensor([3, 5]))
+        reader.read(wrong, torch.tensor([4, 6]))
+        # one token of the first row is taken back, three of the second
+        reader.read(sequences, torch.tensor([4, 4]))
+        together = reader.read(sequences, lengths)[:, 0]
     largest = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     error = float((together.float() - alone).abs().max() / largest)
     return error if error == error else torch.inf

@@ -110,6 +110,32 @@ def test_a_recurrent_model_reads_anew_and_says_so(family_model, caplog):
     assert reader.num_read.tolist() == [7, 17]
 
 
+class _Failing(LanguageModel):
+    """Fails wherever a cache is kept."""
+
+    failure: Exception
+
+    def states(self, input_ids, attention_mask, position_ids, cache=None):
+        if cache is not None:
+            raise self.failure
+        return super().states(input_ids, attention_mask, position_ids, cache)
+
+
+def test_why_a_state_cannot_be_taken_back_is_said(family_model, caplog):
+    model = _Failing(family_model("llama", seed=3))
+    model.failure = AttributeError("no crop in it")
+    with caplog.at_level(logging.WARNING):
+        assert not can_take_back(model)
+    assert "taken back by a token (AttributeError: no crop in it), so it reads" in caplog.text
+
+
+def test_out_of_memory_is_not_about_the_cache(family_model):
+    model = _Failing(family_model("llama", seed=3))
+    model.failure = torch.OutOfMemoryError("no room")
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        can_take_back(model)
+
+
 def test_a_model_that_ignores_padding_is_refused(family_model):
     class Blind(LanguageModel):
         def states(self, input_ids, attention_mask, position_ids, cache=None):
