@@ -53,7 +53,7 @@ class Trajectory:
         token_origin: [S] uint8, for each token its writer's place in `WRITERS`; 0 on the prompt.
             None when one writer, `origin`, wrote it all.
         student_logprobs: [S] float32, nats, of each token under the law the student draws from,
-            whoever wrote it; 0 on the prompt. None when only `behaviour_logprobs` is known.
+            whoever wrote it; 0 on the prompt. None when they are not known of each token.
         teacher_logprobs: the same of the teacher.
         tokens_read: tokens that each model read to write the completion, where that is not each
             token once by its writer: {"student": ..., "teacher": ...}.

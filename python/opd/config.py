@@ -121,11 +121,14 @@ class TrainConfig(OptimConfig):
                 f"log-probability of every token under the law it was drawn from, got "
                 f"{rollouts.kind!r}{mode}"
             )
-        if objective.needs_behaviour_logprobs and objective.temperature != rollouts.temperature:
-            raise ValueError(
-                f"objective.temperature: must equal rollouts.temperature {rollouts.temperature}, "
-                f"at which the completions are sampled, got {objective.temperature}"
-            )
+        if objective.needs_behaviour_logprobs:
+            key = rollouts.temperature_key
+            sampled_at = getattr(rollouts, key)
+            if objective.temperature != sampled_at:
+                raise ValueError(
+                    f"objective.temperature: must equal rollouts.{key} {sampled_at}, "
+                    f"at which the completions are sampled, got {objective.temperature}"
+                )
         is_followed = self.evaluation is not None and self.evaluation.eval_steps is not None
         if rollouts.needs_evaluation and not is_followed:
             raise ValueError(

@@ -71,7 +71,12 @@ class Meter:
         self._add("completions/mean_length", sum(lengths), count)
         clipped = sum(not trajectory.is_terminated for trajectory in trajectories)
         self._add("completions/clipped_ratio", clipped, count)
-        on_policy = sum(t.origin == "student" and t.step == step for t in trajectories)
+        # of each completion the share of its tokens: two models may have written it
+        on_policy = sum(
+            t.num_written("student") / max(1, t.completion_length)
+            for t in trajectories
+            if t.step == step
+        )
         self._add("completions/on_policy_ratio", on_policy, count)
         for name, value, pick in (("min", min(lengths), min), ("max", max(lengths), max)):
             key = f"completions/{name}_length"

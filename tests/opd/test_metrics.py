@@ -47,6 +47,21 @@ def test_completion_metrics(trajectories):
     assert (found["completions/min_length"], found["completions/max_length"]) == (1, 6)
 
 
+def test_of_completions_by_two_models_the_students_tokens_are_on_policy(trajectories):
+    # tokens of the prompt are nobody's
+    mixed = [
+        replace(t, origin="mixed", token_origin=torch.full_like(t.ids, 2, dtype=torch.uint8))
+        for t in trajectories[:2]
+    ]
+    for t in mixed:
+        t.token_origin[: t.prompt_length] = 0
+    mixed[0].token_origin[-1] = 1
+    meter = Meter()
+    meter.add_trajectories([*mixed, replace(trajectories[2], step=-1)], step=0)
+    share = 1 / mixed[0].completion_length
+    assert meter.flush()["completions/on_policy_ratio"] == pytest.approx(share / 3)
+
+
 def test_clock_adds_up_by_phase():
     clock = Clock(torch.device("cpu"))
     for _ in range(2):

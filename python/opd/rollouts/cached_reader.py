@@ -59,14 +59,13 @@ class CachedReader:
         width = int((ends - kept).max())
         kept = (ends - width).clamp_min(0)
         self._align(kept)
-        place = torch.arange(width) + (ends - width)[:, None]
         slots = int(kept.max()) + width
-        mask = torch.arange(slots) >= slots - ends[:, None]
+        # one copy to the device: each waits for what runs there
         device = tokens.device
-        place = place.clamp_min(0).to(device)
-        states = self._model.states(
-            tokens.gather(1, place), mask.long().to(device), place, self._cache
-        )
+        ends_there = ends.to(device)[:, None]
+        place = (torch.arange(width, device=device) + ends_there - width).clamp_min(0)
+        mask = torch.arange(slots, device=device) >= slots - ends_there
+        states = self._model.states(tokens.gather(1, place), mask.long(), place, self._cache)
         self.num_read = self.num_read + ends - kept
         if self._cache is not None:
             self._lengths, self._slots = ends.clone(), slots
@@ -76,8 +75,8 @@ class CachedReader:
         """Go on with some of the sequences: indices, on the CPU."""
         self._lengths, self.num_read = self._lengths[rows], self.num_read[rows]
         for layer in self._layers():
-            at = rows.to(layer.keys.device)
-            layer.keys, layer.values = layer.keys[at], layer.values[at]
+            rows = rows.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
     def _align(self, kept: Tensor) -> None:
         """Let each row be its first kept[b] tokens, at the right edge of the narrowest cache."""
@@ -87,15 +86,17 @@ class CachedReader:
         # in slots of the old cache; what is left of a row's first token the mask hides
         starts = self._slots - dropped - width
         is_slice = bool((starts == starts[0]).all())
-        slots = (torch.arange(width) + starts[:, None]).clamp_min(0)
+        first = int(starts[0])
+        slots = (torch.arange(width) + starts[:, None]).clamp_min(0)[:, None, :, None]
         for layer in self._layers():
+            # once for each device that has layers
+            slots = slots if is_slice else slots.to(layer.keys.device)
             for name in ("keys", "values"):
                 old = getattr(layer, name)
                 if is_slice:
-                    new = old[:, :, int(starts[0]) : int(starts[0]) + width]
+                    new = old[:, :, first : first + width]
                 else:
-                    at = slots.to(old.device)[:, None, :, None]
-                    new = old.gather(2, at.expand(-1, old.shape[1], -1, old.shape[3]))
+                    new = old.gather(2, slots.expand(-1, old.shape[1], -1, old.shape[3]))
                 setattr(layer, name, new)
 
     def _layers(self) -> list[Any]:
@@ -111,10 +112,24 @@ def can_take_back(model: LanguageModel) -> bool:
         one with a recurrent state (Mamba, Qwen3-Next), or a cache of its own kind.
 
     Raises:
+        torch.OutOfMemoryError: the few tokens do not fit.
         ConfigError: even that gives other hidden states than each sequence by itself.
     """
+    cause = ""
     for keeps_cache in (True, False):
-        error = _probe_error(model, keeps_cache)
+        try:
+            error = _probe_error(model, keeps_cache)
+        except torch.OutOfMemoryError:
+            # which says nothing of the cache
+            raise
+        except Exception as failure:
+            # a cache that is none of ours fails in the model's own code, each in its own way
+            if not keeps_cache:
+                raise
+            cause = f"{type(failure).__name__}: {failure}"
+            continue
+        if keeps_cache:
+            cause = f"its hidden states are then off by {error:.2g} of the largest"
         if error <= PROBE_TOLERANCE.get(model.lm_head_weight.dtype, 1e-4):
             break
     else:
@@ -125,10 +140,11 @@ def can_take_back(model: LanguageModel) -> bool:
         )
     if not keeps_cache:
         _log.warning(
-            "%s: the state of %s cannot be taken back by a token, so it reads each sequence anew "
-            "for every token, which is slow",
+            "%s: the state of %s cannot be taken back by a token (%s), so it reads each sequence "
+            "anew for every token, which is slow",
             model.name,
             type(model.model).__name__,
+            cause,
         )
     return keeps_cache
 
@@ -145,18 +161,12 @@ def _probe_error(model: LanguageModel, keeps_cache: bool) -> float:
         alone = torch.stack(
             [_last_state(model, row[:n]) for row, n in zip(sequences, lengths, strict=True)]
         )
-        try:
-            reader = CachedReader(model, len(lengths), keeps_cache=keeps_cache)
-            reader.read(wrong, torch.tensor([3, 5]))
-            reader.read(wrong, torch.tensor([4, 6]))
-            # one token of the first row is taken back, three of the second
-            reader.read(sequences, torch.tensor([4, 4]))
-            together = reader.read(sequences, lengths)[:, 0]
-        except Exception:
-            # a cache that is none of ours fails in the model's own code, each in its own way
-            if keeps_cache:
-                return torch.inf
-            raise
+        reader = CachedReader(model, len(lengths), keeps_cache=keeps_cache)
+        reader.read(wrong, torch.tensor([3, 5]))
+        reader.read(wrong, torch.tensor([4, 6]))
+        # one token of the first row is taken back, three of the second
+        reader.read(sequences, torch.tensor([4, 4]))
+        together = reader.read(sequences, lengths)[:, 0]
     largest = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     error = float((together.float() - alone).abs().max() / largest)
     return error if error == error else torch.inf

@@ -35,6 +35,11 @@ class Sampling(Section):
     num_generations: int = Field(1, ge=1)
     generation_batch_size: int | None = Field(None, ge=1)
 
+    @property
+    def temperature_key(self) -> str:
+        """The key that has the temperature of the completions' law."""
+        return "temperature"
+
 
 class HfConfig(Sampling):
     """On-policy: the student writes every completion, with the weights it has at that step."""

@@ -16,6 +16,7 @@ from opd.rollouts.protocol import Rollouts
 from opd.rollouts.speculative import SpeculativeConfig
 from opd.rollouts.teacher_mixed import TeacherMixedConfig
 
+_LAW = ("temperature", "top_k", "top_p")
 # what is one for both sides of a mixture
 _SHARED = ("max_completion_length", "num_generations", "generation_batch_size")
 
@@ -44,11 +45,31 @@ class MixtureConfig(Sampling):
     ) = None
 
     @model_validator(mode="after")
+    def _check_keys_are_used(self) -> Self:
+        is_unused = self.on_policy is not None and not self.seq_kd
+        for key in _LAW if is_unused else ():
+            default = type(self).model_fields[key].default
+            if getattr(self, key) != default:
+                raise ValueError(
+                    f"{key}: means nothing beside on_policy without seq_kd, as nobody samples by "
+                    f"it; say on_policy.{key}, and leave {key} out or at {default}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_shared_keys(self) -> Self:
-        twice = [] if self.on_policy is None else self.on_policy.model_fields_set & {*_SHARED}
-        for key in sorted(twice):
-            if getattr(self.on_policy, key) != getattr(self, key):
-                raise ValueError(f"on_policy.{key}: is rollouts.{key}, {getattr(self, key)}")
+        if self.on_policy is None:
+            return self
+        shared = {key: getattr(self, key) for key in _SHARED}
+        for key, value in shared.items():
+            own = getattr(self.on_policy, key)
+            if key in self.on_policy.model_fields_set and own != value:
+                raise ValueError(
+                    f"on_policy.{key}: must equal rollouts.{key}, {value}, which all steps share, "
+                    f"got {own}; leave it out"
+                )
+        # said here, so that the resolved configuration reads back as it is
+        object.__setattr__(self, "on_policy", self.on_policy.model_copy(update=shared))
         return self
 
     @property
@@ -70,11 +91,10 @@ class MixtureConfig(Sampling):
             if self.seq_kd
             else DatasetRollouts(self.max_completion_length)
         )
-        own: Rollouts = HfRollouts(student, tokenizer, self)
-        if self.on_policy is not None:
-            shared = {key: getattr(self, key) for key in _SHARED}
-            with_shared = self.on_policy.model_copy(update=shared)
-            own = with_shared.build(student, teacher, tokenizer, seed=seed)
+        if self.on_policy is None:
+            own: Rollouts = HfRollouts(student, tokenizer, self)
+        else:
+            own = self.on_policy.build(student, teacher, tokenizer, seed=seed)
         return MixtureRollouts(
             own,
             written,

@@ -23,6 +23,7 @@ _OWN = {"topk": ("num_topk",), "threshold": ("threshold", "window")}
 _LAWS = ("temperature", "top_k", "top_p")
 # modes in which the token after a whole accepted draft is the teacher's too
 _WITH_BONUS = ("rejection", "block", "greedy")
+_OF_THE_TEACHERS_LAW = ("rejection", "block")
 
 
 class SpeculativeConfig(Sampling):
@@ -42,6 +43,9 @@ class SpeculativeConfig(Sampling):
         window: of `threshold`.
         temperature, top_k, top_p: of the student's draws.
         teacher_temperature, teacher_top_k, teacher_top_p: of the teacher's. Default: the student's.
+        student_logprobs: trajectories have the student's log-probabilities of all tokens, for one
+            more pass of the student over each completion with tokens that it was not asked about.
+            In `topk` there are none, and they always have them.
 
     Source: arXiv:2211.17192 and 2302.01318 (rejection), 2403.10444 (block), SKD, 2410.11325,
     whose settings are num_topk 25, num_draft 5, student 0.5/0.5 and teacher 0.2/0.5 of
@@ -62,6 +66,7 @@ class SpeculativeConfig(Sampling):
     teacher_temperature: float | None = Field(None, gt=0)
     teacher_top_k: int | None = Field(None, ge=0)
     teacher_top_p: float | None = Field(None, gt=0, le=1)
+    student_logprobs: bool = False
 
     @property
     def tells_behaviour(self) -> bool:
@@ -69,14 +74,26 @@ class SpeculativeConfig(Sampling):
         their own, which is neither model's. Nor in `greedy`, where nothing is drawn."""
         return self.mode in ("rejection", "block", "threshold")
 
+    @property
+    def temperature_key(self) -> str:
+        """Completions of the teacher's law have its temperature, if it has one of its own."""
+        is_teachers = self.mode in _OF_THE_TEACHERS_LAW and self.teacher_temperature is not None
+        return "teacher_temperature" if is_teachers else "temperature"
+
     @model_validator(mode="after")
     def _check_keys_are_used(self) -> Self:
         others = [key for mode, keys in _OWN.items() if mode != self.mode for key in keys]
         if self.mode == "greedy":
-            others += [*_LAWS, *(f"teacher_{key}" for key in _LAWS)]
+            others += [*_LAWS, *(f"teacher_{key}" for key in _LAWS), "student_logprobs"]
         for key in others:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} means nothing in mode {self.mode!r}")
+            default = type(self).model_fields[key].default
+            if getattr(self, key) != default:
+                # an override cannot take a recipe's key out, but can give it its default
+                said = "null" if default is None else default
+                raise ValueError(
+                    f"{key} means nothing in mode {self.mode!r}; leave it out, or override what "
+                    f"a recipe says with its default, {key}={said}"
+                )
         return self
 
     def build(
@@ -107,6 +124,10 @@ class SpeculativeRollouts(PairRollouts):
         )
         self.config = config
         self.is_greedy = config.mode == "greedy"
+        if self.is_greedy:
+            self.tells = ()
+        elif config.mode != "topk" and not config.student_logprobs:
+            self.tells = ("teacher",)
         self._has_bonus = config.mode in _WITH_BONUS
         self._clock = Clock(student.device)
         self._counts = _Counts()
@@ -123,10 +144,15 @@ class SpeculativeRollouts(PairRollouts):
         self._metrics |= self._counts.metrics(self._clock.flush())
         return trajectories
 
-    def behaviour(self, writing: Writing) -> Tensor:
-        """The teacher's law in `rejection` and `block`, else that of whoever wrote the token."""
+    def behaviour(self, writing: Writing) -> Tensor | None:
+        """The teacher's law in `rejection` and `block`, in `threshold` that of who wrote the token.
+
+        None in the modes without one, see `SpeculativeConfig.tells_behaviour`.
+        """
+        if not self.config.tells_behaviour:
+            return None
         taught = torch.tensor(writing.teacher_logprobs)
-        if self.config.mode in ("rejection", "block"):
+        if self.config.mode in _OF_THE_TEACHERS_LAW:
             return taught
         by_teacher = torch.tensor(writing.writers) == TEACHER
         return torch.where(by_teacher, taught, torch.tensor(writing.student_logprobs))
@@ -205,7 +231,8 @@ class SpeculativeRollouts(PairRollouts):
             self.student,
             self.teacher,
             draft.ids.clamp_min(0),
-            draft.states,
+            # where nothing is drawn, nobody asks for the student's law
+            None if self.is_greedy else draft.states,
             states.gather(1, places),
             uniforms,
             mode=self.config.mode,

@@ -72,19 +72,26 @@ class TeacherMixedRollouts(PairRollouts):
             by_teacher = uniforms[:, 0] < self._alpha
             hidden = {name: desk.read(name) for name in desk.readers}
             ids = torch.zeros(len(uniforms), dtype=torch.int64, device=desk.device)
-            for name, rows in (("student", ~by_teacher), ("teacher", by_teacher)):
+            logprobs = {name: torch.zeros(len(ids), device=desk.device) for name in hidden}
+            for name, other, rows in (
+                ("student", "teacher", ~by_teacher),
+                ("teacher", "student", by_teacher),
+            ):
                 at = rows.nonzero().flatten()
                 if len(at):
-                    ids[at], _ = draw(getattr(self, name), hidden[name][at], uniforms[at, 1])
-            refuse_broken(bool((ids < 0).any()), self.student, self.teacher)
-            logprobs = judge(self.student, self.teacher, hidden["student"], hidden["teacher"], ids)
+                    ids[at], own = draw(getattr(self, name), hidden[name][at], uniforms[at, 1])
+                    refuse_broken(bool((ids[at] < 0).any()), getattr(self, name))
+                    theirs = judge(getattr(self, other), hidden[other][at], ids[at])
+                    refuse_broken(bool(theirs.isnan().any()), getattr(self, other))
+                    logprobs[name][at], logprobs[other][at] = own.float(), theirs.float()
             desk.put(ids)
             alive = []
             for writing, token, is_taught, *own in zip(
                 desk.writings,
                 ids.tolist(),
                 by_teacher.tolist(),
-                *(values.tolist() for values in logprobs),
+                logprobs["student"].tolist(),
+                logprobs["teacher"].tolist(),
                 strict=True,
             ):
                 writing.add(token, TEACHER if is_taught else STUDENT, *own)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 import opd_kernels as opk
 from opd.model import LanguageModel
 from opd.rollouts.cached_reader import CachedReader, can_take_back
+
+_JUDGED_TOGETHER = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,20 +36,21 @@ def verify(
     student: Writer,
     teacher: Writer,
     draft_ids: Tensor,
-    student_hidden: Tensor,
+    student_hidden: Tensor | None,
     teacher_hidden: Tensor,
     uniforms: Tensor | None,
     *,
     mode: str,
     **settings: Any,
 ) -> opk.SpeculativeVerification:
-    """What the kernel says of drafts [B, G], from hidden states [B, G, Ds] and [B, G + 1, Dt]."""
-    # where nothing is drawn, nobody asks for the student's law
-    is_greedy = mode == "greedy"
+    """What the kernel says of drafts [B, G], from hidden states [B, G, Ds] and [B, G + 1, Dt].
+
+    Without the student's (`topk` and `greedy` alone can) nothing is told of its law.
+    """
     return opk.fused_linear_speculative_verify(
         draft_ids,
-        None if is_greedy else student_hidden,
-        None if is_greedy else student.model.head.weight,
+        student_hidden,
+        None if student_hidden is None else student.model.head.weight,
         teacher_hidden,
         teacher.model.head.weight,
         uniforms=uniforms,
@@ -77,7 +81,7 @@ def draw(
         writer,
         writer,
         torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device),
-        hidden[:, None][:, :0],
+        None if is_greedy else hidden[:, None][:, :0],
         hidden[:, None],
         None if is_greedy else uniforms[:, None],
         mode="greedy" if is_greedy else "rejection",
@@ -85,28 +89,32 @@ def draw(
     return told.next_token.long(), told.teacher_logprobs[:, 0]
 
 
-def judge(
-    student: Writer,
-    teacher: Writer,
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    token_ids: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N] of tokens [N] under both laws, -inf for what a law never draws."""
-    size = student.model.vocab_size or len(student.model.lm_head_weight)
+def judge(writer: Writer, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-probabilities [N] of tokens [N] under the laws at hidden states [N, D].
+
+    -inf for what a law never draws. A broken law gives NaN, also to others of the call.
+    """
+    size = writer.model.vocab_size or len(writer.model.lm_head_weight)
+    # tokens as drafts of a few sequences, as each takes one more place, and the heads' rows are
+    # what is dear; not of one, as a GPU has the logits of a whole sequence at a time
+    num_rows = max(1, math.ceil(len(token_ids) / _JUDGED_TOGETHER))
+    width = math.ceil(len(token_ids) / num_rows)
+    spare = num_rows * width - len(token_ids)
+    ids = torch.cat([token_ids, token_ids.new_zeros(spare)]).view(num_rows, width)
+    states = torch.cat([hidden, hidden[-1:].expand(spare, -1)]).view(num_rows, width, -1)
     told = verify(
-        student,
-        teacher,
-        token_ids[:, None],
-        student_hidden[:, None],
-        # the place after the token is not looked at
-        teacher_hidden[:, None].expand(-1, 2, -1),
-        torch.zeros(len(token_ids), 2, dtype=torch.float64, device=token_ids.device),
+        writer,
+        writer,
+        ids,
+        None,
+        # the place after the drafts is not looked at
+        torch.cat([states, states[:, :1]], dim=1),
+        torch.zeros(num_rows, width + 1, dtype=torch.float64, device=ids.device),
         mode="topk",
-        # the token is among all of them, so it is kept, and told of
+        # every token is among all of them, so it is kept, and told of
         num_topk=size,
     )
-    return told.student_logprobs[:, 0], told.teacher_logprobs[:, 0]
+    return told.teacher_logprobs[:, :-1].flatten()[: len(token_ids)]
 
 
 def make_writer(model: LanguageModel, **law: Any) -> Writer:

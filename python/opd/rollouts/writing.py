@@ -15,7 +15,7 @@ from opd.batch import WRITERS, Prompt, Trajectory
 from opd.rollouts.cached_reader import reading, right_padded
 from opd.rollouts.hf import Sampling, end_token_ids
 from opd.rollouts.protocol import Rollouts
-from opd.rollouts.writer import Writer, judge
+from opd.rollouts.writer import Writer, judge, refuse_broken
 
 STUDENT, TEACHER = WRITERS.index("student"), WRITERS.index("teacher")
 
@@ -52,24 +52,30 @@ class Writing:
         """[len(self)] int64."""
         return torch.cat([self.prompt.ids, torch.tensor(self.ids, dtype=torch.int64)])
 
-    def trajectory(self, step: int, behaviour: Tensor | None) -> Trajectory:
-        """Of this completion; `behaviour` [completion length] None: greedy, nothing was drawn."""
+    def trajectory(
+        self, step: int, behaviour: Tensor | None, tells: Sequence[str] = WRITERS[1:]
+    ) -> Trajectory:
+        """Of this completion.
+
+        Args:
+            step: the optimizer step.
+            behaviour: [completion length], or None where no model's law is that of the tokens.
+            tells: whose log-probabilities are known of each token.
+        """
         prompt_length = len(self.prompt.ids)
 
         def behind_prompt(values: Tensor) -> Tensor:
             return torch.cat([values.new_zeros(prompt_length), values])
 
-        logprobs = {}
-        if behaviour is not None:
-            logprobs = {
-                "behaviour_logprobs": behind_prompt(behaviour),
-                "student_logprobs": behind_prompt(torch.tensor(self.student_logprobs)),
-                "teacher_logprobs": behind_prompt(torch.tensor(self.teacher_logprobs)),
-            }
+        logprobs = {
+            name: behind_prompt(torch.tensor(getattr(self, name)))
+            for name in (f"{writer}_logprobs" for writer in tells)
+        }
         return Trajectory(
             ids=self.sequence(),
             prompt_length=prompt_length,
             loss_mask=behind_prompt(torch.ones(len(self.ids), dtype=torch.bool)),
+            behaviour_logprobs=None if behaviour is None else behind_prompt(behaviour),
             origin="mixed",
             token_origin=behind_prompt(torch.tensor(self.writers, dtype=torch.uint8)),
             tokens_read=self.tokens_read,
@@ -144,7 +150,8 @@ class PairRollouts(Rollouts):
         self.student = student
         self.teacher = teacher
         self.sampling = sampling
-        self.is_greedy = False
+        # whose log-probabilities a trajectory has
+        self.tells: Sequence[str] = WRITERS[1:]
         self.end_ids = {
             token
             for writer in (student, teacher)
@@ -157,8 +164,11 @@ class PairRollouts(Rollouts):
         """Write some completions to their ends."""
         raise NotImplementedError
 
-    def behaviour(self, writing: Writing) -> Tensor:
-        """[completion length] float32: each token's log-probability under the law it came from."""
+    def behaviour(self, writing: Writing) -> Tensor | None:
+        """[completion length] float32: each token's log-probability under the law it came from.
+
+        None where that law is not known, or nothing was drawn.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
@@ -178,14 +188,13 @@ class PairRollouts(Rollouts):
             for start in range(0, len(writings), size):
                 chunk = writings[start : start + size]
                 self.write(chunk)
-                if not self.is_greedy:
+                if "student" in self.tells:
                     self._ask_student(chunk)
         num_tokens = sum(len(writing.ids) for writing in writings)
         num_taught = sum(writing.writers.count(TEACHER) for writing in writings)
         self._metrics = {"speculative/teacher_token_share": num_taught / max(1, num_tokens)}
         return [
-            writing.trajectory(step, None if self.is_greedy else self.behaviour(writing))
-            for writing in writings
+            writing.trajectory(step, self.behaviour(writing), self.tells) for writing in writings
         ]
 
     def metrics(self) -> dict[str, float]:
@@ -223,7 +232,8 @@ class PairRollouts(Rollouts):
         # the state of the token before predicts it
         before = torch.tensor([len(writings[r].prompt.ids) + place - 1 for r, place in asked])
         hidden = states[rows, before].to(model.lm_head_weight.dtype)
-        told, _ = judge(self.student, self.student, hidden, hidden, tokens[rows, before + 1])
+        told = judge(self.student, hidden, tokens[rows, before + 1])
+        refuse_broken(bool(told.isnan().any()), self.student)
         for (row, place), logprob in zip(asked, told.tolist(), strict=True):
             writings[row].student_logprobs[place] = logprob
         for writing in {id(writings[row]): writings[row] for row, _ in asked}.values():

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from opd.model import LanguageModel
 from opd.rollouts.cached_reader import CachedReader, can_take_back, reading, right_padded
@@ -65,6 +66,30 @@ def test_the_cache_is_as_wide_as_the_longest_row_and_nothing_is_read_twice(famil
     assert reader.num_read.tolist() == [7]
 
 
+def test_rows_are_moved_by_one_copy_to_the_device_however_many_layers(family_model):
+    class Copies(TorchFunctionMode):
+        num = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.num += function is torch.Tensor.to and args[0].device.type == "cpu"
+            return function(*args, **(kwargs or {}))
+
+    model = LanguageModel(family_model("llama", seed=3, num_hidden_layers=4))
+    reader = CachedReader(model, 2)
+    tokens = torch.arange(1, 29).repeat(2, 1)
+    with torch.no_grad():
+        reader.read(tokens, torch.tensor([9, 9]))
+    for layer in reader._cache.layers:
+        # a device that is not the CPU, on every machine
+        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+    with Copies() as copies:
+        reader._align(torch.tensor([5, 8]))
+        assert copies.num == 1
+        reader.keep_rows(torch.tensor([1]))
+        assert copies.num == 2
+    assert {tuple(layer.values.shape[::2]) for layer in reader._cache.layers} == {(1, 8)}
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
 def test_a_cache_of_keys_and_values_can_take_tokens_back(family, family_model):
     assert can_take_back(LanguageModel(family_model(family, seed=3)))
@@ -83,6 +108,32 @@ def test_a_recurrent_model_reads_anew_and_says_so(family_model, caplog):
         expected = torch.stack([_alone(model, tokens[0, :4]), _alone(model, tokens[1, :8])])
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
     assert reader.num_read.tolist() == [7, 17]
+
+
+class _Failing(LanguageModel):
+    """Fails wherever a cache is kept."""
+
+    failure: Exception
+
+    def states(self, input_ids, attention_mask, position_ids, cache=None):
+        if cache is not None:
+            raise self.failure
+        return super().states(input_ids, attention_mask, position_ids, cache)
+
+
+def test_why_a_state_cannot_be_taken_back_is_said(family_model, caplog):
+    model = _Failing(family_model("llama", seed=3))
+    model.failure = AttributeError("no crop in it")
+    with caplog.at_level(logging.WARNING):
+        assert not can_take_back(model)
+    assert "taken back by a token (AttributeError: no crop in it), so it reads" in caplog.text
+
+
+def test_out_of_memory_is_not_about_the_cache(family_model):
+    model = _Failing(family_model("llama", seed=3))
+    model.failure = torch.OutOfMemoryError("no room")
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        can_take_back(model)
 
 
 def test_a_model_that_ignores_padding_is_refused(family_model):

@@ -81,8 +81,15 @@ def test_two_models_may_write_in_the_students_place(student, teacher, tokenizer)
 
 
 def test_what_both_sides_share_is_said_once():
-    with pytest.raises(ValidationError, match=r"on_policy.num_generations: is rollouts.num_gen"):
+    message = r"on_policy.num_generations: must equal rollouts.num_generations, 1.*got 3; leave it"
+    with pytest.raises(ValidationError, match=message):
         MixtureConfig(on_policy={"kind": "teacher_mixed", "num_generations": 3})
+
+
+def test_a_resolved_section_reads_back_as_it_is():
+    config = MixtureConfig(num_generations=2, on_policy={"kind": "teacher_mixed"})
+    assert config.on_policy.num_generations == 2
+    assert MixtureConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_mistake_in_the_nested_section_is_one_sentence(values):
@@ -93,3 +100,14 @@ def test_a_mistake_in_the_nested_section_is_one_sentence(values):
     with pytest.raises(ConfigError, match=r"teacher: is required by rollouts.on_policy"):
         on_policy.pop("num_drafts")
         parse_config({**values, "teacher": None, "objective": {"kind": "token_nll"}})
+
+
+@pytest.mark.parametrize("key", ["temperature", "top_k", "top_p"])
+def test_sampling_keys_that_nobody_draws_by_are_refused(key):
+    on_policy = {"kind": "teacher_mixed", key: 1}
+    law = {key: 1 if key == "top_k" else 0.5}
+    with pytest.raises(ValidationError, match=f"{key}: means nothing beside on_policy.*on_policy"):
+        MixtureConfig(on_policy=on_policy, **law)
+    # the teacher that writes the other steps, or the student that writes alone, draws by it
+    assert getattr(MixtureConfig(on_policy=on_policy, seq_kd=True, **law), key) == law[key]
+    assert getattr(MixtureConfig(**law), key) == law[key]

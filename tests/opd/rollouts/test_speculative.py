@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from opd.batch import WRITERS, Prompt
-from opd.config import parse_config
+from opd.config import load_config, parse_config
 from opd.rollouts import Sampling, SpeculativeConfig, sample
 from opd.rollouts.writing import STUDENT, TEACHER
 from opd.schema import ConfigError
@@ -161,12 +161,17 @@ def test_completions_follow_the_teachers_law(pair, tokenizer, mode):
     ],
     ids=lambda settings: settings["mode"],
 )
-def test_both_behaviour_logprobs_are_those_of_the_laws_drawn_from(
+def test_both_models_logprobs_are_those_of_the_laws_drawn_from(
     pair, tokenizer, prompts, law_of, settings
 ):
     student, teacher = pair()
     trajectories, _ = _collect(
-        (student, teacher), tokenizer, prompts, num_generations=3, **settings
+        (student, teacher),
+        tokenizer,
+        prompts,
+        num_generations=3,
+        student_logprobs=True,
+        **settings,
     )
     ours = {
         key: settings.get(key, 0 if key == "top_k" else 1.0)
@@ -182,12 +187,38 @@ def test_both_behaviour_logprobs_are_those_of_the_laws_drawn_from(
             found[name] = getattr(t, f"{name}_logprobs")
             torch.testing.assert_close(found[name][place], expected, rtol=1e-3, atol=1e-4)
             assert not found[name][: t.prompt_length].any()
+        if settings["mode"] == "topk":
+            # whether a draft stays depends on it: its law is neither's
+            assert t.behaviour_logprobs is None
+            continue
         by_teacher = t.token_origin == TEACHER
         drawn = torch.where(by_teacher, found["teacher"], found["student"])
         if settings["mode"] in ("rejection", "block"):
             drawn = found["teacher"]
         assert torch.equal(t.behaviour_logprobs, drawn)
         assert torch.isfinite(t.behaviour_logprobs).all()
+
+
+@pytest.mark.parametrize("mode", ["rejection", "block", "threshold"])
+def test_the_student_reads_no_more_for_logprobs_that_nobody_asked_for(
+    pair, tokenizer, prompts, mode
+):
+    both = pair()
+    plain, _ = _collect(both, tokenizer, prompts, mode=mode)
+    asked, _ = _collect(both, tokenizer, prompts, mode=mode, student_logprobs=True)
+    assert any(
+        a.tokens_read["student"] > b.tokens_read["student"]
+        for a, b in zip(asked, plain, strict=True)
+    )
+    for a, b in zip(asked, plain, strict=True):
+        assert b.student_logprobs is None
+        assert torch.isfinite(a.student_logprobs).all()
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.behaviour_logprobs, b.behaviour_logprobs)
+        assert torch.equal(a.teacher_logprobs, b.teacher_logprobs)
+        assert a.tokens_read["teacher"] == b.tokens_read["teacher"]
+        extra = a.tokens_read["student"] - b.tokens_read["student"]
+        assert extra in (0, len(a.ids))
 
 
 @pytest.mark.parametrize(("num_topk", "writer"), [(45, STUDENT), (0, TEACHER)])
@@ -334,7 +365,10 @@ def test_no_prompts_give_no_completions(pair, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"mode": "rejection", "num_topk": 3}, "num_topk means nothing in mode 'rejection'"),
+        (
+            {"mode": "rejection", "num_topk": 3},
+            "num_topk means nothing in mode 'rejection'; leave it out,.*num_topk=25",
+        ),
         ({"mode": "topk", "window": 3}, "window means nothing in mode 'topk'"),
         ({"mode": "greedy", "temperature": 0.5}, "temperature means nothing in mode 'greedy'"),
         ({"mode": "speculate"}, "rejection"),
@@ -343,6 +377,14 @@ def test_no_prompts_give_no_completions(pair, tokenizer):
 def test_keys_that_a_mode_does_not_read_are_refused(settings, sentence):
     with pytest.raises(ValidationError, match=sentence):
         SpeculativeConfig(**settings)
+
+
+def test_a_recipe_goes_over_to_another_mode_as_the_message_says():
+    overrides = ["rollouts.mode=rejection"]
+    with pytest.raises(ConfigError, match="num_topk=25"):
+        load_config("skd", overrides)
+    config = load_config("skd", [*overrides, "rollouts.num_topk=25"])
+    assert config.rollouts.mode == "rejection"
 
 
 def test_a_run_needs_a_teacher_at_hand(values):
@@ -363,3 +405,22 @@ def test_policy_gradients_need_a_law_that_is_known(values, mode):
     else:
         with pytest.raises(ConfigError, match=f"got 'speculative' with mode '{mode}'"):
             parse_config(values)
+
+
+@pytest.mark.parametrize(
+    ("mode", "ours", "theirs", "right", "key"),
+    [
+        ("rejection", 0.5, 1.0, 1.0, "teacher_temperature 1.0"),
+        ("block", 1.0, 0.3, 0.3, "teacher_temperature 0.3"),
+        ("rejection", 0.5, None, 0.5, "temperature 0.5"),
+        ("threshold", 0.5, 1.0, 0.5, "temperature 0.5"),
+    ],
+)
+def test_policy_gradients_are_at_the_temperature_sampled_at(values, mode, ours, theirs, right, key):
+    laws = {"temperature": ours, "teacher_temperature": theirs}
+    values["rollouts"] = {"kind": "speculative", "mode": mode, **laws}
+    values["objective"] = {"kind": "sampled_token", "temperature": right}
+    assert parse_config(values).objective.temperature == right
+    values["objective"]["temperature"] = 0.7
+    with pytest.raises(ConfigError, match=f"must equal rollouts.{key}, at which"):
+        parse_config(values)

@@ -81,3 +81,15 @@ def test_policy_gradients_may_learn_from_it(values):
     values["rollouts"] = {"kind": "teacher_mixed"}
     values["objective"] = {"kind": "sampled_token"}
     assert parse_config(values).rollouts.tells_behaviour
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_broken_model_is_said_so_also_where_the_other_draws(pair, tokenizer, prompts, name):
+    both = dict(zip(("student", "teacher"), pair(), strict=True))
+    engine = TeacherMixedConfig(max_completion_length=2, alpha=float(name == "student")).build(
+        *both.values(), tokenizer, seed=0
+    )
+    with torch.no_grad():
+        both[name].lm_head_weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"^{name}: its logits are not finite"):
+        engine.collect(prompts, 0)

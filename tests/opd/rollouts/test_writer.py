@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+import opd_kernels as opk
 from opd.rollouts.writer import Writer, draw, judge, make_writer, refuse_broken
 from tests.chi_squared import chi_squared_p
 
@@ -42,19 +43,33 @@ def test_a_greedy_draw_is_the_likeliest(student):
     assert torch.equal(ids, student.head.logits(hidden).argmax(-1))
 
 
-def test_both_are_asked_about_any_token(student, teacher):
+@pytest.fixture
+def head_rows(monkeypatch):
+    """How many rows of a head each call of the kernel asks for."""
+    counts, kernel = [], opk.fused_linear_speculative_verify
+
+    def counting(drafts, student_hidden, student_head, teacher_hidden, *args, **options):
+        of_student = 0 if student_hidden is None else student_hidden[..., 0].numel()
+        counts.append(of_student + teacher_hidden[..., 0].numel())
+        return kernel(drafts, student_hidden, student_head, teacher_hidden, *args, **options)
+
+    monkeypatch.setattr(opk, "fused_linear_speculative_verify", counting)
+    return counts
+
+
+# one, a row, and several whose last has room to spare
+@pytest.mark.parametrize("count", [1, 32, 100])
+@pytest.mark.parametrize("law", [{"temperature": 1.3}, LAW], ids=["whole", "cut"])
+def test_a_model_is_asked_about_any_token(student, head_rows, law, count):
     generator = torch.Generator().manual_seed(3)
-    ours, theirs = (torch.randn(45, size, generator=generator) for size in (16, 24))
-    ids = torch.arange(45)
-    told = judge(
-        Writer(model=student, **LAW), Writer(model=teacher, temperature=1.3), ours, theirs, ids
-    )
-    expected = (_law(student, ours, **LAW), _law(teacher, theirs, temperature=1.3))
-    for logprobs, law in zip(told, expected, strict=True):
-        torch.testing.assert_close(logprobs.double(), law.diagonal(), rtol=1e-5, atol=1e-5)
+    hidden = torch.randn(count, 16, generator=generator)
+    ids = torch.arange(count) % 45
+    told = judge(Writer(model=student, **law), hidden, ids)
+    expected = _law(student, hidden, **law).gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(told.double(), expected, rtol=1e-5, atol=1e-5)
     # also about those that a law never draws
-    assert torch.isinf(told[0]).any()
-    assert not torch.isinf(told[1]).any()
+    assert bool(torch.isinf(told[1:]).any()) == (law == LAW and count > 1)
+    assert sum(head_rows) <= count * 1.05 + 1
 
 
 def test_a_law_that_is_none_has_no_token(student):

@@ -37,9 +37,10 @@ def test_a_trajectory_is_zero_on_the_prompt_and_tells_of_every_token():
 def test_greedy_writings_have_no_logprobs():
     writing = _writing()
     writing.add(9, STUDENT, math.nan, math.nan)
-    trajectory = writing.trajectory(0, None)
+    trajectory = writing.trajectory(0, None, ())
     assert trajectory.behaviour_logprobs is None
     assert trajectory.student_logprobs is None
+    assert trajectory.teacher_logprobs is None
     assert trajectory.token_origin.tolist() == [0, 0, 1]
 
 
