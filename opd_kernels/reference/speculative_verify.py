@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .divergences import forward_kl
+
 
 class SpeculativeVerification(NamedTuple):
     """num_accepted, next_token [B] int32; accepted [B, G] bool; the rest float64, nats.
@@ -88,13 +90,14 @@ def speculative_verify(
         )
     )
     z_p = _logits(teacher_logits, vocab_size, teacher_logit_scale, teacher_softcap)
-    p = _law(z_p, *((1.0, 0, 1.0) if is_greedy else teacher_options))
+    log_p = _law(z_p, *((1.0, 0, 1.0) if is_greedy else teacher_options))
     has_student = student_logits is not None
     if has_student:
         z_q = _logits(student_logits, vocab_size, student_logit_scale, student_softcap)
-        q = _law(z_q, *((1.0, 0, 1.0) if is_greedy else student_options))
+        log_q = _law(z_q, *((1.0, 0, 1.0) if is_greedy else student_options))
     else:
-        q = torch.full_like(p[:, :num_drafts], math.nan)
+        log_q = torch.full_like(log_p[:, :num_drafts], math.nan)
+    p, q = log_p.exp(), log_q.exp()
     if num_draft is None:
         num_draft = torch.full((num_sequences,), num_drafts, device=drafts.device)
     left = num_draft.long()
@@ -102,9 +105,10 @@ def speculative_verify(
     real = places < left.unsqueeze(1)
     known = real & (drafts >= 0) & (drafts < p.shape[2])
     ids = torch.where(known, drafts, 0).unsqueeze(2)
+    # as logs: a ratio of two probabilities may be one of numbers that are too small for float64
     p_of, q_of = (
         torch.where(known, law[:, :num_drafts].gather(2, ids).squeeze(2), math.nan)
-        for law in (p, q)
+        for law in (log_p, log_q)
     )
     broken = p_of.isnan()
     if mode in ("rejection", "block", "threshold"):
@@ -120,14 +124,14 @@ def speculative_verify(
         lost = (broken & real).any(1)
     else:
         if mode == "rejection":
-            keep = (coins * q_of < p_of) | ((q_of == 0) & (p_of > 0))
+            keep = coins.log() + q_of < p_of
         elif mode == "topk":
             keep = _ranks(z_p[:, :num_drafts], ids) < min(num_topk, z_p.shape[2])
         elif mode == "greedy":
             keep = ids.squeeze(2) == z_p[:, :num_drafts].argmax(2)
         else:
             whole = [_law(z, t, 0, 1.0) for z, t in ((z_p, temperature), (z_q, student_options[0]))]
-            divergence = _without_noise(_kl(whole[0][:, :num_drafts], whole[1]))
+            divergence = _without_noise(forward_kl(whole[0][:, :num_drafts], whole[1]))
             keep = ~_is_above(divergence, threshold, history)
         n = (keep & real & ~broken).cumprod(1).sum(1)
         lost = torch.nn.functional.pad(broken & real, (0, 1)).gather(1, n.unsqueeze(1)).squeeze(1)
@@ -135,14 +139,14 @@ def speculative_verify(
     refused = n < left
     rows = torch.arange(num_sequences, device=drafts.device)
     p_next = p[rows, n]
-    q_next = torch.nn.functional.pad(q, (0, 0, 0, 1), value=math.nan)[rows, n]
+    log_q_next = torch.nn.functional.pad(log_q, (0, 0, 0, 1), value=math.nan)[rows, n]
     if is_greedy:
         best = torch.where(z_p.isnan(), -math.inf, z_p)[rows, n].argmax(1)
         residual = torch.nn.functional.one_hot(best, p.shape[2]).to(torch.float64)
         residual = torch.where(p_next.isnan(), math.nan, residual)
         uniforms = torch.zeros_like(uniforms)
     elif mode in ("rejection", "block"):
-        minus = (weight.unsqueeze(1) * p_next - q_next).clamp(min=0.0)
+        minus = (weight.unsqueeze(1) * p_next - log_q_next.exp()).clamp(min=0.0)
         residual = torch.where(refused.unsqueeze(1), minus, p_next)
         residual = torch.where(residual.sum(1, keepdim=True) == 0, p_next, residual)
     else:
@@ -151,11 +155,11 @@ def speculative_verify(
     residual = torch.where(lost.unsqueeze(1), 1.0, residual)
     token = _drawn(residual, uniforms[:, -1])
     is_next = torch.arange(num_drafts + 1, device=drafts.device) == n.unsqueeze(1)
-    at_token = [law.gather(1, token.unsqueeze(1)) for law in (q_next, p_next)]
-    at_token = [torch.where(lost.unsqueeze(1), math.nan, value).log() for value in at_token]
-    student = torch.where(accepted, q_of.log(), math.nan)
+    at_token = [law.gather(1, token.unsqueeze(1)) for law in (log_q_next, log_p[rows, n])]
+    at_token = [torch.where(lost.unsqueeze(1), math.nan, value) for value in at_token]
+    student = torch.where(accepted, q_of, math.nan)
     student = torch.where(is_next[:, :-1] & refused.unsqueeze(1), at_token[0], student)
-    teacher = torch.where(accepted, p_of.log(), math.nan)
+    teacher = torch.where(accepted, p_of, math.nan)
     teacher = torch.nn.functional.pad(teacher, (0, 1), value=math.nan)
     teacher = torch.where(is_next, at_token[1], teacher)
     judged = real & (places <= n.unsqueeze(1)) & ~broken
@@ -178,21 +182,20 @@ def _logits(logits: Tensor, vocab_size: int | None, scale: float, cap: float | N
 
 
 def _law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Probabilities; NaN in every entry of a row that is no law."""
+    """Log-probabilities; NaN in every entry of a row that is no law."""
     z = logits / temperature
     if 0 < top_k < z.shape[-1]:
         smallest = z.topk(top_k, -1).values[..., -1:]
         z = torch.where(z < smallest, -math.inf, z)
-    p = z.softmax(-1)
     if top_p < 1.0:
-        sorted_p, order = p.sort(-1, descending=True)
+        sorted_p, order = z.softmax(-1).sort(-1, descending=True)
         before = sorted_p.cumsum(-1) - sorted_p
         # the first entry is always kept, and the last one that is has the smallest z
         count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
         smallest = z.gather(-1, order.gather(-1, count - 1))
-        p = torch.where(z < smallest, -math.inf, z).softmax(-1)
+        z = torch.where(z < smallest, -math.inf, z)
     is_broken = (z.isnan() | (z == math.inf)).any(-1, keepdim=True)
-    return torch.where(is_broken, math.nan, p)
+    return torch.where(is_broken, math.nan, z.log_softmax(-1))
 
 
 def _ranks(z: Tensor, ids: Tensor) -> Tensor:
@@ -200,11 +203,6 @@ def _ranks(z: Tensor, ids: Tensor) -> Tensor:
     own = z.gather(2, ids)
     columns = torch.arange(z.shape[2], device=z.device)
     return ((z > own) | ((z == own) & (columns < ids))).sum(2)
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q)."""
-    return torch.where(p == 0, 0.0, p * (p.log() - q.log())).sum(2)
 
 
 def _without_noise(divergence: Tensor) -> Tensor:
@@ -229,13 +227,15 @@ def _is_above(divergence: Tensor, threshold: float, history: Tensor | None) -> T
 
 
 def _block(p, q, p_of, q_of, coins, left) -> tuple[Tensor, Tensor]:
-    """(n, w_n) by Algorithm 2 of arXiv:2403.10444."""
+    """(n, w_n) by Algorithm 2 of arXiv:2403.10444; p_of and q_of are logs."""
     weight = torch.ones_like(p[:, 0, 0])
     n, chosen = torch.zeros_like(left), weight
     for i in range(1, p_of.shape[1] + 1):
-        ratio = p_of[:, i - 1] / q_of[:, i - 1]
-        ratio = torch.where((p_of[:, i - 1] == 0) & ~q_of[:, i - 1].isnan(), 0.0, ratio)
-        weight = torch.where(weight == 0, 0.0 * p_of[:, i - 1], (weight * ratio).clamp(max=1.0))
+        ratio = (p_of[:, i - 1] - q_of[:, i - 1]).exp()
+        ratio = torch.where((p_of[:, i - 1] == -math.inf) & ~q_of[:, i - 1].isnan(), 0.0, ratio)
+        weight = torch.where(
+            weight == 0, 0.0 * ratio.clamp(max=1.0), (weight * ratio).clamp(max=1.0)
+        )
         chance = weight
         if i < p_of.shape[1]:
             mass = (weight[:, None] * p[:, i] - q[:, i]).clamp(min=0.0).sum(1)

@@ -235,6 +235,27 @@ def test_speculative_verify_of_impossible_drafts():
     assert kept.teacher_logprobs[1:, 0].tolist() == [-INF, -INF]
 
 
+@pytest.mark.parametrize("mode", ["rejection", "block", "threshold"])
+def test_speculative_verify_of_drafts_too_rare_for_float64(mode):
+    # exp(-4500) is 0 in float64, but its ratio to e exp(-4500) is not, nor is its log
+    teacher = torch.tensor([-4500.0, 0.0], dtype=F64).expand(2, 2, 2)
+    student = torch.stack([teacher[0, :1] + torch.tensor([1.0, 0.0]), teacher[0, :1].flip(1)])
+    uniforms = torch.tensor([[0.36, 0.0], [0.36, 0.0]], dtype=F64)
+    options = {"uniforms": uniforms, "mode": mode}
+    if mode == "threshold":
+        options |= {"threshold": 1.0, "history": torch.ones(2, 1)}
+    got = on_cpu(torch.tensor([[0], [0]]), student, teacher, **options)
+    assert got.num_accepted.tolist() == [1, 0] and got.next_token.tolist() == [1, 1]
+    assert got.student_logprobs.flatten().tolist() == [-4499.0, -4500.0]
+    assert got.teacher_logprobs[0].tolist() == [-4500.0, 0.0] and got.teacher_logprobs[1, 0] == 0
+    if mode == "threshold":
+        assert got.divergence.flatten().tolist() == [0.0, 4500.0]
+    truth = opk.speculative_verify(
+        torch.tensor([[0], [0]]), student, teacher, backend="reference", **options
+    )
+    same(got, truth, rtol=1e-14, atol=1e-14, what=mode)
+
+
 def test_speculative_verify_at_the_ends_of_uniforms():
     drafts = drafts_of(2, 3, 700)
     equal = (drafts.ids, drafts.teacher[:, :-1], drafts.teacher)
