@@ -33,13 +33,14 @@ class SpeculativeConfig(Sampling):
     `greedy`: the teacher's likeliest tokens. `topk` (SKD): a draft stays while it is among the
     teacher's `num_topk` likeliest, else a draw from the teacher is in its place, and drafting goes
     on. `threshold` (AdaSwitch): from the first place where KL(teacher || student) exceeds
-    `threshold` times the mean of the `window` places before, the teacher writes the rest.
+    `threshold` times the mean of the `window` places before, once there are so many, the teacher
+    writes the rest.
 
     Attributes:
         mode: as above.
         num_draft: tokens drafted before the teacher looks.
         num_topk: of `topk`. The vocabulary's size: on-policy; 0: the teacher samples.
-        threshold: of `threshold`. .inf never switches, 0 at the second token.
+        threshold: of `threshold`. .inf never switches, 0 at token window + 1.
         window: of `threshold`.
         temperature, top_k, top_p: of the student's draws.
         teacher_temperature, teacher_top_k, teacher_top_p: of the teacher's. Default: the student's.
