@@ -109,46 +109,72 @@ def test_of_equal_models_every_draft_is_accepted(pair, tokenizer, prompts, setti
         assert {STUDENT, TEACHER} == {w for t in trajectories for w in _writers(t)}
 
 
-def _completion_law(model, prompt, size, length, end=3):
+def _completion_law(logprobs_of, model, prompt, size, length, end=3):
     """Every completion of up to `length` tokens with its probability, by enumeration."""
     tails = list(product(range(size), repeat=length))
     sequences = torch.tensor([[*prompt.tolist(), *tail] for tail in tails])
     with torch.no_grad():
-        logprobs = model.model(input_ids=sequences).logits.double().log_softmax(-1)
+        logprobs = logprobs_of(model.model(input_ids=sequences).logits.double())
     chosen = logprobs[:, len(prompt) - 1 : -1].gather(2, sequences[:, len(prompt) :, None])
     law = {}
     for tail, own in zip(tails, chosen[..., 0].tolist(), strict=True):
         stop = tail.index(end) + 1 if end in tail else length
         law[tail[:stop]] = math.exp(sum(own[:stop]))
-    return law
+    return {tail: chance for tail, chance in law.items() if chance > 0}
 
 
+@pytest.mark.parametrize(
+    "laws",
+    [
+        ({}, {}),
+        (
+            {"temperature": 1.3, "top_k": 4, "top_p": 0.95},
+            {"temperature": 0.8, "top_k": 3, "top_p": 0.9},
+        ),
+    ],
+    ids=["whole", "cut"],
+)
 @pytest.mark.parametrize("mode", ["rejection", "block"])
-def test_completions_follow_the_teachers_law(pair, tokenizer, mode):
+def test_completions_follow_the_teachers_law(pair, tokenizer, cut_law, mode, laws):
     size, length = 5, 3
     student, teacher = pair(vocab_size=size, distance=0.3)
-    prompt = torch.tensor([4, 1])
-    law = _completion_law(teacher, prompt, size, length)
-    assert sum(law.values()) == pytest.approx(1)
+    ours, theirs = laws
+    prompts = [
+        Prompt(ids=torch.tensor(ids), group_id=number)
+        for number, ids in enumerate(([4, 1], [2, 0, 4, 4, 1]))
+    ]
     trajectories, metrics = _collect(
         (student, teacher),
         tokenizer,
-        [Prompt(ids=prompt)],
+        prompts,
         mode=mode,
         num_draft=2,
         max_completion_length=length,
-        num_generations=5000,
+        num_generations=2500,
+        **ours,
+        **{f"teacher_{key}": value for key, value in theirs.items()},
     )
-    counts = Counter(tuple(t.completion_ids.tolist()) for t in trajectories)
-    assert chi_squared_p(counts, law) > 1e-3
-    # which is no accident: the drafts alone would not have it
-    assert chi_squared_p(counts, _completion_law(student, prompt, size, length)) < 1e-9
     assert 0.3 < metrics["speculative/acceptance_rate"] < 0.95
-    behaviour = {
-        tuple(t.completion_ids.tolist()): float(t.behaviour_logprobs.sum()) for t in trajectories
-    }
-    for ids, logprob in behaviour.items():
-        assert logprob == pytest.approx(math.log(law[ids]), abs=1e-4)
+    for prompt in prompts:
+        law = _completion_law(
+            lambda logits: cut_law(logits, **theirs), teacher, prompt.ids, size, length
+        )
+        assert sum(law.values()) == pytest.approx(1)
+        assert len(law) > 8
+        own = [t for t in trajectories if t.group_id == prompt.group_id]
+        counts = Counter(tuple(t.completion_ids.tolist()) for t in own)
+        assert chi_squared_p(counts, law) > 1e-3
+        # which is no accident: neither the drafts alone nor the whole law would have it
+        others = [_completion_law(lambda z: z.log_softmax(-1), student, prompt.ids, size, length)]
+        if theirs:
+            others.append(
+                _completion_law(lambda z: z.log_softmax(-1), teacher, prompt.ids, size, length)
+            )
+        for other in others:
+            assert chi_squared_p(counts, other) < 1e-9
+        for t in own:
+            logprob = math.log(law[tuple(t.completion_ids.tolist())])
+            assert float(t.behaviour_logprobs.sum()) == pytest.approx(logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize(
