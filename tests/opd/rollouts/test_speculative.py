@@ -386,6 +386,32 @@ def test_metrics_count_what_was_drafted_and_read(pair, tokenizer, prompts):
         assert min(t.tokens_read.values()) >= len(t.ids) - 1
 
 
+def test_a_row_by_itself_reads_each_token_once_a_round(pair, tokenizer, prompts):
+    num_draft, limit = 4, 18
+    trajectories, _ = _collect(
+        pair(),
+        tokenizer,
+        prompts,
+        mode="topk",
+        num_topk=3,
+        num_draft=num_draft,
+        max_completion_length=limit,
+        num_generations=3,
+        generation_batch_size=1,
+    )
+    for t in trajectories:
+        # all of the prompt but its last token, which the first round reads
+        student = teacher = t.prompt_length - 1
+        writers = _writers(t)
+        while writers:
+            length = min(num_draft, limit - t.completion_length + len(writers))
+            student, teacher = student + length, teacher + length + 1
+            # drafts up to the teacher's token, if one was refused
+            is_refused = TEACHER in writers[:length]
+            del writers[: writers.index(TEACHER) + 1 if is_refused else length]
+        assert t.tokens_read == {"student": student, "teacher": teacher}
+
+
 def test_a_broken_model_is_said_so(pair, tokenizer, prompts):
     student, teacher = pair()
     engine = SpeculativeConfig(max_completion_length=4).build(student, teacher, tokenizer, seed=0)
