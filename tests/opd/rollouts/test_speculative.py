@@ -386,6 +386,17 @@ def test_metrics_count_what_was_drafted_and_read(pair, tokenizer, prompts):
         assert min(t.tokens_read.values()) >= len(t.ids) - 1
 
 
+@pytest.mark.parametrize(("threshold", "is_alone"), [(0.0, True), (math.inf, False)])
+def test_what_the_teacher_writes_alone_has_a_rate_of_its_own(
+    pair, tokenizer, prompts, threshold, is_alone
+):
+    _, metrics = _collect(
+        pair(), tokenizer, prompts, mode="threshold", threshold=threshold, window=1
+    )
+    assert ("speculative/teacher_tokens_per_s" in metrics) == is_alone
+    assert metrics.get("speculative/teacher_tokens_per_s", 1.0) > 0
+
+
 def test_a_row_by_itself_reads_each_token_once_a_round(pair, tokenizer, prompts):
     num_draft, limit = 4, 18
     trajectories, _ = _collect(
