@@ -33,13 +33,14 @@ class SpeculativeConfig(Sampling):
     `greedy`: the teacher's likeliest tokens. `topk` (SKD): a draft stays while it is among the
     teacher's `num_topk` likeliest, else a draw from the teacher is in its place, and drafting goes
     on. `threshold` (AdaSwitch): from the first place where KL(teacher || student) exceeds
-    `threshold` times the mean of the `window` places before, the teacher writes the rest.
+    `threshold` times the mean of the `window` places before, once there are so many, the teacher
+    writes the rest.
 
     Attributes:
         mode: as above.
         num_draft: tokens drafted before the teacher looks.
         num_topk: of `topk`. The vocabulary's size: on-policy; 0: the teacher samples.
-        threshold: of `threshold`. .inf never switches, 0 at the second token.
+        threshold: of `threshold`. .inf never switches, 0 at token window + 1.
         window: of `threshold`.
         temperature, top_k, top_p: of the student's draws.
         teacher_temperature, teacher_top_k, teacher_top_p: of the teacher's. Default: the student's.
@@ -174,7 +175,10 @@ class SpeculativeRollouts(PairRollouts):
                 told = self._verify(desk, draft)
             switched += self._take(desk, draft, told)
         if switched:
-            self._let_teacher_write(switched)
+            before = sum(len(writing.ids) for writing in switched)
+            with self._clock("teach"):
+                self._let_teacher_write(switched)
+            self._counts.num_taught += sum(len(writing.ids) for writing in switched) - before
 
     def _draft(self, desk: Desk) -> _Draft:
         """Up to `num_draft` tokens of the student for each row, no more than it has room for."""
@@ -334,11 +338,12 @@ class _Told:
 
 @dataclass(slots=True)
 class _Counts:
-    """Of one step: looks of the teacher at a row, tokens drafted, tokens accepted."""
+    """Of one step: looks of the teacher at a row, tokens drafted, accepted, and of it alone."""
 
     num_looks: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    num_taught: int = 0
 
     def add(self, *, drafted: int, accepted: int) -> None:
         """One look at one row."""
@@ -355,4 +360,6 @@ class _Counts:
             "draft_tokens_per_s": self.num_drafted / max(1e-9, seconds.get("draft", 0.0)),
             "verify_tokens_per_s": num_verified / max(1e-9, seconds.get("verify", 0.0)),
         }
+        if self.num_taught:
+            rates["teacher_tokens_per_s"] = self.num_taught / max(1e-9, seconds.get("teach", 0.0))
         return {f"speculative/{name}": value for name, value in rates.items()}

@@ -71,14 +71,11 @@ def prompts():
 
 
 @pytest.fixture
-def law_of():
-    """A function (model, trajectory, law) -> [C, V] float64: what each token of a completion is
-    drawn from, by the definitions, from the model's own logits of the sequence alone."""
+def cut_law():
+    """A function (logits [..., V] float64, law) -> log-probabilities, by the definitions."""
 
-    def law(model, trajectory, *, temperature=1.0, top_k=0, top_p=1.0):
-        with torch.no_grad():
-            logits = model.model(input_ids=trajectory.ids[None]).logits[0].double()
-        logits = logits[trajectory.prompt_length - 1 : -1] / temperature
+    def law(logits, *, temperature=1.0, top_k=0, top_p=1.0):
+        logits = logits / temperature
         if top_k:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], float("-inf"))
         if top_p < 1.0:
@@ -87,5 +84,18 @@ def law_of():
             drop = torch.zeros_like(drop).scatter(-1, order, drop)
             logits = logits.masked_fill(drop, float("-inf"))
         return logits.log_softmax(-1)
+
+    return law
+
+
+@pytest.fixture
+def law_of(cut_law):
+    """A function (model, trajectory, law) -> [C, V] float64: what each token of a completion is
+    drawn from, from the model's own logits of the sequence alone."""
+
+    def law(model, trajectory, **settings):
+        with torch.no_grad():
+            logits = model.model(input_ids=trajectory.ids[None]).logits[0].double()
+        return cut_law(logits[trajectory.prompt_length - 1 : -1], **settings)
 
     return law

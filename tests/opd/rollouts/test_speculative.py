@@ -109,46 +109,72 @@ def test_of_equal_models_every_draft_is_accepted(pair, tokenizer, prompts, setti
         assert {STUDENT, TEACHER} == {w for t in trajectories for w in _writers(t)}
 
 
-def _completion_law(model, prompt, size, length, end=3):
+def _completion_law(logprobs_of, model, prompt, size, length, end=3):
     """Every completion of up to `length` tokens with its probability, by enumeration."""
     tails = list(product(range(size), repeat=length))
     sequences = torch.tensor([[*prompt.tolist(), *tail] for tail in tails])
     with torch.no_grad():
-        logprobs = model.model(input_ids=sequences).logits.double().log_softmax(-1)
+        logprobs = logprobs_of(model.model(input_ids=sequences).logits.double())
     chosen = logprobs[:, len(prompt) - 1 : -1].gather(2, sequences[:, len(prompt) :, None])
     law = {}
     for tail, own in zip(tails, chosen[..., 0].tolist(), strict=True):
         stop = tail.index(end) + 1 if end in tail else length
         law[tail[:stop]] = math.exp(sum(own[:stop]))
-    return law
+    return {tail: chance for tail, chance in law.items() if chance > 0}
 
 
+@pytest.mark.parametrize(
+    "laws",
+    [
+        ({}, {}),
+        (
+            {"temperature": 1.3, "top_k": 4, "top_p": 0.95},
+            {"temperature": 0.8, "top_k": 3, "top_p": 0.9},
+        ),
+    ],
+    ids=["whole", "cut"],
+)
 @pytest.mark.parametrize("mode", ["rejection", "block"])
-def test_completions_follow_the_teachers_law(pair, tokenizer, mode):
+def test_completions_follow_the_teachers_law(pair, tokenizer, cut_law, mode, laws):
     size, length = 5, 3
     student, teacher = pair(vocab_size=size, distance=0.3)
-    prompt = torch.tensor([4, 1])
-    law = _completion_law(teacher, prompt, size, length)
-    assert sum(law.values()) == pytest.approx(1)
+    ours, theirs = laws
+    prompts = [
+        Prompt(ids=torch.tensor(ids), group_id=number)
+        for number, ids in enumerate(([4, 1], [2, 0, 4, 4, 1]))
+    ]
     trajectories, metrics = _collect(
         (student, teacher),
         tokenizer,
-        [Prompt(ids=prompt)],
+        prompts,
         mode=mode,
         num_draft=2,
         max_completion_length=length,
-        num_generations=5000,
+        num_generations=2500,
+        **ours,
+        **{f"teacher_{key}": value for key, value in theirs.items()},
     )
-    counts = Counter(tuple(t.completion_ids.tolist()) for t in trajectories)
-    assert chi_squared_p(counts, law) > 1e-3
-    # which is no accident: the drafts alone would not have it
-    assert chi_squared_p(counts, _completion_law(student, prompt, size, length)) < 1e-9
     assert 0.3 < metrics["speculative/acceptance_rate"] < 0.95
-    behaviour = {
-        tuple(t.completion_ids.tolist()): float(t.behaviour_logprobs.sum()) for t in trajectories
-    }
-    for ids, logprob in behaviour.items():
-        assert logprob == pytest.approx(math.log(law[ids]), abs=1e-4)
+    for prompt in prompts:
+        law = _completion_law(
+            lambda logits: cut_law(logits, **theirs), teacher, prompt.ids, size, length
+        )
+        assert sum(law.values()) == pytest.approx(1)
+        assert len(law) > 8
+        own = [t for t in trajectories if t.group_id == prompt.group_id]
+        counts = Counter(tuple(t.completion_ids.tolist()) for t in own)
+        assert chi_squared_p(counts, law) > 1e-3
+        # which is no accident: neither the drafts alone nor the whole law would have it
+        others = [_completion_law(lambda z: z.log_softmax(-1), student, prompt.ids, size, length)]
+        if theirs:
+            others.append(
+                _completion_law(lambda z: z.log_softmax(-1), teacher, prompt.ids, size, length)
+            )
+        for other in others:
+            assert chi_squared_p(counts, other) < 1e-9
+        for t in own:
+            logprob = math.log(law[tuple(t.completion_ids.tolist())])
+            assert float(t.behaviour_logprobs.sum()) == pytest.approx(logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -246,27 +272,38 @@ def test_threshold_switches_once_where_the_divergence_says(pair, tokenizer, prom
     student, teacher = pair()
     threshold, window = 1.5, 2
     trajectories, _ = _collect(
-        (student, teacher), tokenizer, prompts, mode="threshold", threshold=threshold, window=window
+        (student, teacher),
+        tokenizer,
+        prompts,
+        mode="threshold",
+        threshold=threshold,
+        window=window,
+        num_generations=50,
     )
     switches = []
     for t in trajectories:
         p, q = law_of(teacher, t), law_of(student, t)
-        divergence = (p.exp() * (p - q)).sum(-1)
-        means = divergence.unfold(0, window, 1).mean(-1)
+        divergence = (p.exp() * (p - q)).sum(-1).tolist()
+        # nothing is refused before the whole window is known
         is_over = [
-            bool(d > threshold * m) for d, m in zip(divergence[window:], means, strict=False)
+            place >= window and own > threshold * sum(divergence[place - window : place]) / window
+            for place, own in enumerate(divergence)
         ]
-        first = is_over.index(True) + window if True in is_over else t.completion_length
+        first = is_over.index(True) if True in is_over else t.completion_length
         writers = _writers(t)
         assert writers == [STUDENT] * first + [TEACHER] * (t.completion_length - first)
         switches.append(first)
-    assert len(set(switches)) > 1
+    assert set(switches) >= {1, *range(window, 6)}
 
 
-def test_threshold_zero_is_the_teachers_from_the_second_token(pair, tokenizer, prompts):
-    trajectories, _ = _collect(pair(), tokenizer, prompts, mode="threshold", threshold=0, window=1)
+@pytest.mark.parametrize("window", [1, 3])
+def test_threshold_zero_is_the_teachers_behind_the_first_window(pair, tokenizer, prompts, window):
+    trajectories, _ = _collect(
+        pair(), tokenizer, prompts, mode="threshold", threshold=0, window=window
+    )
     for t in trajectories:
-        assert _writers(t) == [STUDENT] + [TEACHER] * (t.completion_length - 1)
+        first = min(window, t.completion_length)
+        assert _writers(t) == [STUDENT] * first + [TEACHER] * (t.completion_length - first)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -347,6 +384,43 @@ def test_metrics_count_what_was_drafted_and_read(pair, tokenizer, prompts):
     for t in trajectories:
         # every token once at least, by both
         assert min(t.tokens_read.values()) >= len(t.ids) - 1
+
+
+@pytest.mark.parametrize(("threshold", "is_alone"), [(0.0, True), (math.inf, False)])
+def test_what_the_teacher_writes_alone_has_a_rate_of_its_own(
+    pair, tokenizer, prompts, threshold, is_alone
+):
+    _, metrics = _collect(
+        pair(), tokenizer, prompts, mode="threshold", threshold=threshold, window=1
+    )
+    assert ("speculative/teacher_tokens_per_s" in metrics) == is_alone
+    assert metrics.get("speculative/teacher_tokens_per_s", 1.0) > 0
+
+
+def test_a_row_by_itself_reads_each_token_once_a_round(pair, tokenizer, prompts):
+    num_draft, limit = 4, 18
+    trajectories, _ = _collect(
+        pair(),
+        tokenizer,
+        prompts,
+        mode="topk",
+        num_topk=3,
+        num_draft=num_draft,
+        max_completion_length=limit,
+        num_generations=3,
+        generation_batch_size=1,
+    )
+    for t in trajectories:
+        # all of the prompt but its last token, which the first round reads
+        student = teacher = t.prompt_length - 1
+        writers = _writers(t)
+        while writers:
+            length = min(num_draft, limit - t.completion_length + len(writers))
+            student, teacher = student + length, teacher + length + 1
+            # drafts up to the teacher's token, if one was refused
+            is_refused = TEACHER in writers[:length]
+            del writers[: writers.index(TEACHER) + 1 if is_refused else length]
+        assert t.tokens_read == {"student": student, "teacher": teacher}
 
 
 def test_a_broken_model_is_said_so(pair, tokenizer, prompts):
