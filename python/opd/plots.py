@@ -256,10 +256,11 @@ _PICTURES: tuple[tuple[str, str, Draw], ...] = (
     ),
     (
         "Speed of writing together",
-        "Tokens drafted, and tokens verified, a second of each phase.",
+        "Tokens drafted, verified and written by the teacher alone, a second of each phase.",
         _curves(
             ("speculative/draft_tokens_per_s", "drafting"),
             ("speculative/verify_tokens_per_s", "verifying"),
+            ("speculative/teacher_tokens_per_s", "teacher alone"),
             low=0.0,
         ),
     ),
