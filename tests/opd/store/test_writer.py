@@ -128,6 +128,7 @@ WRITER = """
         for number in itertools.count(first, step):
             writer.append(*ids_of(number), *laws_of(number))
             if number == first:
+                writer.flush()
                 print("started", flush=True)
 """
 
