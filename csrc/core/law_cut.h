@@ -15,9 +15,6 @@
 namespace opd {
 
 template <class T>
-constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
-
-template <class T>
 OPD_ELEMENTWISE void kept_block(const T* __restrict__ values, T largest, T floor, int padded,
                                 T* __restrict__ out) {
 OPD_IVDEP

@@ -39,6 +39,9 @@ struct alignas(64) Block {
   T values[kBlock];
 };
 
+template <class T>
+constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
+
 inline int round_up_to_lanes(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 // The elementwise loops are functions of their own, never inlined: inside the row walkers the
@@ -404,6 +407,12 @@ inline void check_side(const char* op, const char* name, const opd_logits_t& sid
 inline void check_sizes(const char* op, int64_t num_tokens, int64_t vocab_size) {
   OPD_CHECK(num_tokens >= 0, op, ": num_tokens must be >= 0, got ", num_tokens);
   OPD_CHECK(vocab_size > 0, op, ": vocab_size must be > 0, got ", vocab_size);
+}
+
+inline void check_sizes_of_ids(const char* op, int64_t num_tokens, int64_t vocab_size) {
+  check_sizes(op, num_tokens, vocab_size);
+  OPD_CHECK(vocab_size <= std::numeric_limits<int32_t>::max(), op,
+            ": vocab_size must be below 2^31, since ids are int32, got ", vocab_size);
 }
 
 }  // namespace opd

@@ -13,9 +13,6 @@
 namespace opd {
 namespace {
 
-template <class T>
-constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
-
 // sum of exp(factor * (value - largest)); no value is above the largest.
 template <class T>
 OPD_ELEMENTWISE double sum_of_block(const T* __restrict__ values, T largest, T factor, int padded) {

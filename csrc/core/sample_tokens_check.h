@@ -3,8 +3,6 @@
 // Nothing that a pointer in them points to is read here, so that it may be memory of a GPU.
 #pragma once
 
-#include <limits>
-
 #include "check.h"
 #include "rows.h"
 
@@ -32,9 +30,7 @@ inline constexpr int64_t num_tiles(int64_t vocab_size) {
 inline void check_args(const opd_sample_tokens_args_t* args) {
   check_pointer(kOp, "args", args);
   check_struct_size(kOp, args->struct_size, sizeof(*args));
-  check_sizes(kOp, args->num_tokens, args->vocab_size);
-  OPD_CHECK(args->vocab_size <= std::numeric_limits<int32_t>::max(), kOp,
-            ": vocab_size must be below 2^31, since ids are int32, got ", args->vocab_size);
+  check_sizes_of_ids(kOp, args->num_tokens, args->vocab_size);
   check_side(kOp, "logits", args->logits, args->num_tokens);
   // beyond, 1 / proposal_temperature is no float32
   OPD_CHECK(args->proposal_temperature >= 1e-30 && args->proposal_temperature <= 1e30, kOp,

@@ -300,9 +300,9 @@ opd_status_t opd_speculative_verify_rows_cpu(const opd_speculative_verify_rows_a
   return opd::guarded([&] {
     opd::speculative_verify::check_args(args);
     opd::check_values(*args);
-    const bool is_double = args->logits.matrix.dtype == OPD_FLOAT64;
-    opd::parallel_rows(args->parallel_for, args->num_rows, [&](int64_t row) {
-      is_double ? opd::run_row<double>(*args, row) : opd::run_row<float>(*args, row);
+    opd::visit_real(args->logits, [&](auto real) {
+      opd::parallel_rows(args->parallel_for, args->num_rows,
+                         [&](int64_t row) { opd::run_row<decltype(real)>(*args, row); });
     });
   });
 }
@@ -312,9 +312,9 @@ opd_status_t opd_speculative_verify_residual_cpu(
   return opd::guarded([&] {
     opd::speculative_verify::check_args(args);
     opd::check_values(*args);
-    const bool is_double = args->teacher.logits.matrix.dtype == OPD_FLOAT64;
-    opd::parallel_rows(args->parallel_for, args->num_rows, [&](int64_t row) {
-      is_double ? opd::run_residual<double>(*args, row) : opd::run_residual<float>(*args, row);
+    opd::visit_real(args->teacher.logits, [&](auto real) {
+      opd::parallel_rows(args->parallel_for, args->num_rows,
+                         [&](int64_t row) { opd::run_residual<decltype(real)>(*args, row); });
     });
   });
 }

@@ -3,8 +3,6 @@
 // points to is read here, so that it may be memory of a GPU.
 #pragma once
 
-#include <limits>
-
 #include "check.h"
 #include "rows.h"
 
@@ -13,16 +11,10 @@ namespace speculative_verify {
 
 inline constexpr char kOp[] = "speculative_verify";
 
-inline void check_sizes_of_ids(int64_t num_rows, int64_t vocab_size) {
-  check_sizes(kOp, num_rows, vocab_size);
-  OPD_CHECK(vocab_size <= std::numeric_limits<int32_t>::max(), kOp,
-            ": vocab_size must be below 2^31, since ids are int32, got ", vocab_size);
-}
-
 inline void check_args(const opd_speculative_verify_rows_args_t* args) {
   check_pointer(kOp, "args", args);
   check_struct_size(kOp, args->struct_size, sizeof(*args));
-  check_sizes_of_ids(args->num_rows, args->vocab_size);
+  check_sizes_of_ids(kOp, args->num_rows, args->vocab_size);
   check_side(kOp, "logits", args->logits, args->num_rows);
   OPD_CHECK(args->top_k >= 0, kOp, ": top_k must be >= 0 (0: no cut), got ", args->top_k);
   OPD_CHECK(args->top_p > 0.0 && args->top_p <= 1.0, kOp, ": top_p must be in (0, 1], got ",
@@ -42,7 +34,7 @@ inline void check_law(const char* name, const opd_cut_law_t& law) {
 inline void check_args(const opd_speculative_verify_residual_args_t* args) {
   check_pointer(kOp, "args", args);
   check_struct_size(kOp, args->struct_size, sizeof(*args));
-  check_sizes_of_ids(args->num_rows, args->vocab_size);
+  check_sizes_of_ids(kOp, args->num_rows, args->vocab_size);
   check_law("teacher logits", args->teacher);
   if (args->student.logits.matrix.data != nullptr) {
     check_law("student logits", args->student);

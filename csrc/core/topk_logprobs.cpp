@@ -17,9 +17,6 @@ namespace opd {
 namespace {
 
 template <class T>
-constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
-
-template <class T>
 struct Entry {
   T value;
   int32_t id;

@@ -3,8 +3,6 @@
 // to is read here, so that it may be memory of a GPU.
 #pragma once
 
-#include <limits>
-
 #include "check.h"
 #include "rows.h"
 
@@ -16,9 +14,7 @@ inline constexpr char kOp[] = "topk_logprobs";
 inline void check_args(const opd_topk_logprobs_args_t* args) {
   check_pointer(kOp, "args", args);
   check_struct_size(kOp, args->struct_size, sizeof(*args));
-  check_sizes(kOp, args->num_tokens, args->vocab_size);
-  OPD_CHECK(args->vocab_size <= std::numeric_limits<int32_t>::max(), kOp,
-            ": vocab_size must be below 2^31, since ids are int32, got ", args->vocab_size);
+  check_sizes_of_ids(kOp, args->num_tokens, args->vocab_size);
   check_side(kOp, "logits", args->logits, args->num_tokens);
   OPD_CHECK(args->num_topk >= 1 && args->num_topk <= OPD_MAX_TOPK &&
                 args->num_topk <= args->vocab_size,
