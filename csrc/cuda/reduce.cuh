@@ -12,6 +12,7 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.4426950408889634f;
 
 struct Sum {
   template <class T>
@@ -48,6 +49,17 @@ __device__ __forceinline__ T reduce_warp(T value, Op op) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value = op(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
+}
+
+// The sum of this lane's value and those of the lanes before it.
+template <class T>
+__device__ __forceinline__ T sum_to_lane(T value) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const T left = __shfl_up_sync(kAllLanes, value, static_cast<unsigned>(distance));
+    if (static_cast<int>(threadIdx.x % kWarp) >= distance) value += left;
   }
   return value;
 }

@@ -62,16 +62,5 @@ int64_t blocks_of_warps(int64_t count) {
   return (count + kWarps - 1) / kWarps;
 }
 
-// The sum of this lane's value and those of the lanes before it.
-__device__ __forceinline__ double sum_to_lane(double value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const double other = __shfl_up_sync(kAllLanes, value, static_cast<unsigned>(distance));
-    if (lane >= distance) value += other;
-  }
-  return value;
-}
-
 }  // namespace cuda
 }  // namespace opd

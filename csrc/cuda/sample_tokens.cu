@@ -35,7 +35,6 @@ using sample_tokens::TileSums;
 constexpr int kSumThreads = 256, kSumBlocks = 4;  // blocks on a multiprocessor
 constexpr int kDrawThreads = 128, kDrawBlocks = 5;
 constexpr int kSumWarps = kSumThreads / kWarp, kDrawWarps = kDrawThreads / kWarp;
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kNone = -std::numeric_limits<double>::infinity();
 
 struct Parameters {
@@ -249,11 +248,7 @@ struct OpenTile {
         at[i] = upto;
       }
       const uint64_t own = upto;
-#pragma unroll
-      for (int distance = 1; distance < kWarp; distance *= 2) {
-        const uint64_t left = __shfl_up_sync(kAllLanes, upto, static_cast<unsigned>(distance));
-        if (static_cast<int>(threadIdx.x % kWarp) >= distance) upto += left;
-      }
+      upto = sum_to_lane(upto);
 #pragma unroll
       for (int i = 0; i < Row::kPer; ++i) at[i] += total + upto - own;
       total += __shfl_sync(kAllLanes, upto, kWarp - 1);

@@ -12,7 +12,6 @@ namespace opd {
 namespace cuda {
 
 constexpr int kCutThreads = 512, kCutWarps = kCutThreads / kWarp;
-constexpr float kLog2E = 1.4426950408889634f;
 
 // What is known of one tile of a row; the sum is relative to its own largest logit.
 struct TileSums {
@@ -178,13 +177,7 @@ class Cut {
       count += bins_->counts[bin];
       mass += bins_->masses[bin];
     }
-    uint64_t count_to = count, mass_to = mass;
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const unsigned by = static_cast<unsigned>(distance);
-      const uint64_t more = shift_up(count_to, by), more_mass = shift_up(mass_to, by);
-      if (lane >= distance) count_to += more, mass_to += more_mass;
-    }
+    uint64_t count_to = sum_to_lane(count), mass_to = sum_to_lane(mass);
     if (lane == kWarp - 1) {
       bins_->totals[2 * warp] = count_to;
       bins_->totals[2 * warp + 1] = mass_to;
@@ -212,10 +205,6 @@ class Cut {
       }
     }
     __syncthreads();
-  }
-
-  __device__ __forceinline__ static uint64_t shift_up(uint64_t value, unsigned by) {
-    return __shfl_up_sync(kAllLanes, static_cast<unsigned long long>(value), by);
   }
 
   const SideRow<kGeneral>& row_;

@@ -127,12 +127,8 @@ __device__ __forceinline__ void count_before(const uint32_t* high, int num_high,
   uint32_t sum = 0;
   for (int begin = 0; begin < num_high; begin += kWarp) {
     const int w = begin + lane;
-    uint32_t inclusive = w < num_high ? static_cast<uint32_t>(count_bits(high[w])) : 0;
-    const uint32_t own = inclusive;
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const uint32_t left = __shfl_up_sync(kAllLanes, inclusive, static_cast<unsigned>(distance));
-      if (lane >= distance) inclusive += left;
-    }
+    const uint32_t own = w < num_high ? static_cast<uint32_t>(count_bits(high[w])) : 0;
+    const uint32_t inclusive = sum_to_lane(own);
     if (w < num_high) before[w] = sum + inclusive - own;
     sum += __shfl_sync(kAllLanes, inclusive, kWarp - 1);
   }

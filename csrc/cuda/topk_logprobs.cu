@@ -40,7 +40,6 @@ constexpr int kReads = 2;
 constexpr int kSampleTiles = 4;
 constexpr int kMostSampled = kThreads * kSampleTiles / 2;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
-constexpr float kLog2E = 1.4426950408889634f;
 
 struct Parameters {
   Side side;
