@@ -28,6 +28,7 @@ from opd.model import (
     load_tokenizer,
     resolve_model_path,
 )
+from opd.objectives import Parts
 from opd.optim import build_optimizer
 from opd.rollouts.hf import end_token_ids
 from opd.schema import ConfigError
@@ -51,6 +52,7 @@ class Run:
     rollouts: Any
     held_out: HeldOut | None
     optimizer: torch.optim.Optimizer
+    objective: Any
     ledger: Ledger = field(default_factory=Ledger)
     step: int = 0
     _marked: dict[str, Any] | None = None
@@ -137,6 +139,7 @@ def open_run(config: TrainConfig) -> Run:
         ),
         held_out=held_out,
         optimizer=build_optimizer(student.model, config),
+        objective=config.objective.bind(Parts(student=student, teacher=teacher)),
     )
     (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     # last, so that nothing above can move the random numbers

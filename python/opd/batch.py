@@ -112,6 +112,7 @@ class Batch:
         token_origin: [T] uint8, as in `Trajectory`; None when each has one writer.
         num_input_tokens: tokens that a model reads, padding excluded; a plain number, so that
             counting them does not wait for a GPU.
+        translation: the same texts in the tokens of a teacher with another tokenizer, or None.
     """
 
     input_ids: Tensor
@@ -125,6 +126,7 @@ class Batch:
     behaviour_logprobs: Tensor | None
     num_input_tokens: int
     token_origin: Tensor | None = None
+    translation: Translation | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -148,6 +150,37 @@ class Batch:
                 zip(bounds[:-1], bounds[1:], self.prompt_lengths, strict=True)
             )
         ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Translation:
+    """The texts of a batch in the teacher's tokens, and the chunks in which both sides agree.
+
+    Chunk c is rows student_offsets[c]:student_offsets[c + 1] of the student's law and rows
+    teacher_offsets[c]:teacher_offsets[c + 1] of the teacher's: the finest cuts of the bytes that
+    both tokenizations have. The chunks tile the trained tokens of both sides.
+
+    Attributes:
+        batch: the teacher's side: row t of the teacher's law predicts `batch.token_ids[t]`.
+        student_offsets, teacher_offsets: [C + 1] int64.
+        is_aligned: [C] bool, both sides have tokens, and the same bytes. What is not is in no loss.
+        num_bytes: [C] int64, of the student's tokens; 0 for special tokens.
+        chunk_ends: [B] int64 on the CPU, the end of each trajectory's chunks within C.
+        num_step_chunks: aligned chunks of the whole optimizer step, what losses are divided by.
+    """
+
+    batch: Batch
+    student_offsets: Tensor
+    teacher_offsets: Tensor
+    is_aligned: Tensor
+    num_bytes: Tensor
+    chunk_ends: Tensor
+    num_step_chunks: int
+
+    @property
+    def num_chunks(self) -> int:
+        """C, the ones that are not aligned included."""
+        return len(self.is_aligned)
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
                     taught = _judge(run, batch)
                 with clock("student"):
                     law = run.student.law(batch)
-                    signals.append(config.objective(law, taught, batch, max(1, num_step_tokens)))
+                    signals.append(run.objective(law, taught, batch, max(1, num_step_tokens)))
                     signals[-1].loss.backward()
             with clock("optim"):
                 grad_norm = apply_gradients(run.optimizer, run.step, config)
@@ -161,11 +161,11 @@ class _GivenUp(Exception):
 
 
 def _judge(run: Run, batch: Batch) -> Law | None:
-    if not run.config.objective.needs_teacher:
+    if not run.objective.needs_teacher:
         return None
     law = run.teacher.law(batch)
     # asked here, so that the time is booked on the teacher
-    run.config.objective.ask(law, batch)
+    run.objective.ask(law, batch)
     return law
 
 
@@ -184,7 +184,7 @@ def _account(
         step=run.step,
         student_size=run.student.num_parameters,
         teacher_size=0 if run.teacher is None else run.teacher.num_parameters,
-        teacher_judges=run.config.objective.needs_teacher,
+        teacher_judges=run.objective.needs_teacher,
     )
     seconds = clock.flush()
     run.ledger.add_seconds(seconds)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives: callables (student law, teacher law, batch, tokens of the step) -> Signal.
 
-To add one: a file with a `Section` that is callable, and a line in `OBJECTIVES`.
+To add one: a file with an `ObjectiveSection` that is callable, or binds to one, and a line in
+`OBJECTIVES`.
 """
 
 from typing import Protocol
 
 from opd.batch import Batch, Law, Signal
+from opd.objectives.base import ObjectiveSection, Parts
 from opd.objectives.full_vocab import FullVocab
 from opd.objectives.sampled_token import SampledToken
 from opd.objectives.teacher_samples import TeacherSamples
@@ -53,6 +55,8 @@ __all__ = [
     "FullVocab",
     "Objective",
     "ObjectiveConfig",
+    "ObjectiveSection",
+    "Parts",
     "SampledToken",
     "TeacherSamples",
     "TokenNll",

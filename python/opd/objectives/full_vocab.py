@@ -11,12 +11,12 @@ from pydantic import Field, model_validator
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.schema import Section
+from opd.objectives.base import ObjectiveSection
 
 _STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
 
 
-class FullVocab(Section):
+class FullVocab(ObjectiveSection):
     """loss = (1 / N) sum_t D(p_teacher(.|s_t), p_student(.|s_t)), N the tokens of the step.
 
     Attributes:

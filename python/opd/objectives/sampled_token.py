@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from opd.batch import Batch, Law, Signal
-from opd.schema import Section
+from opd.objectives.base import ObjectiveSection
 from opd.sparse_law import SparseLaw
 
 
-class SampledToken(Section):
+class SampledToken(ObjectiveSection):
     """loss = -(1 / N) sum_t ratio_t * A_t, gradient through ratio_t only.
 
     A_t = -kl_coef * (log q(y_t) - log p_teacher(y_t)), optionally with a discounted sum of the

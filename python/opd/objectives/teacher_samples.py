@@ -11,11 +11,11 @@ from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.schema import Section
+from opd.objectives.base import ObjectiveSection
 from opd.sparse_law import DrawnLaw
 
 
-class TeacherSamples(Section):
+class TeacherSamples(ObjectiveSection):
     """loss = (1 / N) sum_t sum_v w_tv (log p_teacher(v|s_t) - log p_student(v|s_t)), v the tokens
     that `num_draws` draws from r = p_teacher^(1 / proposal_temperature) (normalised) hit,
     w = count / num_draws * p_teacher / r.

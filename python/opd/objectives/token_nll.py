@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from opd.batch import Batch, Law, Signal
-from opd.schema import Section
+from opd.objectives.base import ObjectiveSection
 
 
-class TokenNll(Section):
+class TokenNll(ObjectiveSection):
     """loss = -(1 / N) sum_t log p_student(y_t|s_t), N the trained tokens of the step, in nats.
 
     Source: SeqKD, arXiv:1606.07947, when the tokens are the teacher's.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.schema import Section
+from opd.objectives.base import ObjectiveSection
 from opd.sparse_law import SparseLaw
 
 _STATISTICS = (
@@ -25,7 +25,7 @@ _STATISTICS = (
 )
 
 
-class Topk(Section):
+class Topk(ObjectiveSection):
     """loss = (1 / N) sum_t D(cells of p_teacher(.|s_t), cells of p_student(.|s_t)).
 
     The cells are `teacher_top_k` tokens and, with the tail `bucket`, one more for all others; the

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every objective has, and the parts of a run that some are bound to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+import opd_kernels as opk
+from opd.schema import Section
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What an objective may want to know of a run before its first step.
+
+    Attributes:
+        student, teacher: with a `head`; the teacher None where there is none.
+        student_bytes, teacher_bytes: of both tokenizers, for objectives that cross them; the same
+            object where the tokenizers are the same.
+    """
+
+    student: Any
+    teacher: Any
+    student_bytes: opk.TokenBytes | None = None
+    teacher_bytes: opk.TokenBytes | None = None
+
+
+class ObjectiveSection(Section):
+    """An objective's keys, which are the objective itself unless `bind` returns another object.
+
+    `crosses_tokenizers`: the teacher's tokens may be other ones; its law is then over the rows of
+    `batch.translation.batch`. `module`: what the objective itself has to train, None for nothing.
+    """
+
+    crosses_tokenizers: ClassVar[bool] = False
+    module: ClassVar[nn.Module | None] = None
+
+    def bind(self, parts: Parts) -> Any:
+        """What is called in the loop: itself, or an object that knows the parts of the run."""
+        return self
