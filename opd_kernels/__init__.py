@@ -6,7 +6,7 @@ from ._buffers import release_workspace
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
 from .divergence import divergence
-from .errors import BuildError, OpdError, UnsupportedBackendError
+from .errors import BuildError, OpdError, TokenBytesError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
@@ -25,6 +25,7 @@ from .segment_scan import (
     segment_scan,
 )
 from .speculative_verify import SpeculativeVerification, speculative_verify
+from .token_bytes import TokenBytes
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import (
     TopkCodes,
@@ -46,6 +47,8 @@ __all__ = [
     "GroupStatistics",
     "OpdError",
     "SpeculativeVerification",
+    "TokenBytes",
+    "TokenBytesError",
     "TokenLogprobs",
     "TokenSamples",
     "TopkCodes",
