@@ -7,7 +7,13 @@ from ._dispatch import kernel_table, use_backend
 from ._explain import explain
 from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .divergence import divergence
-from .errors import AlignmentError, BuildError, OpdError, UnsupportedBackendError
+from .errors import (
+    AlignmentError,
+    BuildError,
+    OpdError,
+    TokenBytesError,
+    UnsupportedBackendError,
+)
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
@@ -26,6 +32,7 @@ from .segment_scan import (
     segment_scan,
 )
 from .speculative_verify import SpeculativeVerification, speculative_verify
+from .token_bytes import TokenBytes
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import (
     TopkCodes,
@@ -50,6 +57,8 @@ __all__ = [
     "GroupStatistics",
     "OpdError",
     "SpeculativeVerification",
+    "TokenBytes",
+    "TokenBytesError",
     "TokenLogprobs",
     "TokenSamples",
     "TopkCodes",
