@@ -5,6 +5,7 @@ from . import divergences, errors, reference, targets
 from ._buffers import release_workspace
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
+from .chunk_logprobs import ChunkIndex, chunk_index, chunk_logprobs
 from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
@@ -16,6 +17,7 @@ from .fused_linear_topk_divergence import (
     FusedLinearTopkDivergenceOutput,
     fused_linear_topk_divergence,
 )
+from .project_vocab import VocabProjection, project_vocab
 from .sample_tokens import TokenSamples, sample_tokens
 from .segment_scan import (
     GroupStatistics,
@@ -41,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BuildError",
+    "ChunkIndex",
     "FusedLinearDivergenceOutput",
     "FusedLinearTopkDivergenceOutput",
     "GroupStatistics",
@@ -52,6 +55,9 @@ __all__ = [
     "TopkLaws",
     "TopkLogprobs",
     "UnsupportedBackendError",
+    "VocabProjection",
+    "chunk_index",
+    "chunk_logprobs",
     "codec_status",
     "decode_topk",
     "divergence",
@@ -67,6 +73,7 @@ __all__ = [
     "fused_linear_topk_divergence",
     "group_statistics",
     "kernel_table",
+    "project_vocab",
     "reference",
     "release_workspace",
     "sample_tokens",
