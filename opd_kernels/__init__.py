@@ -9,6 +9,10 @@ from .chunk_logprobs import ChunkIndex, chunk_index, chunk_logprobs
 from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
+from .fused_linear_overlap_divergence import (
+    FusedLinearOverlapDivergenceOutput,
+    fused_linear_overlap_divergence,
+)
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
@@ -45,6 +49,7 @@ __all__ = [
     "BuildError",
     "ChunkIndex",
     "FusedLinearDivergenceOutput",
+    "FusedLinearOverlapDivergenceOutput",
     "FusedLinearTopkDivergenceOutput",
     "GroupStatistics",
     "OpdError",
@@ -66,6 +71,7 @@ __all__ = [
     "errors",
     "explain",
     "fused_linear_divergence",
+    "fused_linear_overlap_divergence",
     "fused_linear_sample_tokens",
     "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class _Table:
         data, offsets = getattr(tokens, "data", None), getattr(tokens, "offsets", None)
         if isinstance(data, Tensor) and isinstance(offsets, Tensor):
             text, ends = data.cpu().contiguous().numpy().tobytes(), offsets.tolist()
-            self.tokens = [text[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+            self.tokens = [text[begin:end] for begin, end in pairwise(ends)]
         else:
             self.tokens = [tokens[i] for i in range(len(tokens))]
             for i, token in enumerate(self.tokens):
