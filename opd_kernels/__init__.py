@@ -6,6 +6,7 @@ from ._buffers import release_workspace
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
 from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
+from .chunk_logprobs import ChunkIndex, chunk_index, chunk_logprobs
 from .divergence import divergence
 from .errors import (
     AlignmentError,
@@ -15,6 +16,10 @@ from .errors import (
     UnsupportedBackendError,
 )
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
+from .fused_linear_overlap_divergence import (
+    FusedLinearOverlapDivergenceOutput,
+    fused_linear_overlap_divergence,
+)
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
@@ -23,6 +28,7 @@ from .fused_linear_topk_divergence import (
     FusedLinearTopkDivergenceOutput,
     fused_linear_topk_divergence,
 )
+from .project_vocab import VocabProjection, project_vocab
 from .sample_tokens import TokenSamples, sample_tokens
 from .segment_scan import (
     GroupStatistics,
@@ -52,7 +58,9 @@ __all__ = [
     "Alignment",
     "AlignmentError",
     "BuildError",
+    "ChunkIndex",
     "FusedLinearDivergenceOutput",
+    "FusedLinearOverlapDivergenceOutput",
     "FusedLinearTopkDivergenceOutput",
     "GroupStatistics",
     "OpdError",
@@ -65,8 +73,11 @@ __all__ = [
     "TopkLaws",
     "TopkLogprobs",
     "UnsupportedBackendError",
+    "VocabProjection",
     "align_batch",
     "align_tokens",
+    "chunk_index",
+    "chunk_logprobs",
     "codec_status",
     "decode_topk",
     "divergence",
@@ -75,6 +86,7 @@ __all__ = [
     "errors",
     "explain",
     "fused_linear_divergence",
+    "fused_linear_overlap_divergence",
     "fused_linear_sample_tokens",
     "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",
@@ -82,6 +94,7 @@ __all__ = [
     "fused_linear_topk_divergence",
     "group_statistics",
     "kernel_table",
+    "project_vocab",
     "reference",
     "release_workspace",
     "sample_tokens",

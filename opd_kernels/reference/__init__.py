@@ -4,6 +4,10 @@
 from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
+from .fused_linear_overlap_divergence import (
+    FusedLinearOverlapDivergence,
+    fused_linear_overlap_divergence,
+)
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
@@ -30,6 +34,7 @@ __all__ = [
     "AlignedBatch",
     "Alignment",
     "FusedLinearDivergence",
+    "FusedLinearOverlapDivergence",
     "FusedLinearTopkDivergence",
     "GroupStatistics",
     "SpeculativeVerification",
@@ -44,6 +49,7 @@ __all__ = [
     "divergence",
     "encode_topk",
     "fused_linear_divergence",
+    "fused_linear_overlap_divergence",
     "fused_linear_sample_tokens",
     "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",
