@@ -331,7 +331,8 @@ def _eval(options: argparse.Namespace) -> int:
         close_teacher,
         load_run_tokenizer,
         load_student,
-        load_teacher,
+        load_student_bytes,
+        load_teacher_side,
         prepare_process,
     )
     from opd.checkpoint import newest_checkpoint
@@ -356,9 +357,9 @@ def _eval(options: argparse.Namespace) -> int:
     with Console(stderr=True).status(f"evaluating {path}"):
         tokenizer = load_run_tokenizer(config)
         student = load_student(config, tokenizer, path)
-        teacher = load_teacher(config, tokenizer, student)
+        teacher, translator = load_teacher_side(config, tokenizer, student)
         held_out = load_held_out(settings, config.task, config.data, tokenizer)
-        check_positions(config, student, teacher, held_out=held_out)
+        check_positions(config, student, teacher, held_out=held_out, translator=translator)
         found = evaluate(
             student,
             teacher,
@@ -366,6 +367,8 @@ def _eval(options: argparse.Namespace) -> int:
             held_out,
             settings,
             max_completion_length=config.rollouts.max_completion_length,
+            student_bytes=load_student_bytes(config, tokenizer),
+            translator=translator,
         )
         close_teacher(teacher)
     _print_table(["metric", "value"], [[k, f"{v:.4f}"] for k, v in sorted(found.metrics.items())])
