@@ -5,9 +5,10 @@ from . import divergences, errors, reference, targets
 from ._buffers import release_workspace
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
+from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .chunk_logprobs import ChunkIndex, chunk_index, chunk_logprobs
 from .divergence import divergence
-from .errors import BuildError, OpdError, UnsupportedBackendError
+from .errors import AlignmentError, BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_overlap_divergence import (
     FusedLinearOverlapDivergenceOutput,
@@ -46,6 +47,9 @@ from .topk_logprobs import TopkLogprobs, topk_logprobs
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlignedBatch",
+    "Alignment",
+    "AlignmentError",
     "BuildError",
     "ChunkIndex",
     "FusedLinearDivergenceOutput",
@@ -61,6 +65,8 @@ __all__ = [
     "TopkLogprobs",
     "UnsupportedBackendError",
     "VocabProjection",
+    "align_batch",
+    "align_tokens",
     "chunk_index",
     "chunk_logprobs",
     "codec_status",
