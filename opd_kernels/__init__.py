@@ -8,7 +8,7 @@ from ._explain import explain
 from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .chunk_logprobs import ChunkIndex, chunk_index, chunk_logprobs
 from .divergence import divergence
-from .errors import AlignmentError, BuildError, OpdError, UnsupportedBackendError
+from .errors import AlignmentError, BuildError, OpdError, TokenBytesError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_overlap_divergence import (
     FusedLinearOverlapDivergenceOutput,
@@ -32,6 +32,7 @@ from .segment_scan import (
     segment_scan,
 )
 from .speculative_verify import SpeculativeVerification, speculative_verify
+from .token_bytes import TokenBytes
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import (
     TopkCodes,
@@ -58,6 +59,8 @@ __all__ = [
     "GroupStatistics",
     "OpdError",
     "SpeculativeVerification",
+    "TokenBytes",
+    "TokenBytesError",
     "TokenLogprobs",
     "TokenSamples",
     "TopkCodes",

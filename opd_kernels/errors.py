@@ -18,3 +18,7 @@ class AlignmentError(OpdError, ValueError):
 
 class BuildError(OpdError, ImportError):
     """The compiled library is missing or does not load; the message says how to build it."""
+
+
+class TokenBytesError(OpdError, ValueError):
+    """A tokenizer's bytes cannot be recovered, or a text has no tokens; the message says which."""
