@@ -8,13 +8,7 @@ from ._explain import explain
 from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .chunk_logprobs import ChunkIndex, chunk_index, chunk_logprobs
 from .divergence import divergence
-from .errors import (
-    AlignmentError,
-    BuildError,
-    OpdError,
-    TokenBytesError,
-    UnsupportedBackendError,
-)
+from .errors import AlignmentError, BuildError, OpdError, TokenBytesError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_overlap_divergence import (
     FusedLinearOverlapDivergenceOutput,
