@@ -57,6 +57,11 @@ class Run:
     step: int = 0
     _marked: dict[str, Any] | None = None
 
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """What the objective trains beside the student, if anything."""
+        return getattr(self.objective, "module", None)
+
     def mark(self) -> None:
         """Note what the next step changes before the weights, for `save(as_marked=True)`."""
         if isinstance(self.teacher, ServerTeacher):
@@ -92,6 +97,7 @@ class Run:
     def _save_model(self, path: Path) -> None:
         self.student.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+        ckpt.save_module(self.module, path)
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -127,6 +133,7 @@ def open_run(config: TrainConfig) -> Run:
                 f"{config.rollouts.kind!r}, which follows their likelihood"
             )
     check_positions(config, student, teacher, prompts=prompts, held_out=held_out)
+    objective = config.objective.bind(Parts(student=student, teacher=teacher, seed=config.seed))
     run = Run(
         config=config,
         output_dir=output_dir,
@@ -138,8 +145,13 @@ def open_run(config: TrainConfig) -> Run:
             student, teacher, tokenizer, seed=config.seed, max_steps=config.max_steps
         ),
         held_out=held_out,
-        optimizer=build_optimizer(student.model, config),
-        objective=config.objective.bind(Parts(student=student, teacher=teacher)),
+        optimizer=build_optimizer(
+            student.model,
+            config,
+            module=getattr(objective, "module", None),
+            module_learning_rate=getattr(objective, "module_learning_rate", None),
+        ),
+        objective=objective,
     )
     (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     # last, so that nothing above can move the random numbers
@@ -181,6 +193,7 @@ def _restore(run: Run, resumed: ckpt.Checkpoint) -> None:
     _tell_of_other_versions(resumed.state["versions"])
     run.step = resumed.state["step"]
     run.ledger = Ledger(**resumed.state["ledger"])
+    ckpt.load_module(run.module, resumed.path)
     # the state is the checkpoint's, the hyperparameters are this configuration's
     settings = [dict(group) for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(resumed.tensors["optimizer"])

@@ -18,7 +18,7 @@ from opd.clients import TeacherError
 from opd.config import TrainConfig
 from opd.evaluation import evaluate
 from opd.metrics import Clock, Meter, MetricsWriter, last_evaluation, memory_metrics
-from opd.optim import apply_gradients, learning_rate
+from opd.optim import apply_gradients, learning_rate, num_weights
 from opd.progress import Display
 from opd.teachers import ServerTeacher
 
@@ -185,6 +185,7 @@ def _account(
         student_size=run.student.num_parameters,
         teacher_size=0 if run.teacher is None else run.teacher.num_parameters,
         teacher_judges=run.objective.needs_teacher,
+        objective_size=num_weights(run.module),
     )
     seconds = clock.flush()
     run.ledger.add_seconds(seconds)
