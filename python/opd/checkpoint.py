@@ -2,8 +2,8 @@
 """Checkpoints that are whole or absent, and that training goes on from bit for bit.
 
 `checkpoint-N/` is a Hugging Face model (safetensors, tokenizer) plus `objective.safetensors` (where
-the objective trains something of its own), `state.json` (step, config, ledger, versions) and `training_state.pt` (optimizer, random numbers, rollouts; plain tensors, read
-with `weights_only`).
+the objective trains something of its own), `state.json` (step, config, ledger, versions) and
+`training_state.pt` (optimizer, random numbers, rollouts; plain tensors, read with `weights_only`).
 """
 
 from __future__ import annotations
