@@ -41,7 +41,8 @@ _RUN_FILES = ["config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "r
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything that the loop works on. `step` counts the optimizer steps done."""
+    """Everything that the loop works on. `step` counts the optimizer steps done, of the last of
+    which `owes_evaluation` says that it was to be evaluated and was not yet."""
 
     config: TrainConfig
     output_dir: Path
@@ -55,6 +56,7 @@ class Run:
     objective: Any
     ledger: Ledger = field(default_factory=Ledger)
     step: int = 0
+    owes_evaluation: bool = False
     _marked: dict[str, Any] | None = None
 
     @property
@@ -81,6 +83,7 @@ class Run:
             save_model=self._save_model,
             state={
                 "step": self.step,
+                "owes_evaluation": self.owes_evaluation,
                 "config_hash": config_hash(self.config),
                 "config": self.config.model_dump(mode="json"),
                 "ledger": self.ledger.state_dict(),
@@ -176,8 +179,8 @@ def _check_same_teacher(config: TrainConfig, resumed: ckpt.Checkpoint, teacher: 
     if theirs is None or ours is None or theirs == ours:
         return
     what = (
-        f"'{resumed.path}' was trained with another teacher, its weights have the fingerprint "
-        f"{theirs} there and {ours} here"
+        f"'{resumed.path}' was trained with another teacher, whose weights or their dtype differ: "
+        f"their fingerprint is {theirs} there and {ours} here"
     )
     if config.resume_from_checkpoint != "auto":
         _log.warning("%s", what)
@@ -192,6 +195,7 @@ def _restore(run: Run, resumed: ckpt.Checkpoint) -> None:
     """Put everything but the weights where the checkpoint has it."""
     _tell_of_other_versions(resumed.state["versions"])
     run.step = resumed.state["step"]
+    run.owes_evaluation = resumed.state.get("owes_evaluation", False)
     run.ledger = Ledger(**resumed.state["ledger"])
     ckpt.load_module(run.module, resumed.path)
     # the state is the checkpoint's, the hyperparameters are this configuration's
