@@ -26,7 +26,7 @@ OBJECTIVES = {
     "topk": Topk,
 }
 
-ObjectiveConfig = Dskd | FullVocab | SampledToken | TeacherSamples | TokenNll | Topk
+ObjectiveConfig = FullVocab | SampledToken | TeacherSamples | TokenNll | Topk | Dskd
 
 
 class Objective(Protocol):
