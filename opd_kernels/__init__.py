@@ -5,9 +5,14 @@ from . import divergences, errors, reference, targets
 from ._buffers import release_workspace
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
+from .chunk_logprobs import ChunkIndex, chunk_index, chunk_logprobs
 from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
+from .fused_linear_overlap_divergence import (
+    FusedLinearOverlapDivergenceOutput,
+    fused_linear_overlap_divergence,
+)
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
@@ -16,6 +21,7 @@ from .fused_linear_topk_divergence import (
     FusedLinearTopkDivergenceOutput,
     fused_linear_topk_divergence,
 )
+from .project_vocab import VocabProjection, project_vocab
 from .sample_tokens import TokenSamples, sample_tokens
 from .segment_scan import (
     GroupStatistics,
@@ -41,7 +47,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BuildError",
+    "ChunkIndex",
     "FusedLinearDivergenceOutput",
+    "FusedLinearOverlapDivergenceOutput",
     "FusedLinearTopkDivergenceOutput",
     "GroupStatistics",
     "OpdError",
@@ -52,6 +60,9 @@ __all__ = [
     "TopkLaws",
     "TopkLogprobs",
     "UnsupportedBackendError",
+    "VocabProjection",
+    "chunk_index",
+    "chunk_logprobs",
     "codec_status",
     "decode_topk",
     "divergence",
@@ -60,6 +71,7 @@ __all__ = [
     "errors",
     "explain",
     "fused_linear_divergence",
+    "fused_linear_overlap_divergence",
     "fused_linear_sample_tokens",
     "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",
@@ -67,6 +79,7 @@ __all__ = [
     "fused_linear_topk_divergence",
     "group_statistics",
     "kernel_table",
+    "project_vocab",
     "reference",
     "release_workspace",
     "sample_tokens",
