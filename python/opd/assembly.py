@@ -197,7 +197,7 @@ def _check_same_teacher(
     """
     now = {
         "teacher": (
-            "teacher, whose weights or their dtype differ, with",
+            "teacher, whose weights or their dtype differ: it has",
             getattr(teacher, "fingerprint", None),
         ),
         "teacher_tokenizer": (
