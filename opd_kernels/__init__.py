@@ -5,8 +5,9 @@ from . import divergences, errors, reference, targets
 from ._buffers import release_workspace
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
+from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .divergence import divergence
-from .errors import BuildError, OpdError, TokenBytesError, UnsupportedBackendError
+from .errors import AlignmentError, BuildError, OpdError, TokenBytesError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
@@ -41,6 +42,9 @@ from .topk_logprobs import TopkLogprobs, topk_logprobs
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlignedBatch",
+    "Alignment",
+    "AlignmentError",
     "BuildError",
     "FusedLinearDivergenceOutput",
     "FusedLinearTopkDivergenceOutput",
@@ -55,6 +59,8 @@ __all__ = [
     "TopkLaws",
     "TopkLogprobs",
     "UnsupportedBackendError",
+    "align_batch",
+    "align_tokens",
     "codec_status",
     "decode_topk",
     "divergence",

@@ -97,9 +97,8 @@ def _part(draw: random.Random) -> str:
     if kind < 0.96:
         words = draw.choices(_WORDS["latin"].split(), k=3)
         return f"https://{words[0]}.example:8080/{words[1]}?q={words[2]}&n={draw.randrange(999)}%20"
-    return "".join(
-        draw.choice(_ODD.split(" ")) + draw.choice(("", "a", "é", "字")) for _ in range(3)
-    )
+    odd = draw.choices(_ODD.split(" "), k=3)
+    return "".join(text + draw.choice(("", "a", "é", "字")) for text in odd)
 
 
 def _words(draw: random.Random) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The float64 truth: each op from its definition, whole tensors, gradients by autograd alone."""
 
+from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
@@ -26,6 +27,8 @@ from .topk_divergence import topk_divergence
 from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __all__ = [
+    "AlignedBatch",
+    "Alignment",
     "FusedLinearDivergence",
     "FusedLinearTopkDivergence",
     "GroupStatistics",
@@ -35,6 +38,8 @@ __all__ = [
     "TopkCodes",
     "TopkLaws",
     "TopkLogprobs",
+    "align_batch",
+    "align_tokens",
     "decode_topk",
     "divergence",
     "encode_topk",
