@@ -9,6 +9,7 @@ from .divergence import divergence
 from .errors import BuildError, OpdError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
+from .fused_linear_sorted_l1 import FusedLinearSortedL1Output, fused_linear_sorted_l1
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
@@ -24,6 +25,7 @@ from .segment_scan import (
     segment_reduce,
     segment_scan,
 )
+from .sorted_l1 import sorted_l1
 from .speculative_verify import SpeculativeVerification, speculative_verify
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import (
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BuildError",
     "FusedLinearDivergenceOutput",
+    "FusedLinearSortedL1Output",
     "FusedLinearTopkDivergenceOutput",
     "GroupStatistics",
     "OpdError",
@@ -61,6 +64,7 @@ __all__ = [
     "explain",
     "fused_linear_divergence",
     "fused_linear_sample_tokens",
+    "fused_linear_sorted_l1",
     "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
@@ -73,6 +77,7 @@ __all__ = [
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",
+    "sorted_l1",
     "speculative_verify",
     "targets",
     "token_logprobs",

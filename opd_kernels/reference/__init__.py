@@ -4,6 +4,7 @@
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
+from .fused_linear_sorted_l1 import FusedLinearSortedL1, fused_linear_sorted_l1
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
@@ -19,6 +20,7 @@ from .segment_scan import (
     segment_reduce,
     segment_scan,
 )
+from .sorted_l1 import sorted_l1
 from .speculative_verify import SpeculativeVerification, speculative_verify
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import TopkCodes, TopkLaws, decode_topk, encode_topk
@@ -27,6 +29,7 @@ from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __all__ = [
     "FusedLinearDivergence",
+    "FusedLinearSortedL1",
     "FusedLinearTopkDivergence",
     "GroupStatistics",
     "SpeculativeVerification",
@@ -40,6 +43,7 @@ __all__ = [
     "encode_topk",
     "fused_linear_divergence",
     "fused_linear_sample_tokens",
+    "fused_linear_sorted_l1",
     "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
@@ -49,6 +53,7 @@ __all__ = [
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",
+    "sorted_l1",
     "speculative_verify",
     "token_logprobs",
     "topk_divergence",
