@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TokenBytes: ids spell texts, byte strings become ids that spell them, or an error says why not."""
+"""TokenBytes: ids spell texts, byte strings become ids that spell them, or an error says why."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every pair of real tokenizers on the same lines: chunks whose bytes agree, the finest there are."""
+"""Every pair of real tokenizers on the same lines: chunks of the same bytes, the finest."""
 
 from __future__ import annotations
 
