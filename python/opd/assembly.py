@@ -179,8 +179,8 @@ def _check_same_teacher(config: TrainConfig, resumed: ckpt.Checkpoint, teacher: 
     if theirs is None or ours is None or theirs == ours:
         return
     what = (
-        f"'{resumed.path}' was trained with another teacher, whose weights or their dtype differ: "
-        f"their fingerprint is {theirs} there and {ours} here"
+        f"'{resumed.path}' was trained with another teacher, its weights or their dtype have the "
+        f"fingerprint {theirs} there and {ours} here"
     )
     if config.resume_from_checkpoint != "auto":
         _log.warning("%s", what)
