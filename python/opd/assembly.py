@@ -197,11 +197,11 @@ def _check_same_teacher(
     """
     now = {
         "teacher": (
-            "teacher, whose weights or their dtype differ: it has",
+            "teacher, its weights or their dtype have",
             getattr(teacher, "fingerprint", None),
         ),
         "teacher_tokenizer": (
-            "tokenizer of the teacher, with",
+            "tokenizer of the teacher, its tokens have",
             translator and translator.teacher_bytes.fingerprint,
         ),
     }

@@ -244,7 +244,7 @@ def test_another_teacher_at_the_same_path_is_refused(values, hf_model, tokenizer
     config = parse_config({**values, "max_steps": 1})
     assert open_run(config).step == 1
     _teacher_on_disk(path, hf_model, tokenizer, seed=3)
-    other = r"another teacher, whose weights or their dtype differ: .* take another output_dir"
+    other = r"another teacher, its weights or their dtype have the .* take another output_dir"
     with pytest.raises(ConfigError, match=other):
         open_run(config)
     assert "another teacher" not in caplog.text

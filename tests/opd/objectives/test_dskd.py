@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import opd_kernels as opk
 from opd.batch import Head, Law, Trajectory, Translation, collate
 from opd.objectives import Dskd, FullVocab, Parts
 from opd.schema import ConfigError
@@ -20,6 +19,8 @@ STUDENT_TOKENS = [b"", b"a", b"b", b"ab", b"c", b"bc", b"d", b"e"]
 TEACHER_TOKENS = [b"", b"e", b"d", b"q", b"c", b"b", b"a", b"cd", b"de", b"bb"]
 STUDENT_TEXTS = ([3, 4, 6, 2, 5, 7], [1], [], [4, 6])
 TEACHER_TEXTS = ([6, 5, 7, 5, 5, 4, 1], [6], [], [4, 2])
+# (student's, teacher's) id of the same bytes
+SHARED = torch.tensor([(1, 6), (2, 5), (4, 4), (6, 2), (7, 1)])
 SIZES = {"student": (len(STUDENT_TOKENS), 4), "teacher": (len(TEACHER_TOKENS), 6)}
 
 
@@ -87,28 +88,6 @@ def _side(name, num_rows, seed, *, dtype=torch.float64, size=None):
         hidden=hidden,
         law=Law(lambda: hidden, head, workspace_bytes=1 << 20),
     )
-
-
-class _Projection:
-    """What `project_vocab` finds of these tokens."""
-
-    def __init__(self, student, teacher):
-        pairs = [
-            (student.index(token), i)
-            for i, token in enumerate(teacher)
-            if token in student and token
-        ]
-        self.student_ids, self.teacher_ids = torch.tensor(sorted(pairs)).T
-        self._ids = torch.full((len(teacher),), -1)
-        self._ids[self.teacher_ids] = self.student_ids
-
-    def map_ids(self, teacher_ids):
-        return self._ids[teacher_ids]
-
-
-@pytest.fixture(autouse=True)
-def _exact_bytes(monkeypatch):
-    monkeypatch.setattr(opk, "project_vocab", _Projection, raising=False)
 
 
 def _crossing(objective, *, texts=STUDENT_TEXTS, their_texts=TEACHER_TEXTS):
@@ -284,11 +263,12 @@ def test_v2_with_two_tokenizers_is_over_chunks_of_one_token_on_each_side():
     sizes = translation.student_offsets.diff(), translation.teacher_offsets.diff()
     assert int(((sizes[0] == 1) & (sizes[1] == 1)).sum()) == len(pairs)
     rows, their_rows = torch.tensor(pairs).T
-    shared = _Projection(STUDENT_TOKENS, TEACHER_TOKENS)
+    ids, their_ids = SHARED.T
     weight, their_weight = student.head.weight.detach(), teacher.head.weight
-    s2t = torch.linalg.pinv(their_weight[shared.teacher_ids]) @ weight[shared.student_ids]
+    s2t = torch.linalg.pinv(their_weight[their_ids]) @ weight[ids]
     best = (teacher.hidden[their_rows] @ their_weight.T).argmax(1)
-    labels = shared.map_ids(best)
+    student_id = {theirs: own for own, theirs in SHARED.tolist()}
+    labels = torch.tensor([student_id.get(i, -1) for i in best.tolist()])
     kept = labels >= 0
     assert kept.any() and not kept.all()
     rows, their_rows, labels = rows[kept], their_rows[kept], labels[kept]
@@ -471,11 +451,10 @@ def test_what_cannot_be_is_said():
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_no_tensor_of_tokens_times_vocabulary_is_formed(version, monkeypatch):
+def test_no_tensor_of_tokens_times_vocabulary_is_formed(version):
     num_tokens, vocab = 256, 4096
-    monkeypatch.setattr(opk, "project_vocab", lambda *_: _Halves(vocab))
     text = [1 + number % 5 for number in range(num_tokens)]
-    names = [bytes([number]) for number in range(8)]
+    names = [number.to_bytes(2, "big") for number in range(vocab)]
     batch = _translated([text], [text], names, names)
     sides = [
         _side(name, num_tokens, seed, size=(vocab, 4), dtype=torch.float32)
@@ -483,20 +462,10 @@ def test_no_tensor_of_tokens_times_vocabulary_is_formed(version, monkeypatch):
     ]
     for side in sides:
         side.law.workspace_bytes = side.workspace_bytes = 1 << 18
-    tokens = {"student_bytes": range(vocab), "teacher_bytes": range(vocab)[:]}
+    tokens = {"student_bytes": names, "teacher_bytes": [*names[::2], *names[::2]]}
     bound = Dskd(version=version).bind(Parts(student=sides[0], teacher=sides[1], **tokens))
 
     def step():
         bound(sides[0].law, sides[1].law, batch, num_tokens).loss.backward()
 
     assert peak_bytes(step) < 0.5 * 4 * num_tokens * vocab
-
-
-class _Halves:
-    """Every other token is one of both."""
-
-    def __init__(self, size):
-        self.student_ids = self.teacher_ids = torch.arange(0, size, 2)
-
-    def map_ids(self, teacher_ids):
-        return torch.where(teacher_ids % 2 == 0, teacher_ids, -1)
