@@ -9,6 +9,7 @@ from typing import Protocol
 
 from opd.batch import Batch, Law, Signal
 from opd.objectives.base import ObjectiveSection, Parts
+from opd.objectives.dskd import Dskd
 from opd.objectives.full_vocab import FullVocab
 from opd.objectives.sampled_token import SampledToken
 from opd.objectives.teacher_samples import TeacherSamples
@@ -17,6 +18,7 @@ from opd.objectives.topk import Topk
 from opd.sparse_law import DrawnLaw, SparseLaw
 
 OBJECTIVES = {
+    "dskd": Dskd,
     "full_vocab": FullVocab,
     "sampled_token": SampledToken,
     "teacher_samples": TeacherSamples,
@@ -24,7 +26,7 @@ OBJECTIVES = {
     "topk": Topk,
 }
 
-ObjectiveConfig = FullVocab | SampledToken | TeacherSamples | TokenNll | Topk
+ObjectiveConfig = FullVocab | SampledToken | TeacherSamples | TokenNll | Topk | Dskd
 
 
 class Objective(Protocol):
@@ -52,6 +54,7 @@ class Objective(Protocol):
 
 __all__ = [
     "OBJECTIVES",
+    "Dskd",
     "FullVocab",
     "Objective",
     "ObjectiveConfig",
