@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The float64 truth: each op from its definition, whole tensors, gradients by autograd alone."""
 
+from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
 from .fused_linear_overlap_divergence import (
@@ -30,6 +31,8 @@ from .topk_divergence import topk_divergence
 from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __all__ = [
+    "AlignedBatch",
+    "Alignment",
     "FusedLinearDivergence",
     "FusedLinearOverlapDivergence",
     "FusedLinearTopkDivergence",
@@ -40,6 +43,8 @@ __all__ = [
     "TopkCodes",
     "TopkLaws",
     "TopkLogprobs",
+    "align_batch",
+    "align_tokens",
     "decode_topk",
     "divergence",
     "encode_topk",

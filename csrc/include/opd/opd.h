@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The C API of opd-kernels: row kernels that take pointers and write into the caller's buffers.
- * C99. Nothing here allocates, throws, prints or exits. Every function returns a status; the text of
- * the last failure on this thread is opd_last_error().
+ * C99. Nothing here throws, prints or exits, nor allocates but for align.h. Every function returns a
+ * status; the text of the last failure on this thread is opd_last_error().
  *
  * Letters: T tokens (rows), V vocabulary. P teacher, Q student. Values are in nats.
  * The compute type is float64 if both logits are float64, else float32; "real" below means it. */
