@@ -22,8 +22,8 @@ from opd.objectives.topk import Topk
 from opd.sparse_law import DrawnLaw, SparseLaw
 
 OBJECTIVES = {
-    "dskd": Dskd,
     "alm": Alm,
+    "dskd": Dskd,
     "full_vocab": FullVocab,
     "mined": Mined,
     "overlap": Overlap,
@@ -34,9 +34,17 @@ OBJECTIVES = {
     "topk": Topk,
 }
 
-ObjectiveConfig = FullVocab | SampledToken | TeacherSamples | TokenNll | Topk | Dskd
 ObjectiveConfig = (
-    Alm | FullVocab | Mined | Overlap | SampledToken | Simct | TeacherSamples | TokenNll | Topk
+    Alm
+    | Dskd
+    | FullVocab
+    | Mined
+    | Overlap
+    | SampledToken
+    | Simct
+    | TeacherSamples
+    | TokenNll
+    | Topk
 )
 
 
