@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tokenizers that agree on next to nothing, trained on the same text.
+"""Two tokenizers that agree on little, trained on the same text.
 
-The teacher's: byte-level BPE with a GPT-2 splitter, no token that begins a text. The student's:
-Unigram over characters with byte fallback and U+2581 for spaces, as SentencePiece has it, half the
-size, with a token that begins every text.
+The teacher's is byte-level BPE as in GPT-2, and no token begins a text. The student's is BPE over
+characters as in SentencePiece and Llama 2, with U+2581 for a space, bytes for the characters that
+it has no token of, half the size, and a token that begins every text. (Unigram would differ more;
+its trainer in `tokenizers` writes another vocabulary at each run.)
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 TEACHER_SIZE, STUDENT_SIZE = 800, 480
 SPACE = "▁"
+# of characters in the student's vocabulary; the rarer half of the Hangul is left to bytes
+_NUM_CHARACTERS = 90
 
 
 def train_teacher_tokenizer(texts: Sequence[str]) -> Any:
@@ -39,29 +41,26 @@ def train_teacher_tokenizer(texts: Sequence[str]) -> Any:
 
 
 def train_student_tokenizer(texts: Sequence[str]) -> Any:
-    """Unigram of `STUDENT_SIZE` tokens with all 256 bytes, as transformers wraps it."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    """BPE of `STUDENT_SIZE` tokens over characters, with all 256 bytes, as transformers wraps it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<unk>", "<s>", "</s>", "<pad>"]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    trainer = trainers.UnigramTrainer(
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never")
+    trainer = trainers.BpeTrainer(
         vocab_size=STUDENT_SIZE - 256,
         special_tokens=specials,
-        unk_token="<unk>",
-        max_piece_length=8,
+        limit_alphabet=_NUM_CHARACTERS,
         show_progress=False,
     )
-    # pieces do not run over lines
+    # line ends are in no token: they are left to bytes, as in Llama 2
     tokenizer.train_from_iterator((line for text in texts for line in text.splitlines()), trainer)
     state = json.loads(tokenizer.to_str())
-    pieces = state["model"]["vocab"]
-    # far below every piece, so that bytes are only what no piece spells
-    score = min(score for _, score in pieces if math.isfinite(score)) - 10.0
-    fallback = [[f"<0x{byte:02X}>", score] for byte in range(256)]
+    learned = sorted(state["model"]["vocab"], key=state["model"]["vocab"].__getitem__)
+    ordered = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *learned[len(specials) :]]
     state["model"] |= {
-        "vocab": [*pieces[: len(specials)], *fallback, *pieces[len(specials) :]],
+        "vocab": {token: place for place, token in enumerate(ordered)},
         "byte_fallback": True,
     }
     tokenizer = Tokenizer.from_str(json.dumps(state))
