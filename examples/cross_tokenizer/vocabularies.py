@@ -41,7 +41,7 @@ def train_teacher_tokenizer(texts: Sequence[str]) -> Any:
 
 
 def train_student_tokenizer(texts: Sequence[str]) -> Any:
-    """BPE of `STUDENT_SIZE` tokens over characters, with all 256 bytes, as transformers wraps it."""
+    """BPE of `STUDENT_SIZE` tokens over characters, with all bytes, as transformers wraps it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

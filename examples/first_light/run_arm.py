@@ -12,11 +12,14 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from records import commit, say, write_whole
 
 ARMS = Path(__file__).parent / "arms"
 TRACES = "teacher_traces.jsonl"
@@ -98,25 +101,7 @@ def write_traces(root: Path, seed: int) -> None:
         json.dumps({**row, "completion": completion})
         for row, completion in zip(rows, completions, strict=True)
     ]
-    path = root / TRACES
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def commit() -> str:
-    """Of the working tree that this runs from, with a + if files of it differ."""
-
-    def git(*arguments: str) -> str:
-        found = subprocess.run(
-            ["git", "-C", str(ARMS), *arguments], capture_output=True, text=True, check=False
-        )
-        return found.stdout.strip()
-
-    # only what makes the numbers: the loop, the kernels and the arms
-    code = [":/python", ":/opd_kernels", ":/csrc", ":/examples"]
-    is_changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", *code))
-    return (git("rev-parse", "HEAD") or "unknown") + ("+" if is_changed else "")
+    write_whole(root / TRACES, "\n".join(lines) + "\n")
 
 
 def load(arm: str, root: Path) -> Any:
@@ -152,7 +137,7 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
     arm_dir(root, arm).mkdir(parents=True, exist_ok=True)
     start, ledger = time.perf_counter(), None
     if arm == "teacher":
-        _say("writing traces")
+        say("writing traces")
         write_traces(root, seed)
     else:
         config = arm_config(root, arm, seed)
@@ -161,7 +146,7 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
         key_path(root, arm).write_text(job_key(root, arm, seed), encoding="utf-8")
         ledger = train(config).ledger
     trained = time.perf_counter()
-    _say("measuring")
+    say("measuring")
     student, teacher = load(arm, root), load("teacher", root)
     gauges = measure(teacher if arm == "teacher" else student, teacher, ChainRepair(), seed=seed)
     result = {
@@ -174,10 +159,7 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
         "gauges": gauges,
         "ledger": ledger,
     }
-    path = result_path(root, arm)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_whole(result_path(root, arm), json.dumps(result, indent=1))
     return result
 
 
@@ -194,17 +176,12 @@ def main() -> int:
     try:
         run(options.root.resolve(), options.arm, options.seed)
     except ConfigError as error:
-        _say(str(error))
+        say(str(error))
         return 2
     except (Interrupted, KeyboardInterrupt):
-        _say("stopped")
+        say("stopped")
         return 130
     return 0
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":
