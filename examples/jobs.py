@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -121,6 +122,16 @@ def run_demo(work: Callable[[], None], console: Console, again: Sequence[str]) -
         return 1
     console.print(f"\n{time.monotonic() - start:.0f} seconds in all")
     return 0
+
+
+def flags(options: argparse.Namespace, *names: str) -> list[str]:
+    """Options of a command line, those that were given, as one would type them."""
+    words: list[str] = []
+    for name in names:
+        value = getattr(options, name)
+        if value:
+            words += [f"--{name}", *([] if value is True else map(str, value))]
+    return words
 
 
 def run_jobs(jobs: Sequence[Job], num_slots: int, console: Console) -> None:

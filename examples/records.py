@@ -10,7 +10,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,45 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # arm -> one flat mapping of numbers for each seed
 Results = dict[str, list[dict[str, float]]]
+
+
+def arm_dir(root: Path, arm: str) -> Path:
+    """Where a job of one seed keeps its files."""
+    return root / arm
+
+
+def result_path(root: Path, arm: str) -> Path:
+    """The file that says, by being there with the right key, that a job is done."""
+    return arm_dir(root, arm) / "result.json"
+
+
+def key_path(root: Path, arm: str) -> Path:
+    """The file that names the job an unfinished directory belongs to."""
+    return arm_dir(root, arm) / "job_key"
+
+
+def finished(root: Path, arm: str, key: Callable[[], str]) -> dict[str, Any] | None:
+    """The result of a finished job; None if it is not finished, or has another key."""
+    path = result_path(root, arm)
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["key"] == key() else None
+
+
+def is_stale(root: Path, arm: str, key: str) -> bool:
+    """Whether what lies there was begun under another key."""
+    path = key_path(root, arm)
+    return path.is_file() and path.read_text(encoding="utf-8") != key
+
+
+def claim(root: Path, arm: str, key: str, config: Any) -> Any:
+    """The configuration with which to begin or go on with a job; its directory takes the key."""
+    if is_stale(root, arm, key):
+        config = config.model_copy(update={"resume_from_checkpoint": "none"})
+    arm_dir(root, arm).mkdir(parents=True, exist_ok=True)
+    key_path(root, arm).write_text(key, encoding="utf-8")
+    return config
 
 
 def write_whole(path: Path, text: str) -> None:

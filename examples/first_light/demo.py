@@ -84,15 +84,8 @@ def main() -> int:
 
         summary.write(root, arms, seeds, console, is_full=options.full)
 
-    return jobs.run_demo(work, console, ["--root", str(root), *_flags(options)])
-
-
-def _flags(options: argparse.Namespace) -> list[str]:
-    flags = ["--full"] if options.full else []
-    for name in ("seeds", "arms"):
-        values = getattr(options, name)
-        flags += [f"--{name}", *map(str, values)] if values else []
-    return flags
+    again = ["--root", str(root), *jobs.flags(options, "full", "seeds", "arms")]
+    return jobs.run_demo(work, console, again)
 
 
 if __name__ == "__main__":

@@ -19,23 +19,14 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from records import commit, say, write_whole
+import records
+from records import arm_dir, claim, commit, finished, result_path, say, write_whole
 
 ARMS = Path(__file__).parent / "arms"
 TRACES = "teacher_traces.jsonl"
 NUM_TRACES = 2048
 TEACHER = "builtin:chain_repair_teacher"
 WARM = "warm_sft"
-
-
-def arm_dir(root: Path, arm: str) -> Path:
-    """Where a job of one seed keeps its files."""
-    return root / arm
-
-
-def result_path(root: Path, arm: str) -> Path:
-    """The file that says, by being there with the right key, that a job is done."""
-    return arm_dir(root, arm) / "result.json"
 
 
 def job_key(root: Path, arm: str, seed: int) -> str:
@@ -71,22 +62,12 @@ def arm_config(root: Path, arm: str, seed: int) -> Any:
 
 def read_result(root: Path, arm: str, seed: int) -> dict[str, Any] | None:
     """The result of a finished job; None if it is not finished, or was made with other settings."""
-    path = result_path(root, arm)
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["key"] == job_key(root, arm, seed) else None
-
-
-def key_path(root: Path, arm: str) -> Path:
-    """The file that names the job an unfinished directory belongs to."""
-    return arm_dir(root, arm) / "job_key"
+    return finished(root, arm, lambda: job_key(root, arm, seed))
 
 
 def is_stale(root: Path, arm: str, seed: int) -> bool:
     """Whether what lies there was begun with other settings or inputs."""
-    path = key_path(root, arm)
-    return path.is_file() and path.read_text(encoding="utf-8") != job_key(root, arm, seed)
+    return records.is_stale(root, arm, job_key(root, arm, seed))
 
 
 def write_traces(root: Path, seed: int) -> None:
@@ -141,10 +122,7 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
         write_traces(root, seed)
     else:
         config = arm_config(root, arm, seed)
-        if is_stale(root, arm, seed):
-            config = config.model_copy(update={"resume_from_checkpoint": "none"})
-        key_path(root, arm).write_text(job_key(root, arm, seed), encoding="utf-8")
-        ledger = train(config).ledger
+        ledger = train(claim(root, arm, job_key(root, arm, seed), config)).ledger
     trained = time.perf_counter()
     say("measuring")
     student, teacher = load(arm, root), load("teacher", root)

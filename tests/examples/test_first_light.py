@@ -128,7 +128,7 @@ def test_what_was_begun_with_other_inputs_is_stale(tmp_path):
     (tmp_path / run_arm.TRACES).write_text("one")
     assert not run_arm.is_stale(tmp_path, "warm_sft", 0)
     run_arm.arm_dir(tmp_path, "warm_sft").mkdir()
-    key = run_arm.key_path(tmp_path, "warm_sft")
+    key = records.key_path(tmp_path, "warm_sft")
     key.write_text(run_arm.job_key(tmp_path, "warm_sft", 0))
     assert not run_arm.is_stale(tmp_path, "warm_sft", 0)
     (tmp_path / run_arm.TRACES).write_text("two")
