@@ -125,4 +125,4 @@ lint: $(VENV)/.dependencies
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf build dist *.egg-info opd_kernels/_C.so opd_kernels/_C_cuda.so $(VENV)/.built
+	rm -rf build dist *.egg-info opd_kernels/_C.so opd_kernels/_C_cuda.so opd_kernels/_align*.so $(VENV)/.built

@@ -26,6 +26,7 @@ OPS = (
     "fused_linear_topk",
     "topk_divergence",
     "fused_linear_topk_divergence",
+    "fused_linear_overlap_divergence",
     "sample_tokens",
     "fused_linear_sample_tokens",
     "speculative_verify",

@@ -3,6 +3,10 @@
 
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
+from .fused_linear_overlap_divergence import (
+    FusedLinearOverlapDivergence,
+    fused_linear_overlap_divergence,
+)
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
@@ -27,6 +31,7 @@ from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __all__ = [
     "FusedLinearDivergence",
+    "FusedLinearOverlapDivergence",
     "FusedLinearTopkDivergence",
     "GroupStatistics",
     "SpeculativeVerification",
@@ -39,6 +44,7 @@ __all__ = [
     "divergence",
     "encode_topk",
     "fused_linear_divergence",
+    "fused_linear_overlap_divergence",
     "fused_linear_sample_tokens",
     "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",

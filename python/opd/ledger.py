@@ -69,8 +69,9 @@ class Ledger:
         self.student_tokens_forward += num_read
         self.student_tokens_trained += sum(batch.num_tokens for batch in batches)
         if teacher_judges:
-            self.teacher_tokens_forward += num_read
-            flops += 2.0 * teacher_size * num_read
+            num_judged = sum(batch.for_teacher.num_input_tokens for batch in batches)
+            self.teacher_tokens_forward += num_judged
+            flops += 2.0 * teacher_size * num_judged
         self.flops += flops
         self.cost_units += flops / (2.0 * student_size)
 

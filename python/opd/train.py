@@ -84,11 +84,17 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             with clock("rollout"):
                 prompts = run.data.take(run.step, config.num_prompts)
                 trajectories = run.rollouts.collect(prompts, run.step)
+            translated = None
+            if run.translator is not None and config.objective.crosses_tokenizers:
+                with clock("translate"):
+                    translated = run.translator(trajectories)
+                meter.add(translated.metrics())
             batches, num_step_tokens = collate_step(
                 trajectories,
                 batch_size=config.per_device_train_batch_size,
                 pad_id=run.tokenizer.pad_token_id,
                 device=run.student.device,
+                translated=translated,
             )
             signals: list[Signal] = []
             for batch in batches:
@@ -163,7 +169,7 @@ class _GivenUp(Exception):
 def _judge(run: Run, batch: Batch) -> Law | None:
     if not run.objective.needs_teacher:
         return None
-    law = run.teacher.law(batch)
+    law = run.teacher.law(batch.for_teacher)
     # asked here, so that the time is booked on the teacher
     run.objective.ask(law, batch)
     return law
@@ -216,6 +222,8 @@ def _evaluate(run: Run, writer: MetricsWriter, display: Display) -> dict[str, fl
         run.held_out,
         run.config.evaluation,
         max_completion_length=run.config.rollouts.max_completion_length,
+        student_bytes=run.student_bytes,
+        translator=run.translator,
     )
     if "eval/data_states/nll" in found.metrics:
         run.rollouts.observe(found.metrics["eval/data_states/nll"])

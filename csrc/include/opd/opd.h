@@ -25,7 +25,8 @@ typedef enum opd_status_t {
   OPD_INVALID_ARGUMENT = 1,
   OPD_UNSUPPORTED = 2,
   OPD_INTERNAL = 3,
-  OPD_CUDA_ERROR = 4 /* of the CUDA runtime; opd_last_error() has its words */
+  OPD_CUDA_ERROR = 4,  /* of the CUDA runtime; opd_last_error() has its words */
+  OPD_BYTES_DIFFER = 5 /* of opd_align_tokens: the two sides are not the same text */
 } opd_status_t;
 
 typedef enum opd_dtype_t {
@@ -658,5 +659,7 @@ OPD_API const char* opd_version(void);
 #ifdef __cplusplus
 }
 #endif
+
+#include "opd/align.h"
 
 #endif /* OPD_OPD_H_ */
