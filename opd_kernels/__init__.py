@@ -15,6 +15,7 @@ from .fused_linear_overlap_divergence import (
     fused_linear_overlap_divergence,
 )
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
+from .fused_linear_sorted_l1 import FusedLinearSortedL1Output, fused_linear_sorted_l1
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
@@ -31,6 +32,7 @@ from .segment_scan import (
     segment_reduce,
     segment_scan,
 )
+from .sorted_l1 import sorted_l1
 from .speculative_verify import SpeculativeVerification, speculative_verify
 from .token_bytes import TokenBytes
 from .token_logprobs import TokenLogprobs, token_logprobs
@@ -55,6 +57,7 @@ __all__ = [
     "ChunkIndex",
     "FusedLinearDivergenceOutput",
     "FusedLinearOverlapDivergenceOutput",
+    "FusedLinearSortedL1Output",
     "FusedLinearTopkDivergenceOutput",
     "GroupStatistics",
     "OpdError",
@@ -82,6 +85,7 @@ __all__ = [
     "fused_linear_divergence",
     "fused_linear_overlap_divergence",
     "fused_linear_sample_tokens",
+    "fused_linear_sorted_l1",
     "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
@@ -95,6 +99,7 @@ __all__ = [
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",
+    "sorted_l1",
     "speculative_verify",
     "targets",
     "token_logprobs",

@@ -25,7 +25,7 @@ PROBES = (
     "def f(x):\n    return x ** 2  # don't",
     "https://a.example/b?c=d&e=%20#f",
     "<s> is text here, and so is <unk>",
-    "a\u200bb\u00a0c\u2581d",
+    "a\u200bb\u00a0c",
 )
 
 

@@ -19,14 +19,22 @@ class Cut:
     Args:
         tokens: the bytes of every id; of ids with the same bytes the lowest is used.
         excluded: ids that text is never made of.
+        last: ids that are used only where no other has their bytes.
         kind: for the message.
     """
 
-    def __init__(self, tokens: Sequence[bytes], excluded: Collection[int], kind: str) -> None:
-        self.ids: dict[bytes, int] = {}
-        for token_id, token in enumerate(tokens):
-            if token and token_id not in excluded:
-                self.ids.setdefault(token, token_id)
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        excluded: Collection[int],
+        last: Collection[int],
+        kind: str,
+    ) -> None:
+        order = sorted(last, reverse=True)
+        order += [i for i in range(len(tokens) - 1, -1, -1) if i not in last]
+        # of equal keys the later one counts
+        self.ids = {tokens[i]: i for i in order if i not in excluded}
+        self.ids.pop(b"", None)
         lengths: list[set[int]] = [set() for _ in range(256)]
         for token in self.ids:
             lengths[token[0]].add(len(token))

@@ -23,6 +23,7 @@ class Reading:
         tokens: the bytes of every id in the middle of a text; of a special token its name.
         names: special tokens, by name.
         roles: as TokenBytes.roles.
+        byte_pieces: ids of single bytes that text becomes only where nothing else has them.
         added: ids whose bytes are given as text, whatever the decoder makes of them.
         losses: what the tokenizer changes in a text before it cuts it, each a clause.
         encode: texts to ids without that: no special tokens, prefix or normaliser.
@@ -35,6 +36,7 @@ class Reading:
     tokens: list[bytes]
     names: dict[str, int]
     roles: dict[str, tuple[int, ...]]
+    byte_pieces: frozenset[int] = frozenset()
     added: frozenset[int] = frozenset()
     losses: list[str] = field(default_factory=list)
     encode: EncodeTexts | None = None
@@ -64,13 +66,17 @@ def read_tiktoken(encoding: Any, tokenizer: Any) -> Reading:
             tokens.append(encoding.decode_single_token_bytes(token_id))
         except KeyError:  # a hole between the ranks and the special tokens
             tokens.append(b"")
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [encoding.encode_ordinary(text) for text in texts]
+
     return Reading(
         kind="tiktoken BPE",
         tokens=tokens,
         names=names,
         roles=find_roles(tokenizer, names, {}),
-        encode=encoding.encode_ordinary_batch,
-        encode_own=encoding.encode_ordinary_batch,
+        encode=encode,
+        encode_own=encode,
         decode=lambda batch: [encoding.decode(ids) for ids in batch],
         content=getattr(encoding, "_pat_str", "").encode(),
     )
@@ -95,6 +101,7 @@ def read_sentencepiece(processor: Any) -> Reading:
         tokens=[model.bytes_of(i, piece) for i, piece in zip(ids, pieces, strict=True)],
         names=names,
         roles=find_roles(None, names, given),
+        byte_pieces=frozenset(i for i in ids if processor.is_byte(i)),
         # a control piece decodes to nothing
         added=frozenset(names.values()),
         losses=model.losses,
@@ -194,7 +201,7 @@ def read_python(tokenizer: Any) -> Reading:
 
     common: dict[str, Any] = {
         "names": names,
-        "roles": find_roles(tokenizer, names, {}),
+        "roles": find_roles(tokenizer, {token: i for i, token in added.items()}, {}),
         "added": frozenset(added),
         "encode_own": encode_own,
     }
@@ -220,8 +227,9 @@ def _read_over_sentencepiece(
 ) -> Reading:
     """Ids of a wrapper, which need not be those of the pieces."""
     model = _SentencePieceModel(processor)
+    pieces = {i: processor.piece_to_id(token) for i, token in enumerate(written) if i not in added}
     tokens = [
-        token.encode() if i in added else model.bytes_of(processor.piece_to_id(token), token)
+        model.bytes_of(pieces[i], token) if i in pieces else token.encode()
         for i, token in enumerate(written)
     ]
     ids_of = {token: i for i, token in enumerate(written)}
@@ -237,6 +245,7 @@ def _read_over_sentencepiece(
     return Reading(
         kind=model.kind,
         tokens=tokens,
+        byte_pieces=frozenset(i for i in pieces if processor.is_byte(pieces[i])),
         losses=model.losses,
         encode=encode,
         decode=decode,

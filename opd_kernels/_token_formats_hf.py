@@ -93,7 +93,7 @@ def read_tokenizers(backend: Any, tokenizer: Any) -> Reading:
         # an ordinary token that is listed as an added one too is written as the model writes it
         if token.special or model.token_to_id(token.content) != i
     }
-    tokens = parts.bytes_of(
+    tokens, byte_pieces = parts.bytes_of(
         ["" if token is None or i in texts else token for i, token in enumerate(written)]
     )
     for i, text in texts.items():
@@ -108,12 +108,14 @@ def read_tokenizers(backend: Any, tokenizer: Any) -> Reading:
     elif isinstance(getattr(model, "unk_id", None), int):
         names[model.id_to_token(model.unk_id)] = model.unk_id
         unknown = model.id_to_token(model.unk_id)
+    listed = {token.content: i for i, token in added.items()} | names
     holes = {i for i, token in enumerate(written) if token is None}
     return Reading(
         kind=parts.kind,
         tokens=tokens,
         names=names,
-        roles=find_roles(tokenizer, names, {"unk": names.get(unknown)}),
+        roles=find_roles(tokenizer, listed, {"unk": names.get(unknown)}),
+        byte_pieces=byte_pieces,
         added=frozenset(texts) | frozenset(names.values()) | holes,
         losses=parts.losses,
         encode=_exact_copy(backend, parts, added),
@@ -177,17 +179,17 @@ class _Parts:
 
     # -- ids to bytes ----------------------------------------------------------------------------
 
-    def bytes_of(self, tokens: list[str]) -> list[bytes]:
-        """Bytes of each token where others stand on both sides."""
+    def bytes_of(self, tokens: list[str]) -> tuple[list[bytes], frozenset[int]]:
+        """Bytes of each token where others stand on both sides; which are byte pieces."""
         if not self._decoders:
             # nothing joins them, so they are joined by spaces
-            return [b" " + token.encode() for token in tokens]
+            return [b" " + token.encode() for token in tokens], frozenset()
         found: dict[int, bytes] = {}
         is_fused = False
         for rule in self._decoders:
             name = rule["type"]
             if name == "ByteLevel":
-                return _byte_level(tokens)
+                return _byte_level(tokens), frozenset()
             if name == "ByteFallback":
                 matches = ((i, _BYTE_PIECE.fullmatch(token)) for i, token in enumerate(tokens))
                 found |= {i: bytes([int(match[1], 16)]) for i, match in matches if match}
@@ -199,7 +201,8 @@ class _Parts:
                     tokens = [_strip(token, rule) for token in tokens]
             else:
                 tokens = list(map(_rewriter(rule), tokens))
-        return [found.get(i) or token.encode() for i, token in enumerate(tokens)]
+        result = [found.get(i) or token.encode() for i, token in enumerate(tokens)]
+        return result, frozenset(found)
 
     # -- texts to ids ----------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ def find_roles(
 
     Args:
         tokenizer: may say its own by `bos_token_id` and the like, and have a chat template.
-        specials: the special tokens, by name.
+        specials: special and added tokens, by name.
         given: what the vocabulary itself says.
     """
     found: dict[str, set[int]] = {}

@@ -195,7 +195,7 @@ def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _table(name: str, token_bytes: Any, sequences: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """(data, offsets, symbols) of a TokenBytes; else of the ids that occur, the rest without bytes."""
+    """(data, offsets, symbols) of a TokenBytes; else of the ids that occur."""
     if hasattr(token_bytes, "data") and hasattr(token_bytes, "offsets"):
         return token_bytes.data, token_bytes.offsets, token_bytes.symbols
     occurring: set[int] = set()

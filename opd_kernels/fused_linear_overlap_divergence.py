@@ -32,8 +32,8 @@ def fused_linear_overlap_divergence(
     student_lm_head_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_lm_head_weight: Tensor,
-    student_ids: Tensor,
-    teacher_ids: Tensor,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
     *,
     divergence: _laws.Loss = "reverse_kl",
     tail: str = "bucket",
@@ -69,7 +69,7 @@ def fused_linear_overlap_divergence(
         student_lm_head_weight: [Vs, Ds] of the same dtype.
         teacher_hidden: [T, Dt], teacher_lm_head_weight: [Vt, Dt]; no gradient. Any float dtype.
         student_ids, teacher_ids: [M] int64, as `project_vocab` pairs them: no id twice. Checked on
-            CPU; on a GPU it is the caller's contract.
+            CPU; on a GPU it is the caller's contract. None for both: one vocabulary of Vs = Vt.
         divergence, temperature, token_weights: as `opd_kernels.divergence` takes them.
         tail: what stands for the tokens that are not shared.
         student_extra_logits, teacher_extra_logits: [T], of one more cell, such as a span of several
@@ -137,7 +137,7 @@ def fused_linear_overlap_divergence(
     components = _laws.components_of(_OP, divergence)
     for _, component in components:
         check_tail_divergence(_OP, component, tail)
-    _check_bucket(tail, ids[0].shape[0], sizes)
+    _check_sizes(tail, ids[0], sizes)
     chosen = _dispatch.select(_OP, _dispatch.meta_of(hidden), backend)
     if chosen == "reference":
         loss, named = reference.fused_linear_overlap_divergence(
@@ -168,37 +168,43 @@ def fused_linear_overlap_divergence(
         return FusedLinearOverlapDivergenceOutput(loss.to(real), named)
     _checks.no_forward_mode(_OP, hidden, head, other_hidden, other_head)
     biases = [student_bias, teacher_bias]
-    if tail == "renormalize_both":
+    if tail == "renormalize_both" and ids[0] is not None:
         # the tokens that are not shared have neither a share in the loss nor a gradient: no GEMM
         heads = [head.index_select(0, ids[0]), other_head.index_select(0, ids[1])]
-        rows = _laws.rows_of(_OP, hidden)
         for i, side in enumerate(("student", "teacher")):
             if biases[i] is not None:
+                rows = _laws.rows_of(_OP, sides[side][0])
                 biases[i] = _checks.bias(rows, f"{side}_bias", biases[i], sizes[i])[ids[i]]
-        if extras[0] is None:
-            out = fused_linear_divergence(
-                hidden,
-                heads[0],
-                other_hidden,
-                heads[1],
-                divergence=divergence,
-                temperature=temperature,
-                token_weights=token_weights,
-                reduction=reduction,
-                statistics=statistics,
-                student_bias=biases[0],
-                teacher_bias=biases[1],
-                student_softcap=student_softcap,
-                teacher_softcap=teacher_softcap,
-                student_logit_scale=student_logit_scale,
-                teacher_logit_scale=teacher_logit_scale,
-                workspace_bytes=workspace_bytes,
-                compact_tokens=compact_tokens,
-                backend=chosen,
-            )
-            return FusedLinearOverlapDivergenceOutput(*out)
         head, other_head = heads
         sizes, ids = [len(ids[0])] * 2, (None, None)
+    if ids[0] is None and extras[0] is None:
+        loss, named = fused_linear_divergence(
+            hidden,
+            head,
+            other_hidden,
+            other_head,
+            divergence=divergence,
+            temperature=temperature,
+            token_weights=token_weights,
+            reduction=reduction,
+            statistics=[name for name in statistics if name not in MASSES],
+            student_bias=biases[0],
+            teacher_bias=biases[1],
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
+            student_logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            vocab_size=sizes[0],
+            workspace_bytes=workspace_bytes,
+            compact_tokens=compact_tokens,
+            backend=chosen,
+        )
+        for name in MASSES:
+            if name in statistics:
+                named[name] = loss.new_ones(hidden.shape[0])
+                if token_weights is not None:
+                    named[name] = named[name].masked_fill(token_weights == 0, 0.0)
+        return FusedLinearOverlapDivergenceOutput(loss, {n: named[n] for n in statistics})
     rows = _laws.rows_of(_OP, hidden)
     temperatures = _checks.temperatures(_OP, temperature)
     laws = [
@@ -249,7 +255,11 @@ def fused_linear_overlap_divergence(
 # -- checks --------------------------------------------------------------------------------------
 
 
-def _ids(student_ids: Tensor, teacher_ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _ids(
+    student_ids: Tensor | None, teacher_ids: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    if student_ids is None and teacher_ids is None:
+        return None, None
     checked = []
     for name, ids in (("student_ids", student_ids), ("teacher_ids", teacher_ids)):
         _checks.tensor(_OP, name, ids, 1)
@@ -292,7 +302,16 @@ def _statistic_names(names: Sequence[str], tail: str) -> tuple[str, ...]:
     return names
 
 
-def _check_bucket(tail: str, num_shared: int, sizes: Sequence[int]) -> None:
+def _check_sizes(tail: str, student_ids: Tensor | None, sizes: Sequence[int]) -> None:
+    if student_ids is None:
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{_OP}: student_ids and teacher_ids must be given for vocabularies of {sizes[0]} "
+                f"and {sizes[1]} tokens, got None. One vocabulary whose heads are padded "
+                "differently takes student_vocab_size and teacher_vocab_size."
+            )
+        return
+    num_shared = student_ids.shape[0]
     num_rest = [size - num_shared for size in sizes]
     for side, rest in zip(("student", "teacher"), num_rest, strict=True):
         if rest < 0:

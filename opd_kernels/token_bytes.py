@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -56,6 +57,9 @@ class TokenBytes(Sequence[bytes]):
         data: uint8 [N], all bytes, one token after the other.
         offsets: int64 [V + 1]; token i is data[offsets[i]:offsets[i + 1]].
         symbols: uint8 [V]: 0, or the sum of 1 for bos, 2 eos, 4 eot, 8 pad, 16 unk.
+        text_ids: the id of each byte string that is one token of text, without roles and special
+            tokens. Of several with the same bytes the one that a text becomes: "A" before "<0x41>",
+            then the lowest.
         fingerprint: 32 hex digits over data, offsets and symbols.
 
     Raises:
@@ -190,6 +194,10 @@ class TokenBytes(Sequence[bytes]):
         return dict(self._table.roles)
 
     @property
+    def text_ids(self) -> Mapping[bytes, int]:
+        return MappingProxyType(self._table.text_ids)
+
+    @property
     def data(self) -> Tensor:
         return self._table.data
 
@@ -217,6 +225,7 @@ class _Table:
         self.kind = reading.kind
         self.roles = reading.roles
         self.losses = tuple(losses)
+        self.text_ids = cut.ids
         self._num_missing = len(cut.missing_bytes)
         # with all bytes there is a token for whatever a normaliser would take
         self.is_exact = not losses or not self._num_missing
@@ -237,7 +246,7 @@ class _Table:
     def of(cls, reading: Reading) -> Self:
         excluded = set(reading.names.values())
         excluded.update(*reading.roles.values())
-        cut = Cut(reading.tokens, excluded, reading.kind)
+        cut = Cut(reading.tokens, excluded, reading.byte_pieces, reading.kind)
         return cls(reading, cut, excluded, checks.check(reading, cut))
 
     @cached_property

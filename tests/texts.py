@@ -32,13 +32,13 @@ _WORDS = {
     "japanese": "こんにちは 世界 先生 がくせい モデル ﾊﾝｶｸ は 行を 読む 々 ヴ ゔ",
     "korean": "안녕하세요 세계 선생님 학생 모델 한국어 질문 뷁",
 }
-_EMOJI = ("😀 👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 🇯🇵 ❤️ ☕ 🧑🏿‍🚀 🤷🏻‍♀️ 1️⃣ 🫠 🏴󠁧󠁢󠁥󠁮󠁧󠁿 ✊🏾 🐈‍⬛").split()
+_EMOJI = "😀 👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 🇯🇵 ❤️ ☕ 🧑🏿‍🚀 🤷🏻‍♀️ 1️⃣ 🫠 🏴󠁧󠁢󠁥󠁮󠁧󠁿 ✊🏾 🐈‍⬛"
 _MARKS = "\u0301\u0308\u0303\u0323\u0327\u030a\u0302\u0331\u20dd"
 _SPACES = (" ", "  ", "   ", "\t", "\t\t", "\n", "\n\n", "\r\n", " \n", "    ", "        ")
 _ODD = (
     "\u00a0 \u200b \u2009 \u202f \u3000 \ufeff \u00ad \u2060 \u200d \u200f \u202e \u2028 \u0085 "
     "\ufffd \x00 \x07 \x1b[0m \x7f ﬁ ﬀ ① ½ ㎏ Ｗｉｄｅ ™ … “ ” ‘ ’ – — × ≠ ∑ √ ∞ 𝒳 𝔄 Å Ω"
-).split(" ")
+)
 _CODE = (
     "def f(x, *, y=None):\n    return x ** 2 if y is None else y[::-1]",
     "for (size_t i = 0; i < n; ++i) { out[i] += 0x1F & ~mask; }",
@@ -86,7 +86,7 @@ def _part(draw: random.Random) -> str:
     if kind < 0.62:
         return _words(draw)
     if kind < 0.70:
-        return "".join(draw.choices(_EMOJI, k=draw.randint(1, 4)))
+        return "".join(draw.choices(_EMOJI.split(), k=draw.randint(1, 4)))
     if kind < 0.78:
         return _number(draw)
     if kind < 0.84:
@@ -97,7 +97,8 @@ def _part(draw: random.Random) -> str:
     if kind < 0.96:
         words = draw.choices(_WORDS["latin"].split(), k=3)
         return f"https://{words[0]}.example:8080/{words[1]}?q={words[2]}&n={draw.randrange(999)}%20"
-    return "".join(draw.choice(_ODD) + draw.choice(("", "a", "é", "字")) for _ in range(3))
+    odd = draw.choices(_ODD.split(" "), k=3)
+    return "".join(text + draw.choice(("", "a", "é", "字")) for text in odd)
 
 
 def _words(draw: random.Random) -> str:

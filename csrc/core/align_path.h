@@ -38,12 +38,18 @@ struct Stretch {
 
 class SharedNodes {
  public:
-  // emit(i, j) for each node, from (0, 0) to the end of both. A distance above max_edits: what both
-  // streams begin with and end with, and nothing between.
+  // emit(i, j) for each node, from (0, 0) to the end of both. A distance above max_edits, where both
+  // streams have symbols: what they begin with and end with, and nothing between.
   template <class Emit>
   void find(Stretch x, Stretch y, int32_t max_edits, Emit&& emit) {
     x_ = x;
     y_ = y;
+    if (x.count == 0 || y.count == 0) {
+      // one path
+      for (int32_t i = 0; i < x.count; ++i) emit(i, 0);
+      for (int32_t j = 0; j < y.count; ++j) emit(0, j);
+      return emit(x.count, y.count);
+    }
     const int32_t distance = spread<false>(max_edits, &reached_);
     if (distance < 0) return trimmed(emit);
     spread<true>(distance, &reached_back_);

@@ -270,9 +270,6 @@ class Aligner {
       for (int64_t i = 0; i < count_s; ++i) {
         out->add(s + i + 1, t + i + 1, bytes, is_same(x[i], y[i]));
       }
-    } else if (count_s == 0 || count_t == 0) {
-      for (int64_t i = 1; i <= count_s; ++i) out->add(s + i, t, bytes, false);
-      for (int64_t i = 1; i <= count_t; ++i) out->add(s, t + i, bytes, false);
     } else {
       int64_t begin_s = 0, begin_t = 0;
       path_.find({x, static_cast<int32_t>(count_s)}, {y, static_cast<int32_t>(count_t)}, max_edits,

@@ -28,8 +28,8 @@ def fused_linear_overlap_divergence(
     student_lm_head_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_lm_head_weight: Tensor,
-    student_ids: Tensor,
-    teacher_ids: Tensor,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
     *,
     divergence: object = "reverse_kl",
     tail: str = "bucket",
@@ -54,7 +54,7 @@ def fused_linear_overlap_divergence(
         student_hidden: [T, Ds], student_lm_head_weight: [>= Vs, Ds]; upcast to float64.
             Differentiable.
         teacher_hidden: [T, Dt], teacher_lm_head_weight: [>= Vt, Dt]; no gradient.
-        student_ids, teacher_ids: [M], the pairs.
+        student_ids, teacher_ids: [M], the pairs; None for both: every token with itself.
         divergence, temperature: as in `opd_kernels.reference.divergence`, without cross_entropy.
         tail: "bucket": the last cell has the mass of all tokens that are not shared;
             "renormalize_both": no such cell; "renormalize_teacher": empty on the teacher's side.
@@ -104,6 +104,7 @@ def fused_linear_overlap_divergence(
         (student, student_ids, student_extra_logits, temperatures[0]),
         (teacher, teacher_ids, teacher_extra_logits, temperatures[1]),
     ):
+        ids = torch.arange(logits.shape[1], device=logits.device) if ids is None else ids
         shared = logits[:, ids.long()]
         is_other = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
         is_other[ids.long()] = False

@@ -42,7 +42,8 @@ _RUN_FILES = ["config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "r
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything that the loop works on. `step` counts the optimizer steps done."""
+    """Everything that the loop works on. `step` counts the optimizer steps done, of the last of
+    which `owes_evaluation` says that it was to be evaluated and was not yet."""
 
     config: TrainConfig
     output_dir: Path
@@ -58,7 +59,13 @@ class Run:
     student_bytes: opk.TokenBytes | None = None
     ledger: Ledger = field(default_factory=Ledger)
     step: int = 0
+    owes_evaluation: bool = False
     _marked: dict[str, Any] | None = None
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """What the objective trains beside the student, if anything."""
+        return getattr(self.objective, "module", None)
 
     def mark(self) -> None:
         """Note what the next step changes before the weights, for `save(as_marked=True)`."""
@@ -79,6 +86,7 @@ class Run:
             save_model=self._save_model,
             state={
                 "step": self.step,
+                "owes_evaluation": self.owes_evaluation,
                 "config_hash": config_hash(self.config),
                 "config": self.config.model_dump(mode="json"),
                 "ledger": self.ledger.state_dict(),
@@ -98,6 +106,7 @@ class Run:
     def _save_model(self, path: Path) -> None:
         self.student.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+        ckpt.save_module(self.module, path)
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -135,6 +144,15 @@ def open_run(config: TrainConfig) -> Run:
     check_positions(
         config, student, teacher, prompts=prompts, held_out=held_out, translator=translator
     )
+    objective = config.objective.bind(
+        Parts(
+            student=student,
+            teacher=teacher,
+            student_bytes=translator and translator.student_bytes,
+            teacher_bytes=translator and translator.teacher_bytes,
+            seed=config.seed,
+        )
+    )
     run = Run(
         config=config,
         output_dir=output_dir,
@@ -146,15 +164,13 @@ def open_run(config: TrainConfig) -> Run:
             student, teacher, tokenizer, seed=config.seed, max_steps=config.max_steps
         ),
         held_out=held_out,
-        optimizer=build_optimizer(student.model, config),
-        objective=config.objective.bind(
-            Parts(
-                student=student,
-                teacher=teacher,
-                student_bytes=translator and translator.student_bytes,
-                teacher_bytes=translator and translator.teacher_bytes,
-            )
+        optimizer=build_optimizer(
+            student.model,
+            config,
+            module=getattr(objective, "module", None),
+            module_learning_rate=getattr(objective, "module_learning_rate", None),
         ),
+        objective=objective,
         translator=translator,
         student_bytes=load_student_bytes(config, tokenizer),
     )
@@ -180,7 +196,10 @@ def _check_same_teacher(
         ConfigError: the teacher is another one, and nobody asked to go on all the same.
     """
     now = {
-        "teacher": ("teacher, its weights have", getattr(teacher, "fingerprint", None)),
+        "teacher": (
+            "teacher, its weights or their dtype have",
+            getattr(teacher, "fingerprint", None),
+        ),
         "teacher_tokenizer": (
             "tokenizer of the teacher, its tokens have",
             translator and translator.teacher_bytes.fingerprint,
@@ -211,7 +230,9 @@ def _restore(run: Run, resumed: ckpt.Checkpoint) -> None:
     """Put everything but the weights where the checkpoint has it."""
     _tell_of_other_versions(resumed.state["versions"])
     run.step = resumed.state["step"]
+    run.owes_evaluation = resumed.state.get("owes_evaluation", False)
     run.ledger = Ledger(**resumed.state["ledger"])
+    ckpt.load_module(run.module, resumed.path)
     # the state is the checkpoint's, the hyperparameters are this configuration's
     settings = [dict(group) for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(resumed.tensors["optimizer"])
@@ -429,7 +450,7 @@ def load_student_bytes(config: TrainConfig, tokenizer: Any) -> opk.TokenBytes | 
     nothing."""
     if config.evaluation is None or (config.task and not config.student.tokenizer_name_or_path):
         return None
-    return load_bytes(tokenizer, name="student", by_ids=False)
+    return load_bytes(tokenizer, name="student")
 
 
 def close_teacher(teacher: Any) -> None:

@@ -237,6 +237,7 @@ def _cache_form(config: Any, options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: options of both forms.
     """
+    from opd.objectives.teacher_samples import check_proposal
     from opd.schema import ConfigError
     from opd.store import DrawsForm
 
@@ -251,6 +252,11 @@ def _cache_form(config: Any, options: argparse.Namespace) -> dict[str, Any]:
             "--num-draws: a store holds draws or the likeliest tokens, give --num-draws and "
             "--proposal-temperature, or --num-topk and --bits"
         )
+    if options.proposal_temperature is not None:
+        try:
+            check_proposal(options.proposal_temperature)
+        except ValueError as error:
+            raise ConfigError(f"--proposal-temperature: {error}") from None
     objective = config.objective
     if topk or not (draws or objective.asks == "samples"):
         return topk

@@ -217,11 +217,18 @@ def test_overlap_divergence_is_within_twice_eager(name, tail, dtype):
 # -- what it is ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ids", [None, torch.arange(37)], ids=["none", "all"])
 @pytest.mark.parametrize("tail", TAILS)
-def test_one_vocabulary_is_the_fused_divergence(tail):
+def test_one_vocabulary_is_the_fused_divergence(tail, ids):
     pair = Pair(sizes=(37, 37), num_shared=37, seed=2)
-    pair.ids = [torch.arange(37)] * 2
-    got = pair.gradients(opk.fused_linear_overlap_divergence, divergence="forward_kl", tail=tail)
+    pair.ids = [ids] * 2
+    more = {"divergence": "forward_kl", "tail": tail}
+    if tail != "renormalize_both":
+        more["statistics"] = ("student_mass",)
+    got = pair.gradients(opk.fused_linear_overlap_divergence, **more)
+    if tail != "renormalize_both":
+        counts = (pair.options["token_weights"] != 0).double()
+        torch.testing.assert_close(got.pop(), counts)
     leaves = [leaf(x) for x in pair.tensors[:2]]
     out = opk.fused_linear_divergence(
         *leaves, *pair.teacher, divergence="forward_kl", **pair.options
@@ -232,7 +239,7 @@ def test_one_vocabulary_is_the_fused_divergence(tail):
 
 
 def test_the_bucket_pulls_mass_off_the_tokens_that_only_the_student_has():
-    """The gradient of the tokens that are not shared: one number a row, in the law's proportions."""
+    """The gradient of tokens that are not shared: one number a row, in the law's proportions."""
     pair = Pair(num_tokens=1, masked=False, seed=3)
     hidden, head = pair.tensors[:2]
     bias = leaf(torch.zeros(len(head), dtype=F64))
@@ -415,12 +422,13 @@ def test_overlap_divergence_says_what_is_wrong(changes, words):
         (([0, 41], [1, 2]), Exception, "student_ids"),
         (([0.5], [1.0]), TypeError, "student_ids must be int64 or int32"),
         ((range(41), range(41)), ValueError, "every token of the student is shared"),
+        (None, ValueError, "must be given for vocabularies of 41 and 53 tokens"),
     ],
 )
 def test_overlap_divergence_refuses_ids_that_pair_nothing(ids, kind, words):
     pair = Pair(F32)
-    pair.ids = [torch.tensor(list(side)) for side in ids]
-    if not len(pair.ids[0]):
+    pair.ids = [None if ids is None else torch.tensor(list(side)) for side in ids or (0, 0)]
+    if ids == ([], []):
         pair.ids = [side.long() for side in pair.ids]
     with pytest.raises(kind, match=words):
         pair.call(opk.fused_linear_overlap_divergence, pair.tensors)
