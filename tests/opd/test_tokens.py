@@ -4,22 +4,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-import yaml
 
 from opd.assembly import open_run
+from opd.checkpoint import newest_checkpoint
 from opd.config import parse_config
 from opd.metrics import read_jsonl
 from opd.schema import ConfigError
-from opd.train import train
+from opd.train import Interrupted, train
 from tests.opd.crossing import byte_level, pieces, save_pair
-from tests.opd.test_train import CHILD, _environment, _losses
 
 
 @pytest.fixture
@@ -29,6 +24,11 @@ def values(tmp_path):
 
 def _run(values, **changes):
     return train(parse_config({**values, **changes}), quiet=True)
+
+
+def _losses(output_dir):
+    rows = read_jsonl(output_dir / "metrics.jsonl")
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
 def test_two_lines_change_a_run_to_a_teacher_with_other_tokens(values, tmp_path):
@@ -102,7 +102,9 @@ def test_an_objective_of_one_vocabulary_names_those_that_cross(values):
 
 def test_rollouts_in_which_the_teacher_writes_are_refused(values):
     values["rollouts"] = {"kind": "dataset", "seq_kd": True, "max_completion_length": 8}
-    with pytest.raises(ConfigError, match="rollouts: the teacher's vocabulary differs, .*kind: hf"):
+    with pytest.raises(
+        ConfigError, match=r"rollouts: the teacher's vocabulary differs, .*kind: hf"
+    ):
         open_run(parse_config(values))
 
 
@@ -162,31 +164,39 @@ def test_a_server_is_asked_about_the_teachers_own_tokens(values, live, tmp_path)
             assert there == pytest.approx(here, rel=1e-3), signal_kind
 
 
-def test_a_killed_run_goes_on_bit_for_bit(values, tmp_path):
+def _at_the_third_step(monkeypatch, what):
+    from opd import train as loop
+
+    collate, calls = loop.collate_step, []
+
+    def collating(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            what()
+        return collate(*arguments, **keywords)
+
+    monkeypatch.setattr(loop, "collate_step", collating)
+
+
+def _die():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [(_die, MemoryError), (lambda: signal.raise_signal(signal.SIGINT), Interrupted)],
+    ids=["killed", "ctrl_c"],
+)
+def test_a_run_that_stopped_goes_on_bit_for_bit(values, tmp_path, monkeypatch, what, how):
     values |= {"save_steps": 1}
     whole = _run(values, output_dir=str(tmp_path / "whole"))
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-c", CHILD, str(path), "opd.train:collate_step:3"]
-    died = subprocess.run(command, env=_environment(), capture_output=True, timeout=120)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    with monkeypatch.context() as patch:
+        _at_the_third_step(patch, what)
+        with pytest.raises(how):
+            _run(values)
+    done = 2 if how is MemoryError else 3
+    assert newest_checkpoint(values["output_dir"]).name == f"checkpoint-{done}"
     result = _run(values)
     assert _losses(result.output_dir) == _losses(whole.output_dir)
     weights = [(run.checkpoint / "model.safetensors").read_bytes() for run in (whole, result)]
     assert weights[0] == weights[1]
-
-
-def test_ctrl_c_saves_the_step(values, tmp_path):
-    values |= {"max_steps": 100_000}
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "opd", "train", "--config", str(path), "--quiet"]
-    child = subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(child.pid, signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert "run again to go on" in errors.splitlines()[-1]
