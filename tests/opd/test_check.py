@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -123,23 +124,22 @@ def test_a_run_of_one_vocabulary_is_looked_at_too(values):
     assert [table.title for table in found.tables].count("alignment") == 0
 
 
-def test_a_teacher_that_ends_otherwise_is_wrong(values, tmp_path):
-    path = tmp_path / "student" / "generation_config.json"
-    (tmp_path / "other").mkdir()
-    for file in (tmp_path / "student").iterdir():
-        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
-    settings = json.loads(path.read_text())
-    config = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
-    assert config["eos_token"] == "<|end|>"
-    settings["eos_token_id"] = 1
-    (tmp_path / "other" / "generation_config.json").write_text(json.dumps(settings))
-    found = _check(
-        values,
-        teacher={"model_name_or_path": str(tmp_path / "other")},
-        objective={"kind": "full_vocab"},
-    )
-    # the tokenizer's own end token is in both sets
-    assert found.wrong == []
+@pytest.mark.parametrize("kind", ["full_vocab", "alm"])
+def test_a_teacher_that_ends_its_turns_where_the_student_goes_on_is_wrong(tmp_path, kind):
+    """A base student of an instructed teacher, one vocabulary."""
+    values = save_pair(tmp_path, chats=True)
+    base, other = tmp_path / "student", tmp_path / "other"
+    shutil.copytree(base, other)
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 0}))
+    plain = copy.deepcopy(byte_level())
+    plain.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    plain.save_pretrained(base)
+    (base / "chat_template.jinja").write_text(plain.chat_template)
+    found = _check(values, teacher={"model_name_or_path": str(other)}, objective={"kind": kind})
+    (sentence,) = found.wrong
+    assert sentence.startswith("the teacher ends what it writes with '<|im_end|>'")
+    assert ("chat templates differ" in " ".join(found.doubts)) == (kind == "full_vocab")
 
 
 def test_the_command_prints_tables_or_json_and_says_by_its_code_what_it_found(
