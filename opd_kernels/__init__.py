@@ -5,9 +5,15 @@ from . import divergences, errors, reference, targets
 from ._buffers import release_workspace
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
+from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
+from .chunk_logprobs import ChunkIndex, chunk_index, chunk_logprobs
 from .divergence import divergence
-from .errors import BuildError, OpdError, UnsupportedBackendError
+from .errors import AlignmentError, BuildError, OpdError, TokenBytesError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
+from .fused_linear_overlap_divergence import (
+    FusedLinearOverlapDivergenceOutput,
+    fused_linear_overlap_divergence,
+)
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_sorted_l1 import FusedLinearSortedL1Output, fused_linear_sorted_l1
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
@@ -17,6 +23,7 @@ from .fused_linear_topk_divergence import (
     FusedLinearTopkDivergenceOutput,
     fused_linear_topk_divergence,
 )
+from .project_vocab import VocabProjection, project_vocab
 from .sample_tokens import TokenSamples, sample_tokens
 from .segment_scan import (
     GroupStatistics,
@@ -27,6 +34,7 @@ from .segment_scan import (
 )
 from .sorted_l1 import sorted_l1
 from .speculative_verify import SpeculativeVerification, speculative_verify
+from .token_bytes import TokenBytes
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import (
     TopkCodes,
@@ -42,19 +50,31 @@ from .topk_logprobs import TopkLogprobs, topk_logprobs
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlignedBatch",
+    "Alignment",
+    "AlignmentError",
     "BuildError",
+    "ChunkIndex",
     "FusedLinearDivergenceOutput",
+    "FusedLinearOverlapDivergenceOutput",
     "FusedLinearSortedL1Output",
     "FusedLinearTopkDivergenceOutput",
     "GroupStatistics",
     "OpdError",
     "SpeculativeVerification",
+    "TokenBytes",
+    "TokenBytesError",
     "TokenLogprobs",
     "TokenSamples",
     "TopkCodes",
     "TopkLaws",
     "TopkLogprobs",
     "UnsupportedBackendError",
+    "VocabProjection",
+    "align_batch",
+    "align_tokens",
+    "chunk_index",
+    "chunk_logprobs",
     "codec_status",
     "decode_topk",
     "divergence",
@@ -63,6 +83,7 @@ __all__ = [
     "errors",
     "explain",
     "fused_linear_divergence",
+    "fused_linear_overlap_divergence",
     "fused_linear_sample_tokens",
     "fused_linear_sorted_l1",
     "fused_linear_speculative_verify",
@@ -71,6 +92,7 @@ __all__ = [
     "fused_linear_topk_divergence",
     "group_statistics",
     "kernel_table",
+    "project_vocab",
     "reference",
     "release_workspace",
     "sample_tokens",

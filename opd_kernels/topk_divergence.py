@@ -290,7 +290,7 @@ def pack_target(
         tail_logprob = tail_logprob.detach()
     components = _laws.components_of(op, divergence)
     for _, component in components:
-        _check_divergence(op, component, tail)
+        check_tail_divergence(op, component, tail)
     return Target(
         teacher_ids,
         teacher_logprobs.detach(),
@@ -314,7 +314,12 @@ _INFINITE_OFF_THE_TEACHER = (
 )
 
 
-def _check_divergence(op: str, component, tail: str) -> None:
+def check_tail_divergence(op: str, component, tail: str) -> None:
+    """That this summand of a loss is a divergence of cells, and finite for some student.
+
+    Raises:
+        ValueError: it is not.
+    """
     name, params = component.name, dict(component.params)
     if name == "cross_entropy":
         raise ValueError(

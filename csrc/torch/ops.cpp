@@ -196,6 +196,26 @@ STABLE_TORCH_LIBRARY(opd, m) {
         ", int workspace_bytes, bool[] with_grads, str process_group, bool? compact_tokens, "
         "str backend) -> (Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, "
         "Tensor grad_student_bias, Tensor grad_student_lora_a, Tensor grad_student_lora_b)");
+// two vocabularies: each side has its law, ids pair what they share (none: all, in their order)
+#define OPD_OVERLAP                                                                          \
+  "Tensor student_hidden, Tensor student_lm_head_weight, Tensor teacher_hidden, "            \
+  "Tensor teacher_lm_head_weight, Tensor? student_ids, Tensor? teacher_ids, "                \
+  "Tensor? student_extra_logits, Tensor? teacher_extra_logits, Tensor? token_weights, "      \
+  "Tensor? coefficients, int[] divergences, float[] params, int tail, "                      \
+  "Tensor? student_bias, Tensor? student_temperatures, float[] student_numbers, "            \
+  "int student_vocab_size, Tensor? teacher_bias, Tensor? teacher_temperatures, "             \
+  "float[] teacher_numbers, int teacher_vocab_size, int workspace_bytes"
+#define OPD_OVERLAP_GRADS                                                                    \
+  "Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, Tensor grad_student_bias, " \
+  "Tensor grad_student_extra_logits"
+  m.def("fused_linear_overlap_divergence_sum(" OPD_OVERLAP
+        ", bool[] with_grads, bool with_statistics, bool? compact_tokens, str backend) -> "
+        "(Tensor loss, " OPD_OVERLAP_GRADS ", Tensor statistics)");
+  m.def("fused_linear_overlap_divergence_fwd(" OPD_OVERLAP
+        ", bool with_statistics, bool? compact_tokens, str backend) -> "
+        "(Tensor loss, Tensor statistics)");
+  m.def("fused_linear_overlap_divergence_bwd(Tensor grad_loss, " OPD_OVERLAP
+        ", bool[] with_grads, bool? compact_tokens, str backend) -> (" OPD_OVERLAP_GRADS ")");
 #define OPD_TOKEN_OPTIONS                                                                    \
   ", int workspace_bytes, bool[] with_grads, bool? compact_tokens, str backend) -> "         \
   "(Tensor grad_hidden, Tensor grad_lm_head_weight, Tensor grad_bias, Tensor grad_lora_a, "  \

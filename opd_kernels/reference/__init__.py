@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The float64 truth: each op from its definition, whole tensors, gradients by autograd alone."""
 
+from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
+from .fused_linear_overlap_divergence import (
+    FusedLinearOverlapDivergence,
+    fused_linear_overlap_divergence,
+)
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
 from .fused_linear_sorted_l1 import FusedLinearSortedL1, fused_linear_sorted_l1
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
@@ -28,7 +33,10 @@ from .topk_divergence import topk_divergence
 from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __all__ = [
+    "AlignedBatch",
+    "Alignment",
     "FusedLinearDivergence",
+    "FusedLinearOverlapDivergence",
     "FusedLinearSortedL1",
     "FusedLinearTopkDivergence",
     "GroupStatistics",
@@ -38,10 +46,13 @@ __all__ = [
     "TopkCodes",
     "TopkLaws",
     "TopkLogprobs",
+    "align_batch",
+    "align_tokens",
     "decode_topk",
     "divergence",
     "encode_topk",
     "fused_linear_divergence",
+    "fused_linear_overlap_divergence",
     "fused_linear_sample_tokens",
     "fused_linear_sorted_l1",
     "fused_linear_speculative_verify",

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The C API of opd-kernels: row kernels that take pointers and write into the caller's buffers.
- * C99. Nothing here allocates, throws, prints or exits. Every function returns a status; the text of
- * the last failure on this thread is opd_last_error().
+ * C99. Nothing here throws, prints or exits, nor allocates but for align.h. Every function returns a
+ * status; the text of the last failure on this thread is opd_last_error().
  *
  * Letters: T tokens (rows), V vocabulary. P teacher, Q student. Values are in nats.
  * The compute type is float64 if both logits are float64, else float32; "real" below means it. */
@@ -25,7 +25,8 @@ typedef enum opd_status_t {
   OPD_INVALID_ARGUMENT = 1,
   OPD_UNSUPPORTED = 2,
   OPD_INTERNAL = 3,
-  OPD_CUDA_ERROR = 4 /* of the CUDA runtime; opd_last_error() has its words */
+  OPD_CUDA_ERROR = 4,  /* of the CUDA runtime; opd_last_error() has its words */
+  OPD_BYTES_DIFFER = 5 /* of opd_align_tokens: the two sides are not the same text */
 } opd_status_t;
 
 typedef enum opd_dtype_t {
@@ -695,5 +696,7 @@ OPD_API const char* opd_version(void);
 #ifdef __cplusplus
 }
 #endif
+
+#include "opd/align.h"
 
 #endif /* OPD_OPD_H_ */

@@ -8,23 +8,44 @@ To add one: a file with an `ObjectiveSection` that is callable, or binds to one,
 from typing import Protocol
 
 from opd.batch import Batch, Law, Signal
+from opd.objectives.alm import Alm
 from opd.objectives.base import ObjectiveSection, Parts
+from opd.objectives.dskd import Dskd
 from opd.objectives.full_vocab import FullVocab
+from opd.objectives.mined import Mined
+from opd.objectives.overlap import Overlap
 from opd.objectives.sampled_token import SampledToken
+from opd.objectives.simct import Simct
 from opd.objectives.teacher_samples import TeacherSamples
 from opd.objectives.token_nll import TokenNll
 from opd.objectives.topk import Topk
 from opd.sparse_law import DrawnLaw, SparseLaw
 
 OBJECTIVES = {
+    "alm": Alm,
+    "dskd": Dskd,
     "full_vocab": FullVocab,
+    "mined": Mined,
+    "overlap": Overlap,
     "sampled_token": SampledToken,
+    "simct": Simct,
     "teacher_samples": TeacherSamples,
     "token_nll": TokenNll,
     "topk": Topk,
 }
 
-ObjectiveConfig = FullVocab | SampledToken | TeacherSamples | TokenNll | Topk
+ObjectiveConfig = (
+    Alm
+    | Dskd
+    | FullVocab
+    | Mined
+    | Overlap
+    | SampledToken
+    | Simct
+    | TeacherSamples
+    | TokenNll
+    | Topk
+)
 
 
 class Objective(Protocol):
@@ -52,12 +73,17 @@ class Objective(Protocol):
 
 __all__ = [
     "OBJECTIVES",
+    "Alm",
+    "Dskd",
     "FullVocab",
+    "Mined",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveSection",
+    "Overlap",
     "Parts",
     "SampledToken",
+    "Simct",
     "TeacherSamples",
     "TokenNll",
     "Topk",

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What objectives across two tokenizers share: the rows of chunks, and the shared tokens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import opd_kernels as opk
+from opd.batch import Batch, Law
+from opd.objectives.base import Parts
+
+
+class Chunks(NamedTuple):
+    """The aligned chunks of a batch, A of them; rows are those of the two laws.
+
+    Attributes:
+        index: [A] int64, their places among all chunks.
+        student_offsets, teacher_offsets: [C + 1] int64, of all chunks.
+        student_first, teacher_first: [A] int64, the row that predicts a chunk's first token.
+        is_span: [A] bool, several tokens on a side.
+        teacher_batch: the texts in the teacher's tokens.
+        num_step_chunks: aligned chunks of the optimizer step, at least 1.
+    """
+
+    index: Tensor
+    student_offsets: Tensor
+    teacher_offsets: Tensor
+    student_first: Tensor
+    teacher_first: Tensor
+    is_span: Tensor
+    teacher_batch: Batch
+    num_step_chunks: int
+
+    def weights(self) -> Tensor:
+        """[A] of 1 / num_step_chunks."""
+        return torch.full(
+            self.index.shape, 1.0 / self.num_step_chunks, device=self.student_first.device
+        )
+
+
+def chunks_of(batch: Batch, num_step_tokens: int) -> Chunks:
+    """The aligned chunks. Waits for the device once; without a translation every token is one."""
+    translation = batch.translation
+    if translation is None:
+        every = torch.arange(batch.num_tokens + 1, device=batch.token_ids.device)
+        own = every[:-1]
+        is_span = torch.zeros_like(own, dtype=torch.bool)
+        return Chunks(own, every, every, own, own, is_span, batch, max(1, num_step_tokens))
+    index = translation.is_aligned.nonzero().squeeze(1)
+    sides = [
+        opk.chunk_index(offsets)
+        for offsets in (translation.student_offsets, translation.teacher_offsets)
+    ]
+    return Chunks(
+        index,
+        translation.student_offsets,
+        translation.teacher_offsets,
+        *(side.first[index] for side in sides),
+        ((sides[0].length > 1) | (sides[1].length > 1))[index],
+        translation.batch,
+        max(1, translation.num_step_chunks),
+    )
+
+
+class SharedVocab:
+    """What the vocabularies of a run share; of one tokenizer everything.
+
+    Attributes:
+        projection: as `opd_kernels.project_vocab` makes it, None for one tokenizer.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.projection: opk.VocabProjection | None = None
+        if parts.student_bytes is not parts.teacher_bytes:
+            self.projection = opk.project_vocab(parts.student_bytes, parts.teacher_bytes)
+
+    def operands(self, student: Law, teacher: Law) -> dict[str, Any]:
+        """Keyword arguments of `fused_linear_overlap_divergence`: ids and vocabulary sizes."""
+        sizes = [
+            len(law.head.weight) if law.vocab_size is None else law.vocab_size
+            for law in (student, teacher)
+        ]
+        device = student.head.weight.device
+        if self.projection is None:
+            sizes = [min(sizes)] * 2
+            ids = [None, None]
+        else:
+            ids = self.projection.student_ids, self.projection.teacher_ids
+            # tokens that a tokenizer has and the head has no row for
+            has_rows = (ids[0] < sizes[0]) & (ids[1] < sizes[1])
+            ids = [side[has_rows].to(device) for side in ids]
+        names = ("student_ids", "teacher_ids", "student_vocab_size", "teacher_vocab_size")
+        return dict(zip(names, (*ids, *sizes), strict=True))
+
+    def nearest(self, teacher_ids: Tensor, *, exact: bool) -> Tensor:
+        """The student's ids for the teacher's, -1 for none; `exact`: of the same bytes only."""
+        if self.projection is None:
+            return teacher_ids.to(torch.int64)
+        move = self.projection.map_ids if exact else self.projection.nearest
+        return move(teacher_ids)
+
+
+def label_logits(law: Law, token_ids: Tensor) -> Tensor:
+    """cap(scale * (hidden[t] . W[token_ids[t]] + bias)) for each t, [T], and no other logit."""
+    head = law.head
+    logits = (law.hidden().float() * head.weight[token_ids].float()).sum(1)
+    if head.bias is not None:
+        logits = logits + head.bias[token_ids].float()
+    logits = head.logit_scale * logits
+    return logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()

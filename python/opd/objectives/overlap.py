@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A divergence on the tokens that two vocabularies share."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, PrivateAttr, model_validator
+
+import opd_kernels as opk
+from opd.batch import Batch, Law, Signal
+from opd.objectives.base import ObjectiveSection, Parts
+from opd.objectives.crossing import SharedVocab, chunks_of
+
+
+class Overlap(ObjectiveSection):
+    """loss = (1 / C) sum over aligned chunks of D(cells of p_teacher, cells of p_student),
+
+    both laws those of the chunk's first token, each read where its own model is at the end of the
+    same bytes. The cells are the tokens with the same bytes in both vocabularies and, with a
+    bucket, one more for all others; C: the aligned chunks of the step.
+
+    With one tokenizer it is `full_vocab`.
+
+    Attributes:
+        divergence: a name out of `opd_kernels.divergences.DIVERGENCES`.
+        params: its parameters by name, as in {beta: 0.3} of `jsd`.
+        tail: what stands for the tokens that are not shared: `bucket`, `renormalize_both` or
+            `renormalize_teacher`, see docs/divergences.md.
+        temperature: divides both models' logits. No implicit temperature**2 factor.
+
+    Source: D19 to D22 of docs/divergences.md on the common vocabulary. The law of a chunk's first
+    token sees no other token of the chunk: what the teacher thinks of those behind is not taught.
+    """
+
+    crosses_tokenizers: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = True
+    asks: ClassVar[str] = "hidden"
+    needs_behaviour_logprobs: ClassVar[bool] = False
+
+    kind: Literal["overlap"] = "overlap"
+    divergence: str = "reverse_kl"
+    params: dict[str, float | bool | tuple[str, str]] = Field(default_factory=dict)
+    tail: Literal["bucket", "renormalize_both", "renormalize_teacher"] = "bucket"
+    temperature: float = Field(1.0, gt=0)
+    _shared: SharedVocab | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _check_divergence(self) -> Self:
+        if self._divergence.name == "cross_entropy":
+            raise ValueError("divergence: cross_entropy has no teacher; use kind: token_nll")
+        return self
+
+    @cached_property
+    def _divergence(self) -> Any:
+        return opk.divergences.parse(self.divergence, **self.params)
+
+    def bind(self, parts: Parts) -> Overlap:
+        """With what the vocabularies of the run share."""
+        bound = self.model_copy()
+        bound._shared = SharedVocab(parts)
+        return bound
+
+    def ask(self, teacher: Any, batch: Batch) -> None:
+        """What does not wait for the student, on the teacher's time."""
+        teacher.hidden()
+
+    def __call__(
+        self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int
+    ) -> Signal:
+        """The batch's share of the step's mean, with both KLs and the masses of the cells."""
+        assert teacher is not None and self._shared is not None
+        chunks = chunks_of(batch, num_step_tokens)
+        names = ["forward_kl", "reverse_kl", "top1_agreement"]
+        if self.tail != "renormalize_both":
+            names += ["student_mass", "teacher_mass"]
+        out = opk.fused_linear_overlap_divergence(
+            student.hidden()[chunks.student_first],
+            student.head.weight,
+            teacher.hidden()[chunks.teacher_first],
+            teacher.head.weight,
+            **self._shared.operands(student, teacher),
+            **student.head.options("student"),
+            **teacher.head.options("teacher"),
+            divergence=self._divergence,
+            tail=self.tail,
+            temperature=self.temperature,
+            token_weights=chunks.weights(),
+            statistics=names,
+            workspace_bytes=student.workspace_bytes,
+            compact_tokens=False,
+        )
+        statistics = {f"{name}_overlap": row for name, row in out.statistics.items()}
+        for name in names[3:]:
+            statistics[name] = statistics.pop(f"{name}_overlap")
+        return Signal(loss=out.loss, statistics=statistics)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SimCT: shared tokens and the text's own spans as one vocabulary of both models."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+
+import opd_kernels as opk
+from opd.batch import Batch, Law, Signal
+from opd.objectives.base import ObjectiveSection, Parts
+from opd.objectives.crossing import Chunks, SharedVocab, chunks_of, label_logits
+
+
+class Simct(ObjectiveSection):
+    """loss = (1 / C) sum over aligned chunks of KL(Q' || P'), Q' = softmax(z' / temperature),
+
+    z' = (the student's logits of the shared tokens where the chunk's first token is predicted, and,
+    for a chunk of several tokens on a side, one entry for the chunk), P' likewise of the teacher.
+    The entry is the mean, over the chunk's tokens, of each token's own logit where it is predicted.
+
+    With one tokenizer every chunk is one token and all tokens are shared: the reverse KL.
+
+    Attributes:
+        span: `logit`, as above, which the paper has: logits of different positions, whose zeros
+            mean nothing, so that adding a constant to all logits of one position, which no law
+            sees, changes the loss. `logprob`: the mean of the tokens' log-probabilities, plus the
+            log-sum-exp of the first position; such constants drop out. It costs one more GEMM with
+            each head, and two more in backward.
+        temperature: divides all entries of z'.
+
+    Source: SimCT, arXiv:2605.07711. Its code cuts spans only behind tokens that are the same on
+    both sides; the chunks here are the finest that both tokenizations have. It divides by tokens,
+    here the sum is divided by the chunks of the step, C.
+    """
+
+    crosses_tokenizers: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = True
+    asks: ClassVar[str] = "hidden"
+    needs_behaviour_logprobs: ClassVar[bool] = False
+
+    kind: Literal["simct"] = "simct"
+    span: Literal["logit", "logprob"] = "logit"
+    temperature: float = Field(0.6, gt=0)
+    _shared: SharedVocab | None = PrivateAttr(None)
+
+    def bind(self, parts: Parts) -> Simct:
+        """With what the vocabularies of the run share."""
+        bound = self.model_copy()
+        bound._shared = SharedVocab(parts)
+        return bound
+
+    def ask(self, teacher: Any, batch: Batch) -> None:
+        """What does not wait for the student, on the teacher's time."""
+        teacher.hidden()
+
+    def __call__(
+        self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int
+    ) -> Signal:
+        """The batch's share of the step's mean, with both KLs of the virtual vocabulary."""
+        assert teacher is not None and self._shared is not None
+        chunks = chunks_of(batch, num_step_tokens)
+        spans: dict[str, Tensor] = {}
+        if batch.translation is not None:
+            spans["student_extra_logits"] = self._span(
+                student, batch, chunks, chunks.student_offsets, chunks.student_first
+            )
+            with torch.no_grad():
+                spans["teacher_extra_logits"] = self._span(
+                    teacher,
+                    chunks.teacher_batch,
+                    chunks,
+                    chunks.teacher_offsets,
+                    chunks.teacher_first,
+                )
+        out = opk.fused_linear_overlap_divergence(
+            student.hidden()[chunks.student_first],
+            student.head.weight,
+            teacher.hidden()[chunks.teacher_first],
+            teacher.head.weight,
+            **self._shared.operands(student, teacher),
+            **student.head.options("student"),
+            **teacher.head.options("teacher"),
+            **spans,
+            divergence="reverse_kl",
+            tail="renormalize_both",
+            temperature=self.temperature,
+            token_weights=chunks.weights(),
+            statistics=("forward_kl", "reverse_kl", "top1_agreement"),
+            workspace_bytes=student.workspace_bytes,
+            compact_tokens=False,
+        )
+        statistics = {f"{name}_overlap": row for name, row in out.statistics.items()}
+        statistics["span_ratio"] = chunks.is_span.float()
+        return Signal(loss=out.loss, statistics=statistics)
+
+    def _span(
+        self, law: Law, batch: Batch, chunks: Chunks, offsets: Tensor, first: Tensor
+    ) -> Tensor:
+        """[A], the entry of each aligned chunk, -inf for those of one token on both sides."""
+        if self.span == "logit":
+            values = label_logits(law, batch.token_ids)
+            entries = opk.segment_reduce(values, offsets, reduction="mean")[chunks.index]
+        else:
+            found = law.token_logprobs(batch.token_ids, temperature=self.temperature)
+            means = opk.segment_reduce(found.logprobs, offsets, reduction="mean")[chunks.index]
+            # both are of logits that the temperature has divided already
+            entries = self.temperature * (means + found.lse[first])
+        return torch.where(chunks.is_span, entries, -torch.inf)
