@@ -12,6 +12,7 @@ from opd.objectives.alm import Alm
 from opd.objectives.base import ObjectiveSection, Parts
 from opd.objectives.dskd import Dskd
 from opd.objectives.full_vocab import FullVocab
+from opd.objectives.gold import Gold
 from opd.objectives.mined import Mined
 from opd.objectives.overlap import Overlap
 from opd.objectives.sampled_token import SampledToken
@@ -19,12 +20,14 @@ from opd.objectives.simct import Simct
 from opd.objectives.teacher_samples import TeacherSamples
 from opd.objectives.token_nll import TokenNll
 from opd.objectives.topk import Topk
+from opd.objectives.uld import Uld
 from opd.sparse_law import DrawnLaw, SparseLaw
 
 OBJECTIVES = {
     "alm": Alm,
     "dskd": Dskd,
     "full_vocab": FullVocab,
+    "gold": Gold,
     "mined": Mined,
     "overlap": Overlap,
     "sampled_token": SampledToken,
@@ -32,12 +35,14 @@ OBJECTIVES = {
     "teacher_samples": TeacherSamples,
     "token_nll": TokenNll,
     "topk": Topk,
+    "uld": Uld,
 }
 
 ObjectiveConfig = (
     Alm
     | Dskd
     | FullVocab
+    | Gold
     | Mined
     | Overlap
     | SampledToken
@@ -45,6 +50,7 @@ ObjectiveConfig = (
     | TeacherSamples
     | TokenNll
     | Topk
+    | Uld
 )
 
 
@@ -76,6 +82,7 @@ __all__ = [
     "Alm",
     "Dskd",
     "FullVocab",
+    "Gold",
     "Mined",
     "Objective",
     "ObjectiveConfig",
@@ -87,4 +94,5 @@ __all__ = [
     "TeacherSamples",
     "TokenNll",
     "Topk",
+    "Uld",
 ]
