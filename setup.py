@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds opd_kernels/_C.so, and _C_cuda.so where it can be used, with CMake; declares the packages.
+"""Builds opd_kernels/_C.so and _align, and _C_cuda.so where it can be used, with CMake; declares
+the packages.
 
 No source list lives here. Environment variables:
 
@@ -17,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -43,6 +45,23 @@ def torch_directory() -> Path:
             "first, then run pip with --no-build-isolation."
         )
     return Path(spec.origin).parent
+
+
+def python_headers() -> list[str]:
+    """Directories of Python.h and of pybind11's headers."""
+    include = Path(sysconfig.get_paths()["include"])
+    if not (include / "Python.h").exists():
+        raise SystemExit(
+            f"opd-kernels: {include / 'Python.h'} was not found, and a module for Python is "
+            "compiled. Install Python's headers (Debian, Ubuntu: apt-get install python3-dev)."
+        )
+    if importlib.util.find_spec("pybind11") is None:
+        raise SystemExit(
+            "opd-kernels: pybind11 is not installed in this environment. pip install pybind11."
+        )
+    import pybind11
+
+    return [str(include), pybind11.get_include()]
 
 
 def nvcc() -> str | None:
@@ -78,6 +97,8 @@ class CMakeBuild(build_ext):
     """Runs CMake once per shared object and copies that to where Python looks for it."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        if fullname.rpartition(".")[2] == "_align":
+            return super().get_ext_filename(fullname)
         # no Python in the library, so no interpreter tag in its name
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
@@ -100,6 +121,8 @@ class CMakeBuild(build_ext):
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DOPD_MARCH={march}"]
         configure += ["-DOPD_TESTS=OFF", "-DOPD_WERROR=OFF"]
         configure += [f"-DOPD_TORCH_DIR={torch_directory()}"]
+        configure += [f"-DOPD_PYTHON_INCLUDE={';'.join(python_headers())}"]
+        configure += [f"-DOPD_PYTHON_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}"]
         configure += [f"-DOPD_CUDA={'ON' if self.cuda else 'OFF'}"]
         if self.cuda:
             configure += [f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
@@ -107,11 +130,12 @@ class CMakeBuild(build_ext):
             configure += [f"-DOPD_CUDA_ARCHITECTURES={architectures}"] if architectures else []
         subprocess.run(configure, check=True)
         target = Path(self.get_ext_fullpath(ext.name))
-        build = {"_C.so": "opd_torch", "_C_cuda.so": "opd_torch_cuda"}[target.name]
+        targets = {"_C": "opd_torch", "_C_cuda": "opd_torch_cuda", "_align": "opd_align"}
+        build = targets[target.name.partition(".")[0]]
         subprocess.run([cmake, "--build", str(build_directory), "--target", build], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         # a process that has the old file mapped keeps it: replace, never overwrite
-        fresh = target.with_suffix(".so.new")
+        fresh = target.with_name(target.name + ".new")
         shutil.copy2(build_directory / target.name, fresh)
         os.replace(fresh, target)
 
@@ -123,12 +147,13 @@ setup(
     ],
     package_dir={"opd": "python/opd", "opd_kernels": "opd_kernels"},
     package_data={
-        "opd_kernels": ["_C.so", "_C_cuda.so", "py.typed"],
+        "opd_kernels": ["_C.so", "_C_cuda.so", "_align*.so", "py.typed"],
         "opd": ["py.typed", "recipes/*.yaml", "*.j2"],
         "opd.tasks": ["chain_repair_teacher/*"],
     },
     ext_modules=[
         Extension("opd_kernels._C", sources=[]),
+        Extension("opd_kernels._align", sources=[]),
         Extension("opd_kernels._C_cuda", sources=[]),
     ],
     cmdclass={"build_ext": CMakeBuild},

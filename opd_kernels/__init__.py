@@ -5,15 +5,17 @@ from . import divergences, errors, reference, targets
 from ._buffers import release_workspace
 from ._dispatch import kernel_table, use_backend
 from ._explain import explain
+from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .chunk_logprobs import ChunkIndex, chunk_index, chunk_logprobs
 from .divergence import divergence
-from .errors import BuildError, OpdError, UnsupportedBackendError
+from .errors import AlignmentError, BuildError, OpdError, TokenBytesError, UnsupportedBackendError
 from .fused_linear_divergence import FusedLinearDivergenceOutput, fused_linear_divergence
 from .fused_linear_overlap_divergence import (
     FusedLinearOverlapDivergenceOutput,
     fused_linear_overlap_divergence,
 )
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
+from .fused_linear_sorted_l1 import FusedLinearSortedL1Output, fused_linear_sorted_l1
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
@@ -30,7 +32,9 @@ from .segment_scan import (
     segment_reduce,
     segment_scan,
 )
+from .sorted_l1 import sorted_l1
 from .speculative_verify import SpeculativeVerification, speculative_verify
+from .token_bytes import TokenBytes
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import (
     TopkCodes,
@@ -46,14 +50,20 @@ from .topk_logprobs import TopkLogprobs, topk_logprobs
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlignedBatch",
+    "Alignment",
+    "AlignmentError",
     "BuildError",
     "ChunkIndex",
     "FusedLinearDivergenceOutput",
     "FusedLinearOverlapDivergenceOutput",
+    "FusedLinearSortedL1Output",
     "FusedLinearTopkDivergenceOutput",
     "GroupStatistics",
     "OpdError",
     "SpeculativeVerification",
+    "TokenBytes",
+    "TokenBytesError",
     "TokenLogprobs",
     "TokenSamples",
     "TopkCodes",
@@ -61,6 +71,8 @@ __all__ = [
     "TopkLogprobs",
     "UnsupportedBackendError",
     "VocabProjection",
+    "align_batch",
+    "align_tokens",
     "chunk_index",
     "chunk_logprobs",
     "codec_status",
@@ -73,6 +85,7 @@ __all__ = [
     "fused_linear_divergence",
     "fused_linear_overlap_divergence",
     "fused_linear_sample_tokens",
+    "fused_linear_sorted_l1",
     "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
@@ -86,6 +99,7 @@ __all__ = [
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",
+    "sorted_l1",
     "speculative_verify",
     "targets",
     "token_logprobs",

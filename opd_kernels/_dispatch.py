@@ -31,9 +31,14 @@ OPS = (
     "fused_linear_sample_tokens",
     "speculative_verify",
     "fused_linear_speculative_verify",
+    "sorted_l1",
+    "fused_linear_sorted_l1",
 )
 # the functions of an op that has no function of its own name
 FUNCTIONS = {"topk_codec": ("encode_topk", "decode_topk")}
+
+# on a GPU out of the library's sort, called by the name of the kernels that they do without
+_OF_LIBRARY_CALLS = ("sorted_l1", "fused_linear_sorted_l1")
 
 # the oldest GPUs that csrc/cuda is written for
 _OLDEST_CAPABILITY = (8, 0)
@@ -114,6 +119,16 @@ def _reference(meta: Meta) -> str | None:
     return None
 
 
+def _of_library(meta: Meta) -> str | None:
+    return None if meta.device == "cuda" else f"the tensors are on {meta.device}"
+
+
+def _cuda_row(op: str) -> Callable[[Meta], str | None]:
+    if op in _OF_LIBRARY_CALLS:
+        return _of_library
+    return _cuda if op in ("segment_scan", "topk_codec") else _cuda_of_logits
+
+
 def _no_triton(meta: Meta) -> str | None:
     return "it has no Triton kernel"
 
@@ -122,8 +137,8 @@ def _no_triton(meta: Meta) -> str | None:
 BACKENDS: dict[str, tuple[Row, ...]] = {
     op: (
         Row("cpu", _cpu),
-        Row("cuda", _cuda if op in ("segment_scan", "topk_codec") else _cuda_of_logits),
-        Row("triton", _no_triton if op == "topk_codec" else _triton),
+        Row("cuda", _cuda_row(op)),
+        Row("triton", _no_triton if op in ("topk_codec", *_OF_LIBRARY_CALLS) else _triton),
         Row("reference", _reference),
     )
     for op in OPS

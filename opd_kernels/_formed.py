@@ -51,6 +51,20 @@ def sum_backward(differentiable: Sequence[int]) -> Callable:
     return lambda _: backward
 
 
+def save_inputs(ctx, inputs: Sequence) -> None:
+    """Keeps all inputs of an op that forms its gradients in backward."""
+    ctx.set_materialize_grads(False)
+    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.rest = [value for value in inputs if not isinstance(value, Tensor)]
+
+
+def saved_inputs(ctx) -> list:
+    """What `save_inputs` was given."""
+    tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
+    return [next(tensors) if is_tensor else next(rest) for is_tensor in ctx.is_tensor]
+
+
 def at_places(
     num_inputs: int, differentiable: Sequence[int], wanted: Sequence[bool], formed: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:

@@ -31,6 +31,7 @@ def register(
     backward: Callable | None = None,
     triton: Callable | None = None,
     python: Callable | None = None,
+    cuda: Callable | None = None,
     cpu_only: bool = False,
 ) -> None:
     """Registers op `name`.
@@ -43,6 +44,7 @@ def register(
         triton: host launcher with the schema's signature; makes `opd_triton::name`.
         python: the op itself, for ops that are loops over library GEMMs and row kernels; any other
             is a row kernel and has a twin `opd_cuda::name`, unless its C++ is `cpu_only`.
+        cuda: the op itself on a GPU, out of library calls, where its C++ is `cpu_only`.
     """
     names = [f"opd::{name}"]
     schema = str(getattr(torch.ops.opd, name).default._schema).removeprefix("opd::")
@@ -52,6 +54,8 @@ def register(
         # implemented by csrc/torch/ops_cuda.cpp, where that is loaded
         _cuda_library.define(schema)
         names.append(f"opd_cuda::{name}")
+    if cuda is not None:
+        _python_library.impl(name, cuda, "CUDA")
     if triton is not None:
         _triton_library.define(schema)
         _triton_library.impl(name, triton, "CUDA")

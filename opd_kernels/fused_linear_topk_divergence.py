@@ -311,19 +311,14 @@ def _fwd_fake(*arguments):
 
 def _fwd_setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    ctx.rest = [value for value in inputs if not isinstance(value, Tensor)]
+    _formed.save_inputs(ctx, inputs)
 
 
 def _fwd_backward(_):
     def backward(ctx, grad_loss, __):
         if grad_loss is None:
             return (None,) * len(ctx.is_tensor)
-        tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
-        inputs = [next(tensors) if is_tensor else next(rest) for is_tensor in ctx.is_tensor]
-        *arguments, workspace_bytes, _, group, compact_tokens, backend = inputs
+        *arguments, workspace_bytes, _, group, compact_tokens, backend = _formed.saved_inputs(ctx)
         wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
         formed = torch.ops.opd.fused_linear_topk_divergence_bwd(
             grad_loss.contiguous(),

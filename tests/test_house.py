@@ -84,6 +84,20 @@ ABSENT |= {
     ("topk_codec", layer): _NO_TRITON
     for layer in ("opd_kernels/triton/{op}.py", "tests/opd_kernels/test_triton_{op}.py")
 }
+# text is in the memory of the host and is aligned there, on integers: no kernel of a GPU, no schema
+HOST_OPS = {"align_tokens": ("align_tokens", "align_batch")}
+_HOST = "text is aligned on the host"
+ABSENT |= {
+    (op, layer): _HOST
+    for op in HOST_OPS
+    for layer in (
+        "csrc/cuda/{op}.cu",
+        "opd_kernels/triton/{op}.py",
+        "tests/csrc/test_cuda_{op}.cpp",
+        "tests/opd_kernels/test_cuda_{op}.py",
+        "tests/opd_kernels/test_triton_{op}.py",
+    )
+}
 # kernels that a public op uses and nobody calls by themselves: no reference, their tests hold them
 # against plain torch
 INTERNAL_OPS = ("gemm", "sparse_gradient")
@@ -99,6 +113,7 @@ ONLY_OF_KERNELS = frozenset(
         "lm_head_weight_grad",
         "grad_scale",
         "compact_tokens",
+        "num_threads",
     )
 )
 
@@ -115,6 +130,11 @@ TESTED_ELSEWHERE = {
     "opd_kernels/_linear.py": "tests/opd_kernels/test_fused_linear_*.py",
     "opd_kernels/_one_head.py": "tests/opd_kernels/test_fused_linear_*.py",
     "opd_kernels/_registration.py": "opcheck in each op's test, and this file",
+    "opd_kernels/_token_check.py": "tests/opd_kernels/test_token_bytes.py",
+    "opd_kernels/_token_cut.py": "tests/opd_kernels/test_token_bytes.py",
+    "opd_kernels/_token_formats.py": "tests/opd_kernels/test_token_bytes.py",
+    "opd_kernels/_token_formats_hf.py": "tests/opd_kernels/test_token_bytes.py",
+    "opd_kernels/_token_roles.py": "tests/opd_kernels/test_token_bytes.py",
     "opd_kernels/_topk_divergence_path.py": (
         "tests/opd_kernels/test_fused_linear_topk_divergence.py"
     ),
@@ -148,6 +168,7 @@ MAY_INCLUDE = {
     "csrc/core/": r"opd/\w+\.h|\w+\.h",
     "csrc/torch/": r"opd/opd\.h|(arguments|row_ops)\.h|"
     r"torch/(csrc/(stable|inductor/aoti_torch/c)|headeronly)/.*",
+    "csrc/python/": r"opd/opd\.h|pybind11/\w+\.h",
     "csrc/cuda/": r"opd/\w+\.h|\w+\.(h|cuh)|cuda\w*\.h",
 }
 OP_CODE = ("opd_kernels/*.py", "opd_kernels/triton/*.py")
@@ -160,6 +181,8 @@ SYNCS = {
     ("opd_kernels/fused_linear_speculative_verify.py", "nonzero"),
     ("opd_kernels/_verify.py", "nonzero"),
     ("opd_kernels/_checks.py", "nonzero"),
+    # ids as text, on the host
+    ("opd_kernels/token_bytes.py", "tolist"),
     # row counts of the ranks of a process_group
     ("opd_kernels/_parallel.py", "tolist"),
 }
@@ -216,7 +239,11 @@ def schemas() -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("op", _dispatch.OPS)
+def functions_of(op: str) -> tuple[str, ...]:
+    return HOST_OPS.get(op) or _dispatch.FUNCTIONS.get(op, (op,))
+
+
+@pytest.mark.parametrize("op", (*_dispatch.OPS, *HOST_OPS))
 def test_op_is_complete_in_its_layers(op):
     missing = [
         f"{op}: {layer.format(op=op)} is missing"
@@ -229,9 +256,9 @@ def test_op_is_complete_in_its_layers(op):
         if name == op and (ROOT / layer.format(op=op)).is_file()
     ]
     schema = f"{op}_" if op in _dispatch.FUNCTIONS else f"{op}_fwd"
-    if not any(name.startswith(schema) for name in schemas()):
+    if op not in HOST_OPS and not any(name.startswith(schema) for name in schemas()):
         missing.append(f"{op}: {OPS_CPP} has no schema {schema}")
-    for function in _dispatch.FUNCTIONS.get(op, (op,)):
+    for function in functions_of(op):
         if function not in opd_kernels.__all__:
             missing.append(f"{op}: opd_kernels.__all__ does not list {function}")
     report(missing + superfluous)
@@ -254,11 +281,11 @@ def test_internal_op_is_complete_in_its_layers(op):
 
 def test_every_reference_and_triton_file_belongs_to_an_op():
     strays = [
-        f"{name} belongs to no op of _dispatch.OPS or INTERNAL_OPS"
+        f"{name} belongs to no op of _dispatch.OPS, HOST_OPS or INTERNAL_OPS"
         for folder in ("opd_kernels/reference/", "opd_kernels/triton/")
         for name in sources(folder, (".py",))
         if not Path(name).stem.startswith("_")
-        and Path(name).stem not in (*_dispatch.OPS, *INTERNAL_OPS, "divergences")
+        and Path(name).stem not in (*_dispatch.OPS, *HOST_OPS, *INTERNAL_OPS, "divergences")
     ]
     report(strays)
 
@@ -324,7 +351,7 @@ def test_triton_launchers_have_the_signatures_of_the_schemas():
     report(findings)
 
 
-@pytest.mark.parametrize("op", _dispatch.OPS)
+@pytest.mark.parametrize("op", (*_dispatch.OPS, *HOST_OPS))
 def test_reference_has_the_signature_of_the_op(op):
     def parameters(function) -> list[tuple[str, object]]:
         return [
@@ -333,7 +360,7 @@ def test_reference_has_the_signature_of_the_op(op):
             if parameter.name not in ONLY_OF_KERNELS
         ]
 
-    for function in _dispatch.FUNCTIONS.get(op, (op,)):
+    for function in functions_of(op):
         public, truth = getattr(opd_kernels, function), getattr(opd_kernels.reference, function)
         assert parameters(truth) == parameters(public)
 
@@ -607,12 +634,13 @@ def test_all_names_exist_and_are_documented():
     report(findings)
 
 
-@pytest.mark.parametrize("op", _dispatch.OPS)
+@pytest.mark.parametrize("op", (*_dispatch.OPS, *HOST_OPS))
 def test_op_docstring_has_its_sections(op):
-    for function in _dispatch.FUNCTIONS.get(op, (op,)):
+    unit = "bytes" if op in HOST_OPS else "nats"
+    for function in functions_of(op):
         text = inspect.getdoc(getattr(opd_kernels, function))
         missing = [
-            part for part in ("Args:", "Returns:", "Raises:", "Source:", "nats") if part not in text
+            part for part in ("Args:", "Returns:", "Raises:", "Source:", unit) if part not in text
         ]
         assert not missing, f"{function}: its docstring lacks {missing}"
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "row_ops.h"
+#include "sorted_l1.h"
 
 // What a call says of its laws and of its loss; opd_kernels/_laws.py packs it. `numbers`: scale,
 // softcap and temperature of the student and of the teacher, scale and softcap of the reference, then
@@ -128,6 +129,20 @@ STABLE_TORCH_LIBRARY(opd, m) {
       "sparse_gradient_pack_(Tensor(a!) packed, Tensor grad_logits, Tensor? token_weights, "
       "Tensor columns, Tensor kept) -> Tensor dropped");
   m.def("sparse_gradient_add_(Tensor(a!) target, Tensor columns, Tensor rows) -> ()");
+  // two laws of different vocabularies; log-scales [T], student_pairs int64 [Vs], teacher_paired uint8
+  // [Vt]; weights: of the ranks, of the pairs, and the JSD's beta. A backward's token_weights are
+  // times the upstream gradient
+#define OPD_RANKS                                                                              \
+  "Tensor? student_bias, Tensor? student_temperatures, float[] student_numbers, "              \
+  "int student_vocab_size, Tensor? teacher_bias, Tensor? teacher_temperatures, "               \
+  "float[] teacher_numbers, int teacher_vocab_size, Tensor? student_log_scales, "              \
+  "Tensor? teacher_log_scales, Tensor? student_pairs, Tensor? teacher_paired, "                \
+  "Tensor? token_weights, float[] weights"
+  m.def("sorted_l1_fwd(Tensor student_logits, Tensor teacher_logits, " OPD_RANKS ") -> Tensor");
+  m.def("sorted_l1_bwd(Tensor student_logits, Tensor teacher_logits, " OPD_RANKS
+        ") -> (Tensor grad_logits, Tensor grad_log_scales)");
+  m.def("sorted_l1_grad_(Tensor(a!) student_logits, Tensor(b!) teacher_logits, " OPD_RANKS
+        ") -> (Tensor loss, Tensor grad_log_scales)");
   // top-k laws as rows of bytes: ids int32, log-probs float32, codes uint8, status int32
   m.def(
       "topk_codec_encode(Tensor ids, Tensor logprobs, Tensor tail_logprob, int vocab_size, "
@@ -217,6 +232,19 @@ STABLE_TORCH_LIBRARY(opd, m) {
   m.def("fused_linear_sample_tokens_fwd(Tensor hidden, Tensor lm_head_weight, Tensor? lora_a, "
         "Tensor? lora_b, Tensor uniforms, " OPD_LAW
         ", float proposal_temperature, int workspace_bytes, str backend) -> " OPD_SAMPLES);
+#define OPD_TWO_HIDDEN                                                            \
+  "Tensor student_hidden, Tensor student_lm_head_weight, Tensor teacher_hidden, " \
+  "Tensor teacher_lm_head_weight, "
+#define OPD_TWO_GRADS                                                            \
+  "Tensor grad_student_hidden, Tensor grad_student_lm_head_weight, "             \
+  "Tensor grad_student_bias, Tensor grad_log_scales"
+  m.def("fused_linear_sorted_l1_sum(" OPD_TWO_HIDDEN OPD_RANKS
+        ", int workspace_bytes, bool[] with_grads, bool? compact_tokens) -> (Tensor loss, "
+        OPD_TWO_GRADS ", Tensor row_losses)");
+  m.def("fused_linear_sorted_l1_fwd(" OPD_TWO_HIDDEN OPD_RANKS
+        ", int workspace_bytes, bool? compact_tokens) -> Tensor");
+  m.def("fused_linear_sorted_l1_bwd(Tensor grad_loss, " OPD_TWO_HIDDEN OPD_RANKS
+        ", int workspace_bytes, bool[] with_grads, bool? compact_tokens) -> (" OPD_TWO_GRADS ")");
   m.def("fused_linear_speculative_verify_fwd(Tensor draft_token_ids, Tensor? student_hidden, "
         "Tensor? student_lm_head_weight, Tensor teacher_hidden, Tensor teacher_lm_head_weight, "
         OPD_TWO_LAWS OPD_DECISION "int workspace_bytes, str backend) -> " OPD_VERDICT);
@@ -277,6 +305,9 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool accumulate) {
 STABLE_TORCH_LIBRARY_IMPL(opd, CPU, m) {
   opd::torch_ops::implement_row_ops<opd::torch_ops::Cpu>(m);
   m.impl("gemm_", TORCH_BOX(&opd::torch_ops::gemm_));
+  m.impl("sorted_l1_fwd", TORCH_BOX(&opd::torch_ops::sorted_l1_fwd));
+  m.impl("sorted_l1_bwd", TORCH_BOX(&opd::torch_ops::sorted_l1_bwd));
+  m.impl("sorted_l1_grad_", TORCH_BOX(&opd::torch_ops::sorted_l1_grad_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(opd, CompositeExplicitAutograd, m) {

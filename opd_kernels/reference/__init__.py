@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The float64 truth: each op from its definition, whole tensors, gradients by autograd alone."""
 
+from .align_tokens import AlignedBatch, Alignment, align_batch, align_tokens
 from .divergence import divergence
 from .fused_linear_divergence import FusedLinearDivergence, fused_linear_divergence
 from .fused_linear_overlap_divergence import (
@@ -8,6 +9,7 @@ from .fused_linear_overlap_divergence import (
     fused_linear_overlap_divergence,
 )
 from .fused_linear_sample_tokens import fused_linear_sample_tokens
+from .fused_linear_sorted_l1 import FusedLinearSortedL1, fused_linear_sorted_l1
 from .fused_linear_speculative_verify import fused_linear_speculative_verify
 from .fused_linear_token_logprobs import fused_linear_token_logprobs
 from .fused_linear_topk import fused_linear_topk
@@ -23,6 +25,7 @@ from .segment_scan import (
     segment_reduce,
     segment_scan,
 )
+from .sorted_l1 import sorted_l1
 from .speculative_verify import SpeculativeVerification, speculative_verify
 from .token_logprobs import TokenLogprobs, token_logprobs
 from .topk_codec import TopkCodes, TopkLaws, decode_topk, encode_topk
@@ -30,8 +33,11 @@ from .topk_divergence import topk_divergence
 from .topk_logprobs import TopkLogprobs, topk_logprobs
 
 __all__ = [
+    "AlignedBatch",
+    "Alignment",
     "FusedLinearDivergence",
     "FusedLinearOverlapDivergence",
+    "FusedLinearSortedL1",
     "FusedLinearTopkDivergence",
     "GroupStatistics",
     "SpeculativeVerification",
@@ -40,12 +46,15 @@ __all__ = [
     "TopkCodes",
     "TopkLaws",
     "TopkLogprobs",
+    "align_batch",
+    "align_tokens",
     "decode_topk",
     "divergence",
     "encode_topk",
     "fused_linear_divergence",
     "fused_linear_overlap_divergence",
     "fused_linear_sample_tokens",
+    "fused_linear_sorted_l1",
     "fused_linear_speculative_verify",
     "fused_linear_token_logprobs",
     "fused_linear_topk",
@@ -55,6 +64,7 @@ __all__ = [
     "segment_broadcast",
     "segment_reduce",
     "segment_scan",
+    "sorted_l1",
     "speculative_verify",
     "token_logprobs",
     "topk_divergence",

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+import opd_kernels as opk
 from opd import checkpoint as ckpt
 from opd.batch import Prompt
 from opd.config import TrainConfig, config_hash, differences, dump_config, in_words
 from opd.data import PromptStream, tokenize_rows, training_rows
 from opd.evaluation import HeldOut, load_held_out
-from opd.identity import first_difference
 from opd.ledger import Ledger
 from opd.model import (
     LanguageModel,
@@ -26,13 +26,14 @@ from opd.model import (
     disable_dropout,
     load_model,
     load_tokenizer,
-    resolve_model_path,
 )
 from opd.objectives import Parts
 from opd.optim import build_optimizer
 from opd.rollouts.hf import end_token_ids
 from opd.schema import ConfigError
-from opd.teachers import ServerTeacher, TeacherConfig
+from opd.teachers import ServerTeacher
+from opd.tokens import check_crossing, load_bytes, load_teacher_tokenizer, load_translator
+from opd.translation import Translator
 
 _log = logging.getLogger(__name__)
 _LONGER = "completions may grow to the length limit, see completions/clipped_ratio"
@@ -41,7 +42,8 @@ _RUN_FILES = ["config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "r
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything that the loop works on. `step` counts the optimizer steps done."""
+    """Everything that the loop works on. `step` counts the optimizer steps done, of the last of
+    which `owes_evaluation` says that it was to be evaluated and was not yet."""
 
     config: TrainConfig
     output_dir: Path
@@ -53,9 +55,17 @@ class Run:
     held_out: HeldOut | None
     optimizer: torch.optim.Optimizer
     objective: Any
+    translator: Translator | None = None
+    student_bytes: opk.TokenBytes | None = None
     ledger: Ledger = field(default_factory=Ledger)
     step: int = 0
+    owes_evaluation: bool = False
     _marked: dict[str, Any] | None = None
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """What the objective trains beside the student, if anything."""
+        return getattr(self.objective, "module", None)
 
     def mark(self) -> None:
         """Note what the next step changes before the weights, for `save(as_marked=True)`."""
@@ -76,11 +86,15 @@ class Run:
             save_model=self._save_model,
             state={
                 "step": self.step,
+                "owes_evaluation": self.owes_evaluation,
                 "config_hash": config_hash(self.config),
                 "config": self.config.model_dump(mode="json"),
                 "ledger": self.ledger.state_dict(),
                 "versions": versions(),
                 "teacher": None if self.teacher is None else self.teacher.fingerprint,
+                "teacher_tokenizer": None
+                if self.translator is None
+                else self.translator.teacher_bytes.fingerprint,
             },
             tensors={
                 "optimizer": self.optimizer.state_dict(),
@@ -92,6 +106,7 @@ class Run:
     def _save_model(self, path: Path) -> None:
         self.student.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+        ckpt.save_module(self.module, path)
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -105,9 +120,9 @@ def open_run(config: TrainConfig) -> Run:
     resumed = find_checkpoint(config)
     tokenizer = load_run_tokenizer(config)
     student = load_student(config, tokenizer, resumed.path if resumed else None)
-    teacher = load_teacher(config, tokenizer, student)
+    teacher, translator = load_teacher_side(config, tokenizer, student)
     if resumed is not None:
-        _check_same_teacher(config, resumed, teacher)
+        _check_same_teacher(config, resumed, teacher, translator)
     rows = training_rows(
         config.task, config.data, with_completions=config.rollouts.needs_completions
     )
@@ -126,7 +141,18 @@ def open_run(config: TrainConfig) -> Run:
                 "data.eval_file: must have completions for rollouts.kind "
                 f"{config.rollouts.kind!r}, which follows their likelihood"
             )
-    check_positions(config, student, teacher, prompts=prompts, held_out=held_out)
+    check_positions(
+        config, student, teacher, prompts=prompts, held_out=held_out, translator=translator
+    )
+    objective = config.objective.bind(
+        Parts(
+            student=student,
+            teacher=teacher,
+            student_bytes=translator and translator.student_bytes,
+            teacher_bytes=translator and translator.teacher_bytes,
+            seed=config.seed,
+        )
+    )
     run = Run(
         config=config,
         output_dir=output_dir,
@@ -138,8 +164,15 @@ def open_run(config: TrainConfig) -> Run:
             student, teacher, tokenizer, seed=config.seed, max_steps=config.max_steps
         ),
         held_out=held_out,
-        optimizer=build_optimizer(student.model, config),
-        objective=config.objective.bind(Parts(student=student, teacher=teacher)),
+        optimizer=build_optimizer(
+            student.model,
+            config,
+            module=getattr(objective, "module", None),
+            module_learning_rate=getattr(objective, "module_learning_rate", None),
+        ),
+        objective=objective,
+        translator=translator,
+        student_bytes=load_student_bytes(config, tokenizer),
     )
     (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     # last, so that nothing above can move the random numbers
@@ -154,19 +187,36 @@ def open_run(config: TrainConfig) -> Run:
     return run
 
 
-def _check_same_teacher(config: TrainConfig, resumed: ckpt.Checkpoint, teacher: Any) -> None:
+def _check_same_teacher(
+    config: TrainConfig, resumed: ckpt.Checkpoint, teacher: Any, translator: Translator | None
+) -> None:
     """A path may hold other weights than it did, and the configuration would not tell.
 
     Raises:
         ConfigError: the teacher is another one, and nobody asked to go on all the same.
     """
-    theirs, ours = resumed.state.get("teacher"), getattr(teacher, "fingerprint", None)
-    if theirs is None or ours is None or theirs == ours:
-        return
-    what = (
-        f"'{resumed.path}' was trained with another teacher, its weights have the fingerprint "
-        f"{theirs} there and {ours} here"
-    )
+    now = {
+        "teacher": (
+            "teacher, its weights or their dtype have",
+            getattr(teacher, "fingerprint", None),
+        ),
+        "teacher_tokenizer": (
+            "tokenizer of the teacher, its tokens have",
+            translator and translator.teacher_bytes.fingerprint,
+        ),
+    }
+    for name, (words, ours) in now.items():
+        theirs = resumed.state.get(name)
+        if theirs is not None and ours is not None and theirs != ours:
+            _refuse_other_teacher(
+                config,
+                resumed,
+                f"'{resumed.path}' was trained with another {words} the fingerprint {theirs} there "
+                f"and {ours} here",
+            )
+
+
+def _refuse_other_teacher(config: TrainConfig, resumed: ckpt.Checkpoint, what: str) -> None:
     if config.resume_from_checkpoint != "auto":
         _log.warning("%s", what)
         return
@@ -180,7 +230,9 @@ def _restore(run: Run, resumed: ckpt.Checkpoint) -> None:
     """Put everything but the weights where the checkpoint has it."""
     _tell_of_other_versions(resumed.state["versions"])
     run.step = resumed.state["step"]
+    run.owes_evaluation = resumed.state.get("owes_evaluation", False)
     run.ledger = Ledger(**resumed.state["ledger"])
+    ckpt.load_module(run.module, resumed.path)
     # the state is the checkpoint's, the hyperparameters are this configuration's
     settings = [dict(group) for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(resumed.tensors["optimizer"])
@@ -320,36 +372,85 @@ def load_student(config: TrainConfig, tokenizer: Any, path: Path | None = None) 
 
 
 def load_teacher(config: TrainConfig, tokenizer: Any, student: LanguageModel) -> Any:
-    """The teacher, if there is one, with a vocabulary that fits the student's.
+    """The teacher of a run, which has the student's vocabulary.
 
     Raises:
-        ConfigError: the vocabularies differ in size or in tokens.
+        ConfigError: it has another one.
+    """
+    teacher, translator = load_teacher_side(config, tokenizer, student)
+    if translator is not None and not translator.has_one_vocabulary:
+        raise ConfigError(
+            "teacher.model_name_or_path: the teacher has other tokens than the student; its laws "
+            "can be kept only for a student with its own"
+        )
+    return teacher
+
+
+def load_teacher_side(
+    config: TrainConfig, tokenizer: Any, student: LanguageModel
+) -> tuple[Any, Translator | None]:
+    """The teacher, if there is one, and what renders the student's texts for it, if anything asks.
+
+    Raises:
+        ConfigError: the vocabularies differ in size or in tokens, and the objective does not cross
+            tokenizers.
     """
     if config.teacher is None:
-        return None
+        return None, None
     _check_topk(config, student)
+    rows = student.lm_head_weight.shape[0]
+    theirs = load_teacher_tokenizer(config)
+    crosses = check_crossing(config, tokenizer, theirs, config.vocab_size or rows)
     teacher = config.teacher.build(
-        tokenizer,
+        theirs if crosses else tokenizer,
         device=config.device,
-        vocab_size=config.vocab_size,
+        # vocab_size is the student's; a teacher's head may be padded beyond its own tokens
+        vocab_size=len(theirs) if crosses else config.vocab_size,
         workspace_bytes=config.workspace_bytes,
     )
-    if not isinstance(teacher, LanguageModel):
-        teacher.check_fits(student, tokenizer)
+    if isinstance(teacher, LanguageModel):
+        _check_head(config, teacher, student, tokenizer, len(theirs) if crosses else None)
+    else:
+        teacher.check_fits(None if crosses else student, theirs if crosses else tokenizer)
         _check_told(config, teacher)
         _check_temperature(config, getattr(teacher, "temperature", None))
-        return teacher
+    translator = load_translator(config, tokenizer, theirs, student, teacher, crosses=crosses)
+    return teacher, translator
+
+
+def _check_head(
+    config: TrainConfig,
+    teacher: LanguageModel,
+    student: LanguageModel,
+    tokenizer: Any,
+    num_tokens: int | None,
+) -> None:
+    """Whether the teacher's head has rows for its tokens: `num_tokens` of its own, or the
+    student's."""
     ours, theirs = student.lm_head_weight.shape[0], teacher.lm_head_weight.shape[0]
-    key = "teacher.model_name_or_path"
+    if num_tokens is not None:
+        if theirs < num_tokens:
+            raise ConfigError(
+                f"teacher: its head has {theirs} tokens, fewer than the {num_tokens} of its "
+                "tokenizer"
+            )
+        return
     if config.vocab_size is None and ours != theirs:
         raise ConfigError(
-            f"{key}: the teacher's head has {theirs} tokens and the student's {ours}; if only "
-            f"their padding differs, set vocab_size={min(len(tokenizer), ours, theirs)}"
+            f"teacher.model_name_or_path: the teacher's head has {theirs} tokens and the student's "
+            f"{ours}; if only their padding differs, set "
+            f"vocab_size={min(len(tokenizer), ours, theirs)}"
         )
     _check_rows(teacher, config.vocab_size or theirs)
-    _check_same_tokens(config.teacher, tokenizer, config.vocab_size or theirs, key)
     _tell_of_other_ends(teacher, student, tokenizer)
-    return teacher
+
+
+def load_student_bytes(config: TrainConfig, tokenizer: Any) -> opk.TokenBytes | None:
+    """Of the student's tokens, for an evaluation that counts in bytes; None where these mean
+    nothing."""
+    if config.evaluation is None or (config.task and not config.student.tokenizer_name_or_path):
+        return None
+    return load_bytes(tokenizer, name="student")
 
 
 def close_teacher(teacher: Any) -> None:
@@ -402,8 +503,12 @@ def check_positions(
     *,
     prompts: Sequence[Prompt] = (),
     held_out: HeldOut | None = None,
+    translator: Translator | None = None,
 ) -> None:
     """Refuse prompts and completions that are together longer than a model's positions.
+
+    A teacher with other tokens must have room for its prompts; how many tokens a completion has
+    for it is not known, and what is beyond its positions is not aligned.
 
     Raises:
         ConfigError: the longest are.
@@ -414,6 +519,10 @@ def check_positions(
         own = config.evaluation and config.evaluation.max_completion_length
         section, length = ("evaluation", own) if own else ("rollouts", wanted)
         cases.append((section, length, [*held_out.prompts, *held_out.with_completion]))
+    if translator is not None and not translator.has_one_vocabulary:
+        for _, _, those in cases:
+            translator.check_room(those)
+        teacher = None
     for model in (student, teacher):
         limit = None if model is None else model.max_positions
         for section, length, those in cases:
@@ -452,31 +561,6 @@ def _tell_of_other_ends(teacher: Any, student: LanguageModel, tokenizer: Any) ->
     if theirs != ours:
         names = [tokenizer.convert_ids_to_tokens(ids) for ids in (theirs, ours)]
         _log.warning("the teacher's end tokens are %s, the student's %s; %s", *names, _LONGER)
-
-
-def _check_same_tokens(source: TeacherConfig, tokenizer: Any, vocab_size: int, key: str) -> None:
-    """Compare with the teacher's own tokenizer, if it comes with one."""
-    if source.model_name_or_path is None:
-        return
-    from transformers import AutoTokenizer
-
-    try:
-        theirs = AutoTokenizer.from_pretrained(
-            resolve_model_path(source.model_name_or_path),
-            trust_remote_code=source.trust_remote_code,
-        )
-    except (OSError, ValueError):
-        _log.warning(
-            "the teacher '%s' has no tokenizer to compare with the student's, so nothing checks "
-            "that its tokens are the same ones",
-            source.model_name_or_path,
-        )
-        return
-    if difference := first_difference(theirs, tokenizer, vocab_size):
-        raise ConfigError(
-            f"{key}: the teacher's vocabulary differs, {difference}; token-by-token losses need "
-            "one vocabulary"
-        )
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -132,6 +132,11 @@ class Batch:
     def num_tokens(self) -> int:
         """Trained tokens, T."""
         return len(self.token_ids)
+
+    @property
+    def for_teacher(self) -> Batch:
+        """What a teacher reads: these texts in its own tokens, if they are others."""
+        return self if self.translation is None else self.translation.batch
 
     def sequences(self) -> list[Tensor]:
         """The trajectories without their padding, int64 on the CPU."""
@@ -377,10 +382,23 @@ def collate_step(
     batch_size: int,
     pad_id: int,
     device: torch.device | str = "cpu",
+    translated: Any = None,
 ) -> tuple[list[Batch], int]:
-    """The micro-batches of one optimizer step, and the number of tokens the step trains."""
-    batches = [
-        collate(trajectories[start : start + batch_size], pad_id=pad_id, device=device)
-        for start in range(0, len(trajectories), batch_size)
-    ]
+    """The micro-batches of one optimizer step, and the number of tokens the step trains.
+
+    Args:
+        trajectories: of the step.
+        batch_size: trajectories of a micro-batch.
+        pad_id: goes into the padding.
+        device: where the batches are wanted.
+        translated: an `opd.translation.Translated` of the trajectories; its parts become the
+            `translation` of each batch.
+    """
+    batches = []
+    for begin in range(0, len(trajectories), batch_size):
+        end = begin + batch_size
+        batch = collate(trajectories[begin:end], pad_id=pad_id, device=device)
+        if translated is not None:
+            batch = replace(batch, translation=translated.part(begin, end, device=device))
+        batches.append(batch)
     return batches, sum(batch.num_tokens for batch in batches)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are whole or absent, and that training goes on from bit for bit.
 
-`checkpoint-N/` is a Hugging Face model (safetensors, tokenizer) plus `state.json` (step, config,
-ledger, versions) and `training_state.pt` (optimizer, random numbers, rollouts; plain tensors, read
-with `weights_only`).
+`checkpoint-N/` is a Hugging Face model (safetensors, tokenizer) plus `objective.safetensors` (where
+the objective trains something of its own), `state.json` (step, config, ledger, versions) and
+`training_state.pt` (optimizer, random numbers, rollouts; plain tensors, read with `weights_only`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from opd.schema import ConfigError
 
 _NAME = re.compile(r"checkpoint-\d+")
+_OBJECTIVE = "objective.safetensors"
 _PARTIAL, _TRASH = ".partial-", ".trash-"
 
 
@@ -131,6 +135,29 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(f"the checkpoint '{path}' is damaged, {reason}") from None
     return Checkpoint(path=path, state=state, tensors=tensors)
+
+
+def save_module(module: nn.Module | None, path: Path) -> None:
+    """Write what an objective trains, if anything, beside the model."""
+    if module is not None:
+        # of clones: safetensors takes no views of one another
+        state = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        save_file(state, path / _OBJECTIVE)
+
+
+def load_module(module: nn.Module | None, path: Path) -> None:
+    """Put it where `save_module` found it.
+
+    Raises:
+        ValueError: it is not there, or of another shape.
+    """
+    if module is None:
+        return
+    try:
+        state = load_file(path / _OBJECTIVE)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"its {_OBJECTIVE} cannot be read: {error}") from None
+    module.load_state_dict(state)
 
 
 def remove_leftovers(root: Path) -> None:

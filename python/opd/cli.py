@@ -98,6 +98,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="also write the numbers to this JSON file")
     command.set_defaults(run=_eval)
 
+    command = commands.add_parser(
+        "check",
+        help="look at a run before it trains",
+        description=_check.__doc__,
+        allow_abbrev=False,
+    )
+    _add_config(command)
+    command.add_argument("--num-rows", type=int, default=64, help="rows to look at; default 64")
+    command.add_argument("--json", action="store_true", help="print the findings as JSON")
+    command.set_defaults(run=_check)
+
     command = commands.add_parser("report", help="draw runs as one HTML file")
     command.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     command.add_argument("--output", help="default: report.html in the first run's directory")
@@ -226,6 +237,7 @@ def _cache_form(config: Any, options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: options of both forms.
     """
+    from opd.objectives.teacher_samples import check_proposal
     from opd.schema import ConfigError
     from opd.store import DrawsForm
 
@@ -240,6 +252,11 @@ def _cache_form(config: Any, options: argparse.Namespace) -> dict[str, Any]:
             "--num-draws: a store holds draws or the likeliest tokens, give --num-draws and "
             "--proposal-temperature, or --num-topk and --bits"
         )
+    if options.proposal_temperature is not None:
+        try:
+            check_proposal(options.proposal_temperature)
+        except ValueError as error:
+            raise ConfigError(f"--proposal-temperature: {error}") from None
     objective = config.objective
     if topk or not (draws or objective.asks == "samples"):
         return topk
@@ -331,7 +348,8 @@ def _eval(options: argparse.Namespace) -> int:
         close_teacher,
         load_run_tokenizer,
         load_student,
-        load_teacher,
+        load_student_bytes,
+        load_teacher_side,
         prepare_process,
     )
     from opd.checkpoint import newest_checkpoint
@@ -356,9 +374,9 @@ def _eval(options: argparse.Namespace) -> int:
     with Console(stderr=True).status(f"evaluating {path}"):
         tokenizer = load_run_tokenizer(config)
         student = load_student(config, tokenizer, path)
-        teacher = load_teacher(config, tokenizer, student)
+        teacher, translator = load_teacher_side(config, tokenizer, student)
         held_out = load_held_out(settings, config.task, config.data, tokenizer)
-        check_positions(config, student, teacher, held_out=held_out)
+        check_positions(config, student, teacher, held_out=held_out, translator=translator)
         found = evaluate(
             student,
             teacher,
@@ -366,12 +384,48 @@ def _eval(options: argparse.Namespace) -> int:
             held_out,
             settings,
             max_completion_length=config.rollouts.max_completion_length,
+            student_bytes=load_student_bytes(config, tokenizer),
+            translator=translator,
         )
         close_teacher(teacher)
     _print_table(["metric", "value"], [[k, f"{v:.4f}"] for k, v in sorted(found.metrics.items())])
     if output is not None:
         output.write_text(json.dumps(found.metrics, indent=2), encoding="utf-8")
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Tokenizers, special tokens, prompts, alignment and a probe of zero; 1 if something would
+    train wrongly."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from opd.check import STAGES, check
+    from opd.config import load_config
+    from opd.schema import ConfigError
+
+    if options.num_rows < 1:
+        raise ConfigError(f"--num-rows: must be >= 1, got {options.num_rows}")
+    config = load_config(options.config, options.overrides)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(STAGES))
+        found = check(
+            config,
+            num_rows=options.num_rows,
+            on_stage=lambda stage: bar.update(task, description=stage, advance=1),
+        )
+    if options.json:
+        print(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+        return 1 if found.wrong else 0
+    for table in found.tables:
+        _print_table([table.title, *table.header[1:]], table.rows)
+    for sentence in found.doubts:
+        print(f"look at: {sentence}")
+    for sentence in found.wrong:
+        print(f"wrong: {sentence}")
+    if not found.wrong:
+        print("nothing found that would train wrongly")
+    return 1 if found.wrong else 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -127,7 +127,8 @@ class TrainConfig(OptimConfig):
             if objective.temperature != sampled_at:
                 raise ValueError(
                     f"objective.temperature: must equal rollouts.{key} {sampled_at}, "
-                    f"at which the completions are sampled, got {objective.temperature}"
+                    f"at which the completions are sampled{_for_two_temperatures(rollouts)}, "
+                    f"got {objective.temperature}"
                 )
         is_followed = self.evaluation is not None and self.evaluation.eval_steps is not None
         if rollouts.needs_evaluation and not is_followed:
@@ -178,6 +179,17 @@ def _what_needs_it(rollouts: RolloutConfig) -> str:
     if getattr(rollouts, "on_policy", None) is not None:
         return "rollouts.on_policy"
     return "rollouts.seq_kd" if hasattr(rollouts, "seq_kd") else f"rollouts.kind {rollouts.kind!r}"
+
+
+def _for_two_temperatures(rollouts: RolloutConfig) -> str:
+    """What of two temperatures in one completion the objective's follows."""
+    theirs = getattr(rollouts, "teacher_temperature", None)
+    if getattr(rollouts, "mode", None) != "threshold" or theirs in (None, rollouts.temperature):
+        return ""
+    return (
+        f" by the student (what the teacher writes after a switch is sampled at {theirs}, and its "
+        "ratios are to the student's law at objective.temperature)"
+    )
 
 
 def in_words(signals: Collection[str]) -> str:

@@ -195,10 +195,20 @@ def tokenize_rows(
     return prompts
 
 
-def _encode(
+def is_chat(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a chat, which a template renders, and not text."""
+    return isinstance(row.get("messages", row.get("prompt")), list)
+
+
+def encode_prompt(
     row: Mapping[str, Any], tokenizer: Any, add_special_tokens: bool, where: str
-) -> tuple[list[int], str | None]:
-    """The prompt's ids, and the completion's text if there is one."""
+) -> list[int]:
+    """A row's prompt in a tokenizer's ids; chats are rendered by its template."""
+    return _encode(row, tokenizer, add_special_tokens, where)[0]
+
+
+def render_prompt(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[str, str | None]:
+    """A row's prompt as text, chats by the tokenizer's template, and its completion or None."""
     prompt, completion = row.get("messages", row.get("prompt")), row.get("completion")
     if isinstance(completion, list):
         completion = _content(completion[-1:], where)
@@ -208,11 +218,19 @@ def _encode(
         if getattr(tokenizer, "chat_template", None) is None:
             raise ConfigError(f"{where}: is a chat, but the tokenizer has no chat template")
         prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        # the template writes the special tokens itself
-        add_special_tokens = False
     if not isinstance(prompt, str):
         raise ConfigError(f"{where}: its prompt must be text or a chat, got {prompt!r}")
-    ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+    return prompt, completion
+
+
+def _encode(
+    row: Mapping[str, Any], tokenizer: Any, add_special_tokens: bool, where: str
+) -> tuple[list[int], str | None]:
+    """The prompt's ids, and the completion's text if there is one."""
+    prompt, completion = render_prompt(row, tokenizer, where)
+    # a template writes the special tokens itself
+    with_specials = add_special_tokens and not is_chat(row)
+    ids = tokenizer(prompt, add_special_tokens=with_specials)["input_ids"]
     if not ids:
         raise ConfigError(f"{where}: its prompt has no tokens, a model cannot continue nothing")
     return ids, completion

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -14,11 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 import opd_kernels as opk
-from opd.batch import Law, Prompt, Trajectory, collate
+from opd.batch import Batch, Law, Prompt, Trajectory, Translation, collate
 from opd.data import DataConfig, TaskConfig, read_rows, task_errors, tokenize_rows
 from opd.rollouts import DatasetRollouts, Sampling, sample
 from opd.schema import ConfigError, Section
 from opd.sparse_law import SparseLaw
+from opd.translation import Translator
 
 # far from any training seed, so that the rows differ
 _EVAL_SEED_OFFSET = 1_000_003
@@ -138,15 +140,33 @@ def evaluate(
     config: EvaluationConfig,
     *,
     max_completion_length: int,
+    student_bytes: opk.TokenBytes | None = None,
+    translator: Translator | None = None,
 ) -> Evaluation:
     """Sample, verify, compare. The same weights give the same numbers, and no training random
     number is used up.
+
+    Args:
+        student, teacher: the models; the teacher may be None.
+        tokenizer: the student's.
+        held_out: what to sample from and to read.
+        config: how.
+        max_completion_length: of samples, unless the config has its own.
+        student_bytes: of the student's tokens; without them nothing is counted in bytes.
+        translator: for a teacher with another tokenizer.
 
     Returns:
         `eval/accuracy/<temperature>[/n<length>]`, `eval/completions/*` of the first temperature,
         `eval/student_states/*` on what the student wrote at it, `eval/data_states/*` on the
         held-out completions; `<temperature>` reads t1, t0.7 or greedy. Nats per token.
+        `eval/data_states/bits_per_byte` is the nats of all trained tokens, the end token among
+        them, over ln 2 and the bytes of their text, in which special tokens have none; so it
+        compares models of any tokenizer. A teacher with other tokens has in place of entropies
+        and KLs the `chunk_gap`, log p_student - log p_teacher of an aligned chunk, a mean in nats
+        (on the student's own states a one-sample estimate of the reverse KL of a chunk), the mean
+        `chunk_gap_abs` of its absolute values, and `teacher_bits_per_byte` over aligned chunks.
     """
+    reader = _Reader(student, teacher, tokenizer, config.batch_size, student_bytes, translator)
     metrics: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
     devices = [student.device] if student.device.type == "cuda" else []
@@ -168,10 +188,10 @@ def evaluate(
             metrics |= _accuracies(verdicts, held_out.lengths, tag)
             if number == 0:
                 metrics |= _lengths(written)
-                metrics |= _compare(student, teacher, written, tokenizer, config, "student_states")
+                metrics |= reader.compare(written, "student_states")
         if held_out.with_completion:
             given = DatasetRollouts(length_limit).collect(held_out.with_completion, 0)
-            metrics |= _compare(student, teacher, given, tokenizer, config, "data_states")
+            metrics |= reader.compare(given, "data_states")
     student.model.train(was_training)
     return Evaluation(metrics=metrics, samples=samples)
 
@@ -228,37 +248,81 @@ def _lengths(written: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
-def _compare(
-    student: Any,
-    teacher: Any,
-    trajectories: Sequence[Trajectory],
-    tokenizer: Any,
-    config: EvaluationConfig,
-    states: str,
-) -> dict[str, float]:
-    """Token means of the student's negative log-likelihood and of both KLs, on given states."""
-    sums: dict[str, float] = defaultdict(float)
-    num_tokens = 0
-    for start in range(0, len(trajectories), config.batch_size):
-        batch = collate(
-            trajectories[start : start + config.batch_size],
-            pad_id=tokenizer.pad_token_id,
-            device=student.device,
-        )
-        if batch.num_tokens == 0:
-            continue
-        law = student.law(batch)
-        num_tokens += batch.num_tokens
-        sums["nll"] -= float(law.token_logprobs(batch.token_ids).logprobs.sum())
-        if teacher is None or not teacher.judges_any_state:
-            continue
-        for name, values in _differences(law, teacher.law(batch)).items():
-            sums[name] += float(values.sum())
-    named = {"student_entropy": "entropy"}
-    return {
-        f"eval/{states}/{named.get(name, name)}": total / max(1, num_tokens)
-        for name, total in sums.items()
-    }
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Both models' laws on trajectories, compared."""
+
+    student: Any
+    teacher: Any
+    tokenizer: Any
+    batch_size: int
+    student_bytes: opk.TokenBytes | None
+    translator: Translator | None
+
+    def compare(self, trajectories: Sequence[Trajectory], states: str) -> dict[str, float]:
+        """The student's negative log-likelihood, and how far it is from the teacher: means over
+        tokens, chunks or bytes."""
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, float] = defaultdict(float)
+        for start in range(0, len(trajectories), self.batch_size):
+            part = trajectories[start : start + self.batch_size]
+            batch = collate(part, pad_id=self.tokenizer.pad_token_id, device=self.student.device)
+            if batch.num_tokens == 0:
+                continue
+            for name, total, count in self._totals(batch, part, states == "data_states"):
+                sums[name] += total
+                counts[name] += count
+        return {
+            f"eval/{states}/{name}": total / counts[name]
+            for name, total in sums.items()
+            if counts[name]
+        }
+
+    def _totals(
+        self, batch: Batch, trajectories: Sequence[Trajectory], in_bytes: bool
+    ) -> Iterator[tuple[str, float, float]]:
+        law = self.student.law(batch)
+        logprobs = law.token_logprobs(batch.token_ids).logprobs
+        yield "nll", -float(logprobs.sum()), batch.num_tokens
+        in_bytes = in_bytes and self.student_bytes is not None
+        bits = math.log(2) * self._num_bytes(batch) if in_bytes else 0.0
+        if in_bytes:
+            yield "bits_per_byte", -float(logprobs.sum()), bits
+        if self.teacher is None or not self.teacher.judges_any_state:
+            return
+        if self.translator is not None and not self.translator.has_one_vocabulary:
+            translated = self.translator(trajectories)
+            translation = translated.part(0, len(trajectories), device=self.student.device)
+            yield from self._gaps(logprobs, translation, in_bytes)
+            return
+        taught = self.teacher.law(batch)
+        named = {"student_entropy": "entropy"}
+        for name, values in _differences(law, taught).items():
+            yield named.get(name, name), float(values.sum()), batch.num_tokens
+        if in_bytes and isinstance(taught, Law):
+            theirs = taught.token_logprobs(batch.token_ids).logprobs
+            yield "teacher_bits_per_byte", -float(theirs.sum()), bits
+
+    def _num_bytes(self, batch: Batch) -> int:
+        sizes = self.student_bytes.offsets.diff()
+        return int(sizes[batch.token_ids.cpu()].sum())
+
+    def _gaps(
+        self, logprobs: Tensor, translation: Translation, in_bytes: bool
+    ) -> Iterator[tuple[str, float, float]]:
+        aligned = translation.is_aligned
+        if not bool(aligned.any()):
+            return
+        read = translation.batch
+        theirs = self.teacher.law(read).token_logprobs(read.token_ids).logprobs
+        ours = opk.chunk_logprobs(logprobs, translation.student_offsets)[aligned]
+        theirs = opk.chunk_logprobs(theirs, translation.teacher_offsets)[aligned]
+        count = len(ours)
+        yield "chunk_gap", float((ours - theirs).sum()), count
+        yield "chunk_gap_abs", float((ours - theirs).abs().sum()), count
+        if in_bytes:
+            num_bytes = float(translation.num_bytes[aligned].sum())
+            yield "teacher_bits_per_byte", -float(theirs.sum()), math.log(2) * num_bytes
 
 
 def _differences(law: Law, taught: Law | SparseLaw) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ class Ledger:
         student_tokens_trained: tokens that carried loss.
         teacher_tokens_sampled: completion tokens that the teacher wrote (SeqKD, speculation).
         teacher_tokens_forward: tokens that the teacher read to judge.
-        flops: 2 per weight and token read or written, 6 per weight and token trained on.
+        flops: 2 per weight and token read or written, 6 per weight and token trained on; what an
+            objective trains of its own works on the trained tokens alone.
         cost_units: flops over those of the student reading one token, 2 per weight.
         seconds: by phase.
     """
@@ -43,6 +44,7 @@ class Ledger:
         student_size: int,
         teacher_size: int,
         teacher_judges: bool,
+        objective_size: int = 0,
     ) -> None:
         """Add one optimizer step.
 
@@ -52,6 +54,7 @@ class Ledger:
             step: the optimizer step.
             student_size, teacher_size: number of weights; 0 for no teacher.
             teacher_judges: the objective asked the teacher for its law.
+            objective_size: number of weights that the objective trains of its own.
         """
         written = {"student": 0, "teacher": 0}
         flops = 0.0
@@ -63,14 +66,16 @@ class Ledger:
                 written[writer] += trajectory.num_written(writer)
                 flops += 2.0 * size * read.get(writer, 0)
         num_read = sum(batch.num_input_tokens for batch in batches)
-        flops += 6.0 * student_size * num_read
+        num_trained = sum(batch.num_tokens for batch in batches)
+        flops += 6.0 * (student_size * num_read + objective_size * num_trained)
         self.student_tokens_sampled += written["student"]
         self.teacher_tokens_sampled += written["teacher"]
         self.student_tokens_forward += num_read
-        self.student_tokens_trained += sum(batch.num_tokens for batch in batches)
+        self.student_tokens_trained += num_trained
         if teacher_judges:
-            self.teacher_tokens_forward += num_read
-            flops += 2.0 * teacher_size * num_read
+            num_judged = sum(batch.for_teacher.num_input_tokens for batch in batches)
+            self.teacher_tokens_forward += num_judged
+            flops += 2.0 * teacher_size * num_judged
         self.flops += flops
         self.cost_units += flops / (2.0 * student_size)
 

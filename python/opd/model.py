@@ -219,19 +219,28 @@ def _configs(config: Any) -> list[Any]:
 
 def load_tokenizer(config: StudentConfig) -> Any:
     """The student's tokenizer, with a padding token."""
-    from transformers import AutoTokenizer
-
     path = config.tokenizer_name_or_path or config.model_name_or_path
     if path is None:
         raise ConfigError("student.tokenizer_name_or_path: is required when there is no task")
+    return load_tokenizer_at(path, "student", config.trust_remote_code)
+
+
+def load_tokenizer_at(path: str, key: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer at a path, with a padding token.
+
+    Raises:
+        ConfigError: there is none, or it has no end token; `key` says whose fault it is.
+    """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model_path(path), trust_remote_code=config.trust_remote_code
+            resolve_model_path(path), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"student: no tokenizer at {path!r}, {_first_sentence(error)}") from None
+        raise ConfigError(f"{key}: no tokenizer at {path!r}, {_first_sentence(error)}") from None
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"student: the tokenizer at {path!r} has no end token")
+        raise ConfigError(f"{key}: the tokenizer at {path!r} has no end token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -42,19 +42,44 @@ class OptimConfig(Section):
         return self
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that train; norms and biases are not decayed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    *,
+    module: nn.Module | None = None,
+    module_learning_rate: float | None = None,
+) -> torch.optim.AdamW:
+    """AdamW over the parameters that train; norms and biases are not decayed.
+
+    Args:
+        model: the student.
+        config: the hyperparameters of both.
+        module: what an objective trains beside it.
+        module_learning_rate: of that, in place of `learning_rate`, on the same schedule.
+    """
+    groups = _groups(model, config)
+    if module is not None:
+        factor = (module_learning_rate or config.learning_rate) / config.learning_rate
+        groups += [{**group, "lr_factor": factor} for group in _groups(module, config)]
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
+
+
+def _groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def num_weights(module: nn.Module | None) -> int:
+    """Of a module; 0 of None."""
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -83,7 +108,7 @@ def apply_gradients(optimizer: torch.optim.Optimizer, step: int, config: OptimCo
             "last checkpoint; a lower learning_rate or max_grad_norm may help"
         )
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
+        group["lr"] = learning_rate(step, config) * group.get("lr_factor", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 _COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#475569")
-_PHASES = {"rollout": "#2563eb", "teacher": "#ea580c", "student": "#059669", "optim": "#9333ea"}
+_PHASES = {
+    "rollout": "#2563eb",
+    "translate": "#0891b2",
+    "teacher": "#ea580c",
+    "student": "#059669",
+    "optim": "#9333ea",
+}
 _SIZE = (5.2, 3.1)
 _STYLE = {
     "svg.fonttype": "none",
@@ -220,6 +226,25 @@ _PICTURES: tuple[tuple[str, str, Draw], ...] = (
         ),
     ),
     (
+        "Bits per byte, held out",
+        "Of the data's completions: what they cost, over their bytes. It compares models of any "
+        "tokenizer.",
+        _curves(
+            ("eval/data_states/bits_per_byte", "student"),
+            ("eval/data_states/teacher_bits_per_byte", "teacher"),
+            rows="evaluations",
+        ),
+    ),
+    (
+        "Gap to a teacher with other tokens, held out",
+        "log p(student) - log p(teacher) of a chunk of bytes, nats, mean of their absolute values.",
+        _curves(
+            ("eval/student_states/chunk_gap_abs", "student's states"),
+            ("eval/data_states/chunk_gap_abs", "data's states"),
+            rows="evaluations",
+        ),
+    ),
+    (
         "Entropy",
         "Of the next-token laws on the states trained on, nats.",
         _curves(("entropy", "student"), ("teacher_entropy", "teacher")),
@@ -261,6 +286,15 @@ _PICTURES: tuple[tuple[str, str, Draw], ...] = (
             ("speculative/draft_tokens_per_s", "drafting"),
             ("speculative/verify_tokens_per_s", "verifying"),
             ("speculative/teacher_tokens_per_s", "teacher alone"),
+            low=0.0,
+        ),
+    ),
+    (
+        "Chunks",
+        "Tokens of a chunk of bytes that both tokenizers cut out, mean of a step.",
+        _curves(
+            ("chunks/student_tokens", "student's tokens"),
+            ("chunks/teacher_tokens", "teacher's tokens"),
             low=0.0,
         ),
     ),

@@ -22,6 +22,12 @@ _HEADLINES = (
     ("eval/accuracy/greedy", "greedy accuracy", "{:.1%}"),
     ("eval/student_states/reverse_kl", "reverse KL on the student's states, nats", "{:.4f}"),
     ("eval/data_states/forward_kl", "forward KL on the data's states, nats", "{:.4f}"),
+    ("eval/data_states/bits_per_byte", "bits per byte of the data's completions", "{:.4f}"),
+    (
+        "eval/student_states/chunk_gap_abs",
+        "gap to the teacher per chunk on the student's states, nats",
+        "{:.4f}",
+    ),
     ("loss", "training loss, nats", "{:.4f}"),
 )
 _LEDGER = (

@@ -18,7 +18,7 @@ from opd.clients import TeacherError
 from opd.config import TrainConfig
 from opd.evaluation import evaluate
 from opd.metrics import Clock, Meter, MetricsWriter, last_evaluation, memory_metrics
-from opd.optim import apply_gradients, learning_rate
+from opd.optim import apply_gradients, learning_rate, num_weights
 from opd.progress import Display
 from opd.teachers import ServerTeacher
 
@@ -73,22 +73,32 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         if isinstance(run.teacher, ServerTeacher):
             run.teacher.on_wait = stop.check
             stack.enter_context(_steps_kept(run, display))
-        if run.step == 0:
-            evaluated = _evaluate(run, writer, display)
-        else:
+        if run.step:
             display.say(f"resuming {run.output_dir} at step {run.step}")
             evaluated = last_evaluation(run.output_dir)
+        if run.step == 0 or run.owes_evaluation:
+            run.mark()
+            evaluated = _evaluate(run, writer, display)
+            if run.step:
+                # or a death before the next checkpoint would bring it again
+                run.save()
         saved_step = run.step
         run.mark()
         while run.step < config.max_steps and not stop:
             with clock("rollout"):
                 prompts = run.data.take(run.step, config.num_prompts)
                 trajectories = run.rollouts.collect(prompts, run.step)
+            translated = None
+            if run.translator is not None and config.objective.crosses_tokenizers:
+                with clock("translate"):
+                    translated = run.translator(trajectories)
+                meter.add(translated.metrics())
             batches, num_step_tokens = collate_step(
                 trajectories,
                 batch_size=config.per_device_train_batch_size,
                 pad_id=run.tokenizer.pad_token_id,
                 device=run.student.device,
+                translated=translated,
             )
             signals: list[Signal] = []
             for batch in batches:
@@ -105,12 +115,14 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             meter.add({"grad_norm": grad_norm, "learning_rate": learning_rate(run.step, config)})
             _account(run, trajectories, batches, clock, meter)
             run.step += 1
+            is_last = run.step == config.max_steps
+            every = config.evaluation and config.evaluation.eval_steps
+            run.owes_evaluation = is_last or _is_due(run.step, every)
             run.mark()
 
-            is_last = run.step == config.max_steps
             is_logged = is_last or _is_due(run.step, config.logging_steps)
             display.step(run.step, _log(run, writer, meter) if is_logged else {})
-            if is_last or (config.evaluation and _is_due(run.step, config.evaluation.eval_steps)):
+            if run.owes_evaluation:
                 evaluated = _evaluate(run, writer, display)
                 # rollouts may follow what was found, and nobody evaluates this step twice
                 run.mark()
@@ -143,7 +155,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
 def _steps_kept(run: Run, display: Display) -> Iterator[None]:
     """A teacher that fails, or is silent after a signal, costs the step that asked it and no other.
 
-    What a rerun then does is, bit for bit, what it would have done.
+    What a rerun then does is, bit for bit, what it would have done; an evaluation that was cut off
+    is the first of it.
     """
     try:
         yield
@@ -163,7 +176,7 @@ class _GivenUp(Exception):
 def _judge(run: Run, batch: Batch) -> Law | None:
     if not run.objective.needs_teacher:
         return None
-    law = run.teacher.law(batch)
+    law = run.teacher.law(batch.for_teacher)
     # asked here, so that the time is booked on the teacher
     run.objective.ask(law, batch)
     return law
@@ -185,6 +198,7 @@ def _account(
         student_size=run.student.num_parameters,
         teacher_size=0 if run.teacher is None else run.teacher.num_parameters,
         teacher_judges=run.objective.needs_teacher,
+        objective_size=num_weights(run.module),
     )
     seconds = clock.flush()
     run.ledger.add_seconds(seconds)
@@ -207,6 +221,7 @@ def _log(run: Run, writer: MetricsWriter, meter: Meter) -> dict[str, float]:
 
 def _evaluate(run: Run, writer: MetricsWriter, display: Display) -> dict[str, float]:
     if run.held_out is None or run.config.evaluation is None:
+        run.owes_evaluation = False
         return {}
     display.phase("eval")
     found = evaluate(
@@ -216,11 +231,14 @@ def _evaluate(run: Run, writer: MetricsWriter, display: Display) -> dict[str, fl
         run.held_out,
         run.config.evaluation,
         max_completion_length=run.config.rollouts.max_completion_length,
+        student_bytes=run.student_bytes,
+        translator=run.translator,
     )
     if "eval/data_states/nll" in found.metrics:
         run.rollouts.observe(found.metrics["eval/data_states/nll"])
     writer.write(run.step, found.metrics)
     writer.write_samples(run.step, found.samples)
+    run.owes_evaluation = False
     display.evaluated(run.step, found.metrics)
     display.phase("train")
     return found.metrics

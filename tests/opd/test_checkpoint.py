@@ -112,3 +112,27 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path, name, content):
     with pytest.raises(ConfigError, match=r"checkpoint-3' is damaged, ") as caught:
         ckpt.load_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_module_round_trip(tmp_path):
+    module, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    ckpt.save_module(module, tmp_path)
+    ckpt.load_module(other, tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True)
+    )
+
+
+def test_no_module_leaves_no_file(tmp_path):
+    ckpt.save_module(None, tmp_path)
+    ckpt.load_module(None, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
+def test_a_module_that_is_not_there_is_one_sentence(tmp_path, content):
+    if content is not None:
+        (tmp_path / "objective.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"objective\.safetensors cannot be read") as caught:
+        ckpt.load_module(torch.nn.Linear(3, 2), tmp_path)
+    assert "\n" not in str(caught.value)

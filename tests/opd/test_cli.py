@@ -126,6 +126,13 @@ def test_the_options_of_a_command_are_the_ones_that_are_meant(path, capsys):
     )
 
 
+@pytest.mark.parametrize("temperature", ["0.2", "4.1", "nan"])
+def test_draws_that_tell_little_are_refused_before_the_work(path, capsys, temperature):
+    line = _fails(capsys, "cache", "build", "--config", path, "--proposal-temperature", temperature)
+    assert line.startswith("--proposal-temperature: must be in [0.25, 4]: far below 1 the draws")
+    assert line.endswith(f"got {temperature}")
+
+
 def test_a_missing_config_is_one_sentence_and_code_2(path, capsys):
     assert "did you mean" in _fails(capsys, "train", "--config", path.replace("x.y", "y.y"))
 

@@ -70,3 +70,8 @@ def test_state_round_trip(trajectories):
     assert Ledger(**ledger.state_dict()) == ledger
     assert ledger.seconds == {"rollout": 2.0, "optim": 1.0}
     assert "ledger/seconds" not in ledger.metrics()
+
+
+def test_what_an_objective_trains_works_on_the_trained_tokens(trajectories):
+    plain, trained = (_record(trajectories, objective_size=size) for size in (0, 7))
+    assert trained.flops == plain.flops + 6 * 7 * plain.student_tokens_trained

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,3 +313,29 @@ def test_nothing_left_to_do_still_leaves_a_checkpoint(values, tmp_path):
     again = _run(values, output_dir=other, resume_from_checkpoint=str(done.checkpoint))
     assert again.checkpoint.parent == tmp_path / "other"
     assert _weights(again) == _weights(done)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_projectors_are_trained_kept_and_resumed_bit_for_bit(values, tmp_path, version):
+    objective = {"kind": "dskd", "version": version, "projector_learning_rate": 1e-2}
+    values = {**values, "objective": objective, "save_steps": 2}
+    values["rollouts"] = {"kind": "dataset", "max_completion_length": 8}
+    whole = _run(values, output_dir=str(tmp_path / "whole"))
+    values["output_dir"] = str(tmp_path / "killed")
+    first = _run(values)
+    trained = (first.checkpoint / "objective.safetensors").read_bytes()
+    assert trained == (whole.checkpoint / "objective.safetensors").read_bytes()
+    middle = first.checkpoint.with_name("checkpoint-2")
+    assert trained != (middle / "objective.safetensors").read_bytes()
+    # as if killed before the second checkpoint
+    shutil.rmtree(first.checkpoint)
+    again = _run(values)
+    assert again.step == 4
+    assert _weights(again) == _weights(whole)
+    assert _losses(again.output_dir) == _losses(whole.output_dir)
+    assert (again.checkpoint / "objective.safetensors").read_bytes() == trained
+    # without them nothing goes on from there
+    shutil.rmtree(again.checkpoint)
+    (middle / "objective.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"objective\.safetensors cannot be read"):
+        _run(values)

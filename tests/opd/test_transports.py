@@ -233,6 +233,50 @@ def test_a_teacher_that_dies_after_an_evaluation_keeps_what_it_changed(
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
 
 
+def test_an_evaluation_that_a_teacher_cut_off_is_made_on_the_rerun(run, tmp_path, url, monkeypatch):
+    changes = {
+        "teacher": {"kind": "server", "url": url, "hidden_dtype": "float32"},
+        "rollouts": {"kind": "replay", "max_completion_length": 60},
+        "evaluation": {
+            "eval_steps": 1,
+            "num_prompts": 2,
+            "temperature": [1.0],
+            "max_completion_length": 4,
+        },
+    }
+    evaluate, evaluated = opd.train.evaluate, []
+
+    def dies(*arguments, **keywords):
+        evaluated.append(1)
+        if len(evaluated) in (3, 5):
+            raise ServerFault("teacher http://x: /v1/hidden_states failed 8 times in a row")
+        return evaluate(*arguments, **keywords)
+
+    run("whole", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(opd.train, "evaluate", dies)
+        # of step 2, and of step 3, after which no step is left that could bring it
+        for step in (2, 3):
+            with pytest.raises(ServerFault):
+                run("cut", **changes)
+            kept = [path.name for path in list_checkpoints(tmp_path / "cut")]
+            assert kept[-1] == f"checkpoint-{step}"
+        run("cut", **changes)
+        # made once: 0, 1, 2 in vain, 2, 3 in vain, 3
+        run("cut", **changes)
+    assert len(evaluated) == 6
+    whole, cut = (
+        [
+            (row["step"], row.get("replay/phi", -1), row.get("eval/data_states/nll", -1))
+            for row in read_jsonl(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("whole", "cut")
+    )
+    assert [row[0] for row in cut] == [0, 1, 1, 2, 2, 3, 3]
+    for ours, theirs in zip(cut, whole, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 @pytest.mark.parametrize("transport", ["local", "hidden", "topk", "store", "draws"])
 def test_a_student_that_is_the_teacher_has_no_loss(
     run, values, tmp_path, model_path, url, transport

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The C API of opd-kernels: row kernels that take pointers and write into the caller's buffers.
- * C99. Nothing here allocates, throws, prints or exits. Every function returns a status; the text of
- * the last failure on this thread is opd_last_error().
+ * C99. Nothing here throws, prints or exits, nor allocates but for align.h. Every function returns a
+ * status; the text of the last failure on this thread is opd_last_error().
  *
  * Letters: T tokens (rows), V vocabulary. P teacher, Q student. Values are in nats.
  * The compute type is float64 if both logits are float64, else float32; "real" below means it. */
@@ -25,7 +25,8 @@ typedef enum opd_status_t {
   OPD_INVALID_ARGUMENT = 1,
   OPD_UNSUPPORTED = 2,
   OPD_INTERNAL = 3,
-  OPD_CUDA_ERROR = 4 /* of the CUDA runtime; opd_last_error() has its words */
+  OPD_CUDA_ERROR = 4,  /* of the CUDA runtime; opd_last_error() has its words */
+  OPD_BYTES_DIFFER = 5 /* of opd_align_tokens: the two sides are not the same text */
 } opd_status_t;
 
 typedef enum opd_dtype_t {
@@ -336,6 +337,43 @@ OPD_API int64_t opd_gemm_workspace_bytes(int64_t m, int64_t n, int64_t k);
 /* 1 where this is expected to be faster than the usual library: an x86 CPU with AVX2, not Intel's. */
 OPD_API int32_t opd_gemm_preferred(void);
 OPD_API opd_status_t opd_gemm_cpu(const opd_gemm_args_t* args);
+
+/* ---- Two laws of different vocabularies. ---- */
+
+/* With p = exp(teacher_log_scales[t]) P_t and q = exp(student_log_scales[t]) Q_t,
+ *   D = rest_weight * sum_i |p_(i) - q_(i)| + pair_weight * sum_(v, w) JSD_beta(p_w, q_v):
+ * the first sum is over the ids without a partner, of each side from the largest down, the shorter one
+ * followed by zeros; the second over the pairs, where student_pairs[v] = w. Equal probabilities are
+ * ordered by id, and entries that are equal at one rank have gradient 0.
+ *   loss[t] = token_weights[t] * D;   grad[t, v] = dloss[t] / d logits[t, v];
+ *   grad_log_scales[t] = dloss[t] / d student_log_scales[t].
+ * Rows of weight 0 give exactly 0 and are not read; a row of either side without a law (a NaN, +inf, or
+ * nothing but -inf) gives NaN. grad may be the student's logits. */
+typedef struct opd_sorted_l1_args_t {
+  uint32_t struct_size;
+  int64_t num_tokens;
+  int64_t student_vocab_size, teacher_vocab_size; /* the columns that count */
+  opd_parallel_for_fn parallel_for;
+  opd_logits_t student, teacher;
+  const void* student_log_scales; /* [T] real, at most 0; or NULL for zeros */
+  const void* teacher_log_scales;
+  const int64_t* student_pairs;   /* [Vs] id of the teacher, < 0 for none; or NULL for no pairs */
+  const uint8_t* teacher_paired;  /* [Vt] whether an id is in student_pairs, where it is once */
+  const void* token_weights;      /* [T] real, or NULL for ones */
+  double rest_weight, pair_weight;
+  double beta;        /* weight of the teacher in the JSD, in (0, 1) */
+  int64_t num_workers; /* rows that are worked on at a time, at most */
+  void* workspace;    /* opd_sorted_l1_workspace_bytes(num_workers, ..) bytes, aligned to 8 */
+  void* loss;         /* [T] real, out */
+  opd_matrix_t grad;  /* out; data NULL: no gradient */
+  int64_t grad_width; /* columns student_vocab_size .. grad_width are set to zero */
+  void* grad_log_scales; /* [T] real, out, with the gradient */
+} opd_sorted_l1_args_t;
+
+/* dtype: OPD_FLOAT64 if both logits are, else OPD_FLOAT32. */
+OPD_API int64_t opd_sorted_l1_workspace_bytes(int64_t num_workers, int64_t student_vocab_size,
+                                              int64_t teacher_vocab_size, int32_t dtype);
+OPD_API opd_status_t opd_sorted_l1_cpu(const opd_sorted_l1_args_t* args);
 
 /* ---- The largest entries of a law, and what they leave out. ---- */
 
@@ -658,5 +696,7 @@ OPD_API const char* opd_version(void);
 #ifdef __cplusplus
 }
 #endif
+
+#include "opd/align.h"
 
 #endif /* OPD_OPD_H_ */

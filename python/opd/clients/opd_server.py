@@ -342,7 +342,7 @@ class OpdClient(HttpClient):
         if meta.get("fingerprint") != info.fingerprint:
             raise BadReply(
                 f"{where}: answers with the weights {meta.get('fingerprint')!r}, earlier they were "
-                f"{info.fingerprint!r}; the server was restarted with another model"
+                f"{info.fingerprint!r}; the server was restarted with another model or dtype"
             )
 
     def _read_tensors(

@@ -10,6 +10,7 @@ from typing import Protocol
 from opd.batch import Batch, Law, Signal
 from opd.objectives.alm import Alm
 from opd.objectives.base import ObjectiveSection, Parts
+from opd.objectives.dskd import Dskd
 from opd.objectives.full_vocab import FullVocab
 from opd.objectives.mined import Mined
 from opd.objectives.overlap import Overlap
@@ -22,6 +23,7 @@ from opd.sparse_law import DrawnLaw, SparseLaw
 
 OBJECTIVES = {
     "alm": Alm,
+    "dskd": Dskd,
     "full_vocab": FullVocab,
     "mined": Mined,
     "overlap": Overlap,
@@ -33,7 +35,16 @@ OBJECTIVES = {
 }
 
 ObjectiveConfig = (
-    Alm | FullVocab | Mined | Overlap | SampledToken | Simct | TeacherSamples | TokenNll | Topk
+    Alm
+    | Dskd
+    | FullVocab
+    | Mined
+    | Overlap
+    | SampledToken
+    | Simct
+    | TeacherSamples
+    | TokenNll
+    | Topk
 )
 
 
@@ -63,6 +74,7 @@ class Objective(Protocol):
 __all__ = [
     "OBJECTIVES",
     "Alm",
+    "Dskd",
     "FullVocab",
     "Mined",
     "Objective",

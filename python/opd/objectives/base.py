@@ -20,23 +20,27 @@ class Parts:
         student, teacher: with a `head`; the teacher None where there is none.
         student_bytes, teacher_bytes: of both tokenizers, for objectives that cross them; the same
             object where the tokenizers are the same.
+        seed: of the run, for what an objective starts from random numbers.
     """
 
     student: Any
     teacher: Any
     student_bytes: opk.TokenBytes | None = None
     teacher_bytes: opk.TokenBytes | None = None
+    seed: int = 0
 
 
 class ObjectiveSection(Section):
     """An objective's keys, which are the objective itself unless `bind` returns another object.
 
     `crosses_tokenizers`: the teacher's tokens may be other ones; its law is then over the rows of
-    `batch.translation.batch`. `module`: what the objective itself has to train, None for nothing.
+    `batch.translation.batch`. `module`: what the objective itself has to train, None for nothing;
+    `module_learning_rate`: of that, None for the model's.
     """
 
     crosses_tokenizers: ClassVar[bool] = False
     module: ClassVar[nn.Module | None] = None
+    module_learning_rate: ClassVar[float | None] = None
 
     def bind(self, parts: Parts) -> Any:
         """What is called in the loop: itself, or an object that knows the parts of the run."""

@@ -46,13 +46,7 @@ class TeacherSamples(ObjectiveSection):
     @field_validator("proposal_temperature")
     @classmethod
     def _check_proposal(cls, value: float) -> float:
-        if not 0.25 <= value <= 4:
-            raise ValueError(
-                "must be in [0.25, 4]: far below 1 the draws miss most of the law, and their "
-                "weights sum to less than 1; far above 1 they are of tokens with weights near 0, "
-                f"got {value:g}"
-            )
-        return value
+        return check_proposal(value)
 
     def ask(self, teacher: Law | DrawnLaw, batch: Batch) -> None:
         """What does not wait for the student, on the teacher's time."""
@@ -99,6 +93,21 @@ class TeacherSamples(ObjectiveSection):
             known = known - drawn.entropy
             statistics["teacher_entropy"] = drawn.entropy
         return Signal(loss=out.loss + known.sum() / num_step_tokens, statistics=statistics)
+
+
+def check_proposal(temperature: float) -> float:
+    """The temperature itself, if draws at it tell of the law.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not 0.25 <= temperature <= 4:
+        raise ValueError(
+            "must be in [0.25, 4]: far below 1 the draws miss most of the law, and their "
+            "weights sum to less than 1; far above 1 they are of tokens with weights near 0, "
+            f"got {temperature:g}"
+        )
+    return temperature
 
 
 def _sum_of_products(weights: Tensor, logs: Tensor) -> Tensor:

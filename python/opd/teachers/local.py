@@ -15,7 +15,11 @@ from opd.model import LanguageModel, ModelSource, load_model
 
 
 class LocalConfig(ModelSource):
-    """A Hugging Face causal LM next to the student."""
+    """A Hugging Face causal LM next to the student.
+
+    Attributes:
+        tokenizer_name_or_path: default: the model's own, or the student's if it has none.
+    """
 
     tells: ClassVar[frozenset[str]] = frozenset(
         {"hidden", "topk", "given_tokens", "token_logprobs", "samples"}
@@ -23,6 +27,7 @@ class LocalConfig(ModelSource):
     takes_temperature: ClassVar[bool] = True
 
     kind: Literal["local"] = "local"
+    tokenizer_name_or_path: str | None = None
 
     def build(
         self, tokenizer: Any, *, device: str, vocab_size: int | None, workspace_bytes: int

@@ -50,6 +50,7 @@ class ServerConfig(Section):
         deadline_s: without an answer for so long, a line says so; training waits and asks again,
             at its start as later.
         patience_s: after so long without an answer, training stops. Null: never.
+        tokenizer_name_or_path: of the served model, where it is not the student's.
 
     The token of a server comes from the environment variable OPD_TEACHER_TOKEN.
     """
@@ -66,6 +67,7 @@ class ServerConfig(Section):
     request_timeout_s: float = Field(120.0, gt=0)
     deadline_s: float = Field(60.0, gt=0)
     patience_s: float | None = Field(None, gt=0)
+    tokenizer_name_or_path: str | None = None
 
     @model_validator(mode="after")
     def _check_signal(self) -> Self:
@@ -179,20 +181,25 @@ class ServerTeacher:
     def check_fits(self, student: Any, tokenizer: Any) -> None:
         """Compare its vocabulary with the student's; a server that is not up yet is waited for.
 
+        Args:
+            student: None where the teacher's tokens are its own, those of `tokenizer`.
+            tokenizer: of the laws.
+
         Raises:
             TeacherRefused: they differ in size or in tokens.
             TeacherUnavailable: no answer within `patience_s`.
         """
         for doubt in self._patiently(lambda: self.client.check(tokenizer)):
             _log.warning("%s", doubt)
-        theirs, ours = self._patiently(self.client.info).vocab_size, student.lm_head_weight.shape[0]
+        theirs = self._patiently(self.client.info).vocab_size
+        ours = theirs if student is None else student.lm_head_weight.shape[0]
         if self._vocab_size is None and theirs is not None and theirs != ours:
             raise TeacherRefused(
                 f"teacher.url: the teacher's law is over {theirs} tokens and the student's over "
                 f"{ours}; if only their padding differs, set "
                 f"vocab_size={min(len(tokenizer), ours, theirs)}"
             )
-        # what comes back must lie within the student's vocabulary, whatever the server has
+        # what comes back must lie within the vocabulary of the law, whatever the server has
         self.client.vocab_size = self._vocab_size or ours
         if self._config.protocol != "opd":
             from opd.clients.probe import probe

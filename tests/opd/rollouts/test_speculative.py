@@ -496,5 +496,7 @@ def test_policy_gradients_are_at_the_temperature_sampled_at(values, mode, ours, 
     values["objective"] = {"kind": "sampled_token", "temperature": right}
     assert parse_config(values).objective.temperature == right
     values["objective"]["temperature"] = 0.7
-    with pytest.raises(ConfigError, match=f"must equal rollouts.{key}, at which"):
+    with pytest.raises(ConfigError, match=f"must equal rollouts.{key}, at which") as caught:
         parse_config(values)
+    words = "sampled by the student (what the teacher writes after a switch is sampled at 1.0, and"
+    assert (words in str(caught.value)) == (mode == "threshold")

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A student as its own teacher, through all that lies between the two: there is nothing to learn.
+
+Every divergence is least, and its gradient 0, where both laws are one. A path that shifts rows,
+loses a token's role or pairs the wrong ids shows there, before anything was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import opd_kernels as opk
+from opd.batch import Batch, Head, Law, Trajectory, collate_step
+from opd.objectives import Parts
+from opd.translation import Translator
+
+# of the likelihood's gradient, by the dtype of the student
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# weights of a term on the labels, under the names that objectives have for it
+_OF_LABELS = ("ce_weight", "lm_weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """loss in nats; gradient: its norm by the hidden states over that of the likelihood's."""
+
+    name: str
+    loss: str
+    gradient: str
+    verdict: str
+    is_wrong: bool = False
+
+
+def probe(
+    config: Any,
+    tokenizer: Any,
+    student: Any,
+    trajectories: Sequence[Trajectory],
+    student_bytes: opk.TokenBytes | None,
+) -> Iterator[Probe]:
+    """The objective's loss and gradient with the student as the teacher: in its own tokens, and, if
+    it crosses tokenizers, in the same tokens under other numbers.
+
+    Args:
+        config: of the run.
+        tokenizer: the student's.
+        student: in eval mode.
+        trajectories: what to look at.
+        student_bytes: of the student's tokens, for objectives that cross.
+    """
+    section, dropped = _without_labels(config.objective)
+    crosses = section.crosses_tokenizers and student_bytes is not None
+    twins: list[tuple[str, Any, Translator | None]] = []
+    own = None
+    if crosses:
+        own = Translator(
+            tokenizer,
+            tokenizer,
+            student_bytes=student_bytes,
+            teacher_bytes=student_bytes,
+            add_special_tokens=config.task is None,
+        )
+    twins.append(("the same tokens", _Twin(student), own))
+    if crosses:
+        numbers = renumbering(student_bytes, student.lm_head_weight.shape[0])
+        twins.append(
+            (
+                "the same tokens, renumbered",
+                _Twin(student, numbers),
+                _Renumbered(own, numbers),
+            )
+        )
+    for name, twin, translator in twins:
+        parts = Parts(
+            student=student,
+            teacher=twin,
+            student_bytes=translator and translator.student_bytes,
+            teacher_bytes=translator and translator.teacher_bytes,
+        )
+        bound = section.bind(parts)
+        if getattr(bound, "module", None) is not None:
+            verdict = "not probed: it trains weights of its own"
+            yield Probe(name=name, loss="", gradient="", verdict=verdict)
+            continue
+        loss, gradient = _run(bound, student, twin, translator, trajectories, tokenizer)
+        tolerance = _TOLERANCE.get(student.lm_head_weight.dtype, 1e-3)
+        is_wrong = not gradient <= tolerance
+        is_noise = section.asks == "samples"
+        verdict = "as it should be" if not is_wrong else "does not vanish"
+        if is_noise:
+            verdict, is_wrong = "zero on average only: it draws", False
+        elif dropped and not is_wrong:
+            verdict += f", without {', '.join(dropped)}"
+        yield Probe(
+            name=name,
+            loss=f"{loss:.3g}",
+            gradient=f"{gradient:.2g}",
+            verdict=verdict,
+            is_wrong=is_wrong,
+        )
+
+
+def _without_labels(section: Any) -> tuple[Any, list[str]]:
+    """The objective without terms that the teacher has no part in."""
+    dropped = [name for name in _OF_LABELS if getattr(section, name, 0)]
+    return section.model_copy(update=dict.fromkeys(dropped, 0.0)), dropped
+
+
+def _run(
+    objective: Any,
+    student: Any,
+    twin: _Twin,
+    translator: Translator | None,
+    trajectories: Sequence[Trajectory],
+    tokenizer: Any,
+) -> tuple[float, float]:
+    (batch,), count = collate_step(
+        trajectories,
+        batch_size=len(trajectories),
+        pad_id=tokenizer.pad_token_id,
+        device=student.device,
+        translated=translator and translator(trajectories),
+    )
+    with torch.no_grad():
+        hidden = student.hidden(batch)
+    leaf = hidden.detach().requires_grad_()
+    weight = student.head.weight.detach()
+    law = Law(
+        lambda: leaf,
+        replace(student.head, weight=weight),
+        vocab_size=student.vocab_size,
+        workspace_bytes=student.workspace_bytes,
+    )
+    taught = twin.law(batch.for_teacher)
+    objective.ask(taught, batch)
+    loss = objective(law, taught, batch, max(1, count)).loss
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    likelihood = -law.token_logprobs(batch.token_ids).logprobs.sum() / max(1, count)
+    (scale,) = torch.autograd.grad(likelihood, leaf)
+    norm = torch.linalg.vector_norm
+    return float(loss.detach()), float(norm(gradient.float()) / norm(scale.float()))
+
+
+class _Twin:
+    """The student in the teacher's place; with `numbers`, token i of the student is numbers[i]."""
+
+    name = "teacher"
+    judges_any_state: ClassVar[bool] = True
+
+    def __init__(self, student: Any, numbers: Tensor | None = None) -> None:
+        self.model = student.model
+        self.vocab_size = student.vocab_size
+        self._student = student
+        self._own = None if numbers is None else numbers.argsort().to(student.device)
+
+    @property
+    def head(self) -> Head:
+        """Rows in the order of the numbers."""
+        head = self._student.head
+        bias = head.bias
+        if self._own is None:
+            bias = None if bias is None else bias.detach()
+            return replace(head, weight=head.weight.detach(), bias=bias)
+        bias = None if bias is None else bias.detach()[self._own]
+        return replace(head, weight=head.weight.detach()[self._own], bias=bias)
+
+    def law(self, batch: Batch) -> Law:
+        """As a teacher's."""
+        if self._own is not None:
+            batch = replace(batch, input_ids=self._own[batch.input_ids])
+        with torch.no_grad():
+            hidden = self._student.hidden(batch)
+        return Law(
+            lambda: hidden,
+            self.head,
+            vocab_size=self.vocab_size,
+            workspace_bytes=self._student.workspace_bytes,
+        )
+
+
+class _Renumbered(Translator):
+    """Into the same tokens under other numbers; the chunks are found as for any other pair."""
+
+    def __init__(self, own: Translator, numbers: Tensor) -> None:
+        student_bytes = own.student_bytes
+        words = [b""] * len(student_bytes)
+        for i, number in enumerate(numbers[: len(words)].tolist()):
+            words[number] = student_bytes[i]
+        roles = {
+            role: tuple(int(numbers[i]) for i in ids) for role, ids in student_bytes.roles.items()
+        }
+        super().__init__(
+            own.student,
+            own.student,
+            student_bytes=student_bytes,
+            teacher_bytes=opk.TokenBytes.from_bytes(words, roles=roles),
+            add_special_tokens=own.add_special_tokens,
+        )
+        self._numbers = numbers
+
+    def prompt(self, row: Mapping[str, Any]) -> list[int]:
+        """Renumbered."""
+        return self._numbers[torch.tensor(super().prompt(row))].tolist()
+
+    def encode(self, texts: Sequence[Tensor], chats: Sequence[bool]) -> list[Tensor]:
+        """Renumbered."""
+        return [self._numbers[ids] for ids in texts]
+
+    def _end(self, trajectory: Trajectory, ids: Tensor) -> int | None:
+        is_end = len(ids) > 0 and int(ids[-1]) in self._ends
+        return int(self._numbers[ids[-1]]) if is_end else None
+
+
+def renumbering(token_bytes: opk.TokenBytes, num_rows: int) -> Tensor:
+    """[num_rows] int64, a permutation of the tokens that have bytes; of tokens with the same bytes
+    the order stays, for the first of them stands for all."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.arange(num_rows)
+    size = len(token_bytes)
+    numbers[:size] = torch.randperm(size, generator=generator)
+    same: dict[bytes, list[int]] = {}
+    for i in range(size):
+        same.setdefault(token_bytes[i], []).append(i)
+    for group in same.values():
+        if len(group) > 1:
+            numbers[group] = numbers[group].sort().values
+    return numbers
