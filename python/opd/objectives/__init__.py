@@ -14,6 +14,7 @@ from opd.objectives.dskd import Dskd
 from opd.objectives.full_vocab import FullVocab
 from opd.objectives.gold import Gold
 from opd.objectives.mined import Mined
+from opd.objectives.multilevel_ot import MultilevelOt
 from opd.objectives.overlap import Overlap
 from opd.objectives.sampled_token import SampledToken
 from opd.objectives.simct import Simct
@@ -29,6 +30,7 @@ OBJECTIVES = {
     "full_vocab": FullVocab,
     "gold": Gold,
     "mined": Mined,
+    "multilevel_ot": MultilevelOt,
     "overlap": Overlap,
     "sampled_token": SampledToken,
     "simct": Simct,
@@ -44,6 +46,7 @@ ObjectiveConfig = (
     | FullVocab
     | Gold
     | Mined
+    | MultilevelOt
     | Overlap
     | SampledToken
     | Simct
@@ -84,6 +87,7 @@ __all__ = [
     "FullVocab",
     "Gold",
     "Mined",
+    "MultilevelOt",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveSection",

@@ -12,7 +12,7 @@ from torch import Tensor
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
 from opd.objectives.base import ObjectiveSection, Parts
-from opd.objectives.crossing import Chunks, SharedVocab, chunks_of
+from opd.objectives.crossing import Chunks, SharedVocab, chunks_of, with_cross_entropy
 
 
 class Gold(ObjectiveSection):
@@ -109,17 +109,15 @@ class Gold(ObjectiveSection):
             workspace_bytes=student.workspace_bytes,
             compact_tokens=False,
         )
-        loss = out.loss
-        statistics = {
-            "gold": chunks.num_step_chunks * out.row_losses,
-            "span_ratio": chunks.is_span.float(),
-        }
-        if self.cross_entropy_weight:
-            chosen = student.token_logprobs(batch.token_ids)
-            mean = chosen.logprobs.sum() / max(1, num_step_tokens)
-            loss = loss - self.cross_entropy_weight * mean
-            statistics["entropy"] = chosen.entropy.detach()
-        return Signal(loss=loss, statistics=statistics)
+        signal = Signal(
+            loss=out.loss,
+            statistics={
+                "gold": chunks.num_step_chunks * out.row_losses,
+                "span_ratio": chunks.is_span.float(),
+            },
+        )
+        weight = self.cross_entropy_weight
+        return with_cross_entropy(signal, weight, student, batch, num_step_tokens)
 
     def _merged(
         self, law: Law, token_ids: Tensor, offsets: Tensor, chunks: Chunks, temperature: float

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
 from opd.objectives.base import ObjectiveSection
-from opd.objectives.crossing import chunks_of
+from opd.objectives.crossing import pairs_of, with_cross_entropy
 
 
 class Uld(ObjectiveSection):
@@ -55,47 +53,21 @@ class Uld(ObjectiveSection):
     ) -> Signal:
         """The batch's share of the step's mean, with the distance of each pair of laws."""
         assert teacher is not None
-        if self.pairing == "chunks":
-            chunks = chunks_of(batch, num_step_tokens)
-            rows, count = (chunks.student_first, chunks.teacher_first), chunks.num_step_chunks
-        else:
-            rows, count = paired_positions(batch), max(1, num_step_tokens)
-        hidden = student.hidden()
+        pairs = pairs_of(batch, self.pairing, num_step_tokens)
         out = opk.fused_linear_sorted_l1(
-            hidden[rows[0]],
+            student.hidden()[pairs.student],
             student.head.weight,
-            teacher.hidden()[rows[1]],
+            teacher.hidden()[pairs.teacher],
             teacher.head.weight,
             **student.head.options("student"),
             **teacher.head.options("teacher"),
             temperature=(self.temperature, self.teacher_temperature or self.temperature),
-            token_weights=torch.full(rows[0].shape, 1.0 / count, device=hidden.device),
+            token_weights=pairs.weights(),
             student_vocab_size=student.vocab_size,
             teacher_vocab_size=teacher.vocab_size,
             workspace_bytes=student.workspace_bytes,
             compact_tokens=False,
         )
-        loss, statistics = out.loss, {"sorted_l1": count * out.row_losses}
-        if self.cross_entropy_weight:
-            chosen = student.token_logprobs(batch.token_ids)
-            loss = loss - self.cross_entropy_weight * chosen.logprobs.sum() / max(
-                1, num_step_tokens
-            )
-            statistics["entropy"] = chosen.entropy.detach()
-        return Signal(loss=loss, statistics=statistics)
-
-
-def paired_positions(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(student's rows, teacher's rows) of token i of each text in both tokenizations, [M] each."""
-    device = batch.token_ids.device
-    if batch.translation is None:
-        rows = torch.arange(batch.num_tokens, device=device)
-        return rows, rows
-    ends = [side.segment_ends.cpu() for side in (batch, batch.translation.batch)]
-    starts = [torch.cat([end.new_zeros(1), end[:-1]]) for end in ends]
-    lengths = torch.minimum(*(end - start for end, start in zip(ends, starts, strict=True)))
-    text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    # place of each pair in its text
-    place = torch.arange(len(text)) - (lengths.cumsum(0) - lengths)[text]
-    student, teacher = ((start[text] + place).to(device) for start in starts)
-    return student, teacher
+        signal = Signal(loss=out.loss, statistics={"sorted_l1": pairs.count * out.row_losses})
+        weight = self.cross_entropy_weight
+        return with_cross_entropy(signal, weight, student, batch, num_step_tokens)
