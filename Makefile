@@ -19,7 +19,8 @@ CORE_CUDA := -DOPD_CUDA=$(if $(filter 1,$(OPD_CUDA)),ON,OFF)
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build test test-full test-core test-cuda-compile test-vllm demo demo-full demo-transports bench bench-full peers fuzz lint clean
+.PHONY: help build test test-full test-core test-cuda-compile test-vllm demo demo-full demo-transports \
+  demo-cross-tokenizer demo-cross-tokenizer-full bench bench-full peers fuzz lint clean
 
 help:
 	@echo "make demo       train a small model on-policy from scratch on the CPU, through the fused kernel"
@@ -27,6 +28,9 @@ help:
 	@echo "make demo-full  the demo's whole table: all arms, three seeds; can be interrupted and resumed"
 	@echo "make demo-transports"
 	@echo "                the demo with its teacher in memory, behind a server and in a store: one table"
+	@echo "make demo-cross-tokenizer"
+	@echo "                a student learns from a teacher with another tokenizer, by every objective that"
+	@echo "                can: one seed; -full: three seeds, and the page in docs; both go on where they were"
 	@echo "make bench      benchmarks of the kernels, as ratios to their own GEMMs and to peers; writes"
 	@echo "                docs/benchmarks.md; a quarter of an hour on a quiet machine"
 	@echo "make bench-full the same, and every divergence against torch.compile"
@@ -100,6 +104,12 @@ demo-full: build
 
 demo-transports: build
 	@$(BIN)/python examples/first_light/transports.py
+
+demo-cross-tokenizer: build
+	@$(BIN)/python examples/cross_tokenizer/crossing.py
+
+demo-cross-tokenizer-full: build
+	@$(BIN)/python examples/cross_tokenizer/crossing.py --full
 
 fuzz: SECONDS_OF_FUZZ ?= 600
 fuzz: $(VENV)/.dependencies

@@ -8,21 +8,17 @@ python examples/first_light/demo.py --full   every arm, three seeds; finished ar
 from __future__ import annotations
 
 import argparse
-import os
-import re
-import shlex
-import signal
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 import run_arm
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import jobs
+from jobs import run_jobs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = Path(run_arm.__file__)
@@ -38,35 +34,15 @@ FULL_ARMS = (
 )
 DEMO_SEEDS = (0, 1)
 FULL_SEEDS = (0, 1, 2)
-_STEP = re.compile(r"(?:step|eval) (\d+)/(\d+)\s*(.*)")
-_SECONDS_BETWEEN_LINES = 10.0
 
 
-class JobFailed(Exception):
-    """A job ended with an error; the message holds the end of its log."""
-
-
-@dataclass(slots=True)
-class Job:
-    """One process of the demo, and what it waits for."""
-
-    seed: int
-    arm: str
-    root: Path
-    needs: str | None
-    process: subprocess.Popen[bytes] | None = None
-    log: TextIO | None = None
-    is_done: bool = False
+class Job(jobs.Job):
+    """One process of this demo."""
 
     @property
-    def name(self) -> str:
-        """As shown."""
-        return f"seed {self.seed} {self.arm}"
-
-    @property
-    def log_path(self) -> Path:
-        """What the process prints."""
-        return self.root / f"{self.arm}.log"
+    def worker(self) -> Path:
+        """The script."""
+        return WORKER
 
     def is_finished_before(self) -> bool:
         """Whether an earlier run left this job's result, made with the same settings."""
@@ -74,153 +50,15 @@ class Job:
             return False
         return run_arm.read_result(self.root, self.arm, self.seed) is not None
 
-    def start(self) -> None:
-        """Start the process; Ctrl-C reaches only the parent, which then ends its jobs itself."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        self.log = self.log_path.open("w", encoding="utf-8")
-        self.process = subprocess.Popen(
-            [sys.executable, WORKER, self.arm, f"--seed={self.seed}", f"--root={self.root}"],
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            start_new_session=True,
-        )
-
-    def last_line(self) -> str:
-        """The newest line of the log."""
-        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "starting")
-
-    def is_ended(self) -> bool:
-        """Reap the process if it has ended.
-
-        Raises:
-            JobFailed: it ended with an error.
-        """
-        if self.process is None or self.process.poll() is None:
-            return False
-        if self.log is not None:
-            self.log.close()
-        if self.process.returncode != 0:
-            tail = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
-            raise JobFailed(f"{self.name} failed; the end of {self.log_path}:\n" + "\n".join(tail))
-        self.is_done = True
-        return True
-
 
 def plan_jobs(root: Path, arms: tuple[str, ...], seeds: tuple[int, ...]) -> list[Job]:
     """The jobs in the order in which they should start: seeds abreast, slow arms first."""
-    jobs = [Job(seed, "teacher", root / f"seed{seed}", None) for seed in seeds]
-    jobs += [Job(seed, "warm_sft", root / f"seed{seed}", "teacher") for seed in seeds]
+    planned = [Job(seed, "teacher", root / f"seed{seed}", None) for seed in seeds]
+    planned += [Job(seed, "warm_sft", root / f"seed{seed}", "teacher") for seed in seeds]
     for seed in seeds:
         for arm in sorted(arms, key=lambda arm: not arm.startswith("on_policy")):
-            jobs.append(Job(seed, arm, root / f"seed{seed}", "warm_sft"))
-    return jobs
-
-
-def run_jobs(jobs: list[Job], num_slots: int, console: Console) -> None:
-    """Run the jobs, as many at a time as there are slots, and show how far each one is."""
-    display = Board(jobs, console)
-    with display:
-        try:
-            while not all(job.is_done for job in jobs):
-                running = [job for job in jobs if job.process is not None and not job.is_done]
-                for job in running:
-                    if job.is_ended():
-                        display.finished(job)
-                done = {(job.seed, job.arm) for job in jobs if job.is_done}
-                free = num_slots - sum(not job.is_done for job in running)
-                for job in jobs:
-                    is_ready = job.needs is None or (job.seed, job.needs) in done
-                    if free <= 0 or job.process is not None or job.is_done or not is_ready:
-                        continue
-                    if job.is_finished_before():
-                        job.is_done = True
-                        display.finished(job, "done earlier")
-                    else:
-                        job.start()
-                        free -= 1
-                display.update()
-                time.sleep(0.2)
-        finally:
-            stop_jobs(jobs)
-
-
-def stop_jobs(jobs: list[Job]) -> None:
-    """Ask what still runs to stop (the loop then saves a checkpoint), and wait for it."""
-    running = [job.process for job in jobs if job.process and job.process.poll() is None]
-    for process in running:
-        process.send_signal(signal.SIGTERM)
-    for process in running:
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-class Board:
-    """Live bars on a terminal, a line now and then in a log."""
-
-    def __init__(self, jobs: list[Job], console: Console) -> None:
-        self._jobs = jobs
-        self._console = console
-        self._start = self._last_line = time.monotonic()
-        self._bars: dict[str, Any] = {}
-        self._progress = Progress(
-            TextColumn("{task.description:<30}"),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            TextColumn(
-                "{task.fields[numbers]}",
-                markup=False,
-                table_column=Column(no_wrap=True, overflow="ellipsis"),
-            ),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._total = self._progress.add_task("all jobs", total=len(jobs), numbers="")
-
-    def __enter__(self) -> Board:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def finished(self, job: Job, how: str = "done") -> None:
-        """A line that stays."""
-        if job.name in self._bars:
-            self._progress.remove_task(self._bars.pop(job.name))
-        num_done = sum(other.is_done for other in self._jobs)
-        self._progress.update(
-            self._total, completed=num_done, numbers=f"{num_done} of {len(self._jobs)} done"
-        )
-        seconds = time.monotonic() - self._start
-        self._console.print(
-            f"[{seconds:4.0f} s] {num_done}/{len(self._jobs)} {job.name}: {how}", markup=False
-        )
-
-    def update(self) -> None:
-        """Show where the running jobs are."""
-        lines = []
-        for job in self._jobs:
-            if job.process is None or job.is_done:
-                continue
-            line = job.last_line()
-            if job.name not in self._bars:
-                self._bars[job.name] = self._progress.add_task(job.name, total=None, numbers="")
-            bar = self._bars[job.name]
-            if match := _STEP.match(line):
-                step, total, numbers = match.groups()
-                self._progress.update(bar, completed=int(step), total=int(total), numbers=numbers)
-            else:
-                self._progress.update(bar, numbers=line)
-            lines.append(f"{job.name}: {line}")
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._last_line > _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            for line in lines:
-                self._console.print(f"[{now - self._start:4.0f} s] {line}", markup=False)
+            planned.append(Job(seed, arm, root / f"seed{seed}", "warm_sft"))
+    return planned
 
 
 def main() -> int:
@@ -238,33 +76,16 @@ def main() -> int:
     new = runs / time.strftime("demo-%Y%m%d-%H%M%S")
     # absolute, because the paths are part of the arms' settings
     root = (options.root or (runs / "full" if options.full else new)).resolve()
-    start = time.monotonic()
-    # a closed terminal or a kill ends the jobs too, as Ctrl-C does
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    try:
+
+    def work() -> None:
         run_jobs(plan_jobs(root, arms, seeds), max(1, options.jobs), console)
         # imported late: drawing needs matplotlib, which takes a second to load
         import summary
 
         summary.write(root, arms, seeds, console, is_full=options.full)
-    except KeyboardInterrupt:
-        command = shlex.join([sys.executable, sys.argv[0], "--root", str(root)]) + _flags(options)
-        console.print(f"stopped; to go on: {command}", markup=False, soft_wrap=True)
-        return 130
-    except JobFailed as error:
-        console.print(str(error), markup=False)
-        return 1
-    console.print(f"\n{time.monotonic() - start:.0f} seconds in all")
-    return 0
 
-
-def _flags(options: argparse.Namespace) -> str:
-    flags = " --full" if options.full else ""
-    for name in ("seeds", "arms"):
-        values = getattr(options, name)
-        flags += f" --{name} {' '.join(map(str, values))}" if values else ""
-    return flags
+    again = ["--root", str(root), *jobs.flags(options, "full", "seeds", "arms")]
+    return jobs.run_demo(work, console, again)
 
 
 if __name__ == "__main__":

@@ -12,27 +12,21 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import records
+from records import arm_dir, claim, commit, finished, result_path, say, write_whole
 
 ARMS = Path(__file__).parent / "arms"
 TRACES = "teacher_traces.jsonl"
 NUM_TRACES = 2048
 TEACHER = "builtin:chain_repair_teacher"
 WARM = "warm_sft"
-
-
-def arm_dir(root: Path, arm: str) -> Path:
-    """Where a job of one seed keeps its files."""
-    return root / arm
-
-
-def result_path(root: Path, arm: str) -> Path:
-    """The file that says, by being there with the right key, that a job is done."""
-    return arm_dir(root, arm) / "result.json"
 
 
 def job_key(root: Path, arm: str, seed: int) -> str:
@@ -68,22 +62,12 @@ def arm_config(root: Path, arm: str, seed: int) -> Any:
 
 def read_result(root: Path, arm: str, seed: int) -> dict[str, Any] | None:
     """The result of a finished job; None if it is not finished, or was made with other settings."""
-    path = result_path(root, arm)
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["key"] == job_key(root, arm, seed) else None
-
-
-def key_path(root: Path, arm: str) -> Path:
-    """The file that names the job an unfinished directory belongs to."""
-    return arm_dir(root, arm) / "job_key"
+    return finished(root, arm, lambda: job_key(root, arm, seed))
 
 
 def is_stale(root: Path, arm: str, seed: int) -> bool:
     """Whether what lies there was begun with other settings or inputs."""
-    path = key_path(root, arm)
-    return path.is_file() and path.read_text(encoding="utf-8") != job_key(root, arm, seed)
+    return records.is_stale(root, arm, job_key(root, arm, seed))
 
 
 def write_traces(root: Path, seed: int) -> None:
@@ -98,25 +82,7 @@ def write_traces(root: Path, seed: int) -> None:
         json.dumps({**row, "completion": completion})
         for row, completion in zip(rows, completions, strict=True)
     ]
-    path = root / TRACES
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def commit() -> str:
-    """Of the working tree that this runs from, with a + if files of it differ."""
-
-    def git(*arguments: str) -> str:
-        found = subprocess.run(
-            ["git", "-C", str(ARMS), *arguments], capture_output=True, text=True, check=False
-        )
-        return found.stdout.strip()
-
-    # only what makes the numbers: the loop, the kernels and the arms
-    code = [":/python", ":/opd_kernels", ":/csrc", ":/examples"]
-    is_changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", *code))
-    return (git("rev-parse", "HEAD") or "unknown") + ("+" if is_changed else "")
+    write_whole(root / TRACES, "\n".join(lines) + "\n")
 
 
 def load(arm: str, root: Path) -> Any:
@@ -152,16 +118,13 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
     arm_dir(root, arm).mkdir(parents=True, exist_ok=True)
     start, ledger = time.perf_counter(), None
     if arm == "teacher":
-        _say("writing traces")
+        say("writing traces")
         write_traces(root, seed)
     else:
         config = arm_config(root, arm, seed)
-        if is_stale(root, arm, seed):
-            config = config.model_copy(update={"resume_from_checkpoint": "none"})
-        key_path(root, arm).write_text(job_key(root, arm, seed), encoding="utf-8")
-        ledger = train(config).ledger
+        ledger = train(claim(root, arm, job_key(root, arm, seed), config)).ledger
     trained = time.perf_counter()
-    _say("measuring")
+    say("measuring")
     student, teacher = load(arm, root), load("teacher", root)
     gauges = measure(teacher if arm == "teacher" else student, teacher, ChainRepair(), seed=seed)
     result = {
@@ -174,10 +137,7 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
         "gauges": gauges,
         "ledger": ledger,
     }
-    path = result_path(root, arm)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_whole(result_path(root, arm), json.dumps(result, indent=1))
     return result
 
 
@@ -194,17 +154,12 @@ def main() -> int:
     try:
         run(options.root.resolve(), options.arm, options.seed)
     except ConfigError as error:
-        _say(str(error))
+        say(str(error))
         return 2
     except (Interrupted, KeyboardInterrupt):
-        _say("stopped")
+        say("stopped")
         return 130
     return 0
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

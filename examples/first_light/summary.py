@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import statistics
+import sys
 import textwrap
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,10 @@ import paragraph
 from rich.console import Console
 from run_arm import arm_dir, result_path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.append(str(Path(__file__).parents[1]))
+
+from records import REPOSITORY, Results, aligned, mean, spread, write_record
+
 LENGTHS = range(1, 17)
 WIDTH = 115
 LABELS = {
@@ -55,8 +55,6 @@ LEGEND = (
     "deviation over the seeds."
 )
 
-Results = dict[str, list[dict[str, float]]]
-
 
 def write(
     root: Path, arms: Sequence[str], seeds: Sequence[int], console: Console, *, is_full: bool
@@ -75,9 +73,8 @@ def write(
     picture = REPOSITORY / "docs" / "first_light.png" if is_full else root / "first_light.png"
     draw(results, picture)
     record = REPOSITORY / "benchmarks" / "results" if is_full else root
-    record.mkdir(parents=True, exist_ok=True)
     record /= "first_light.json"
-    record.write_text(json.dumps(stamp(raw), indent=1) + "\n", encoding="utf-8")
+    write_record(raw, record)
     if is_full:
         page = REPOSITORY / "docs" / "first_light.md"
         page.write_text(document(texts, words, raw, seeds), encoding="utf-8")
@@ -108,18 +105,6 @@ def student_cost(ledger: dict[str, Any]) -> float:
     return 4.0 * num_read if ledger["student_tokens_sampled"] else 3.0 * num_read
 
 
-def mean(results: Results, arm: str, name: str) -> float:
-    """Of the seeds."""
-    return statistics.fmean(seed[name] for seed in results[arm])
-
-
-def spread(results: Results, arm: str, name: str) -> float:
-    """Standard deviation over the seeds, NaN for one seed or for what an arm does not have."""
-    values = [seed[name] for seed in results[arm]]
-    has_spread = len(values) > 1 and not any(map(math.isnan, values))
-    return statistics.stdev(values) if has_spread else math.nan
-
-
 def tables(results: Results) -> list[str]:
     """Accuracy over n at temperature 1 and greedy, and the gauges, as aligned text."""
     parts = []
@@ -144,18 +129,6 @@ def tables(results: Results) -> list[str]:
         rows.append(cells)
     parts.append(f"Gauges\n{aligned(rows)}\n{textwrap.fill(LEGEND, WIDTH, break_on_hyphens=False)}")
     return parts
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Columns padded to their widest cell, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
 
 
 def draw(results: Results, path: Path) -> None:
@@ -215,19 +188,6 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def stamp(raw: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The results with the versions, the machine and the commits that made them."""
-    from opd.assembly import versions
-
-    return {
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commits": sorted({result["commit"] for found in raw.values() for result in found}),
-        "versions": versions(),
-        "machine": {"processor": _processor(), "num_cpus": os.cpu_count()},
-        "results": raw,
-    }
-
-
 def document(
     texts: list[str], words: str, raw: dict[str, list[dict[str, Any]]], seeds: Sequence[int]
 ) -> str:
@@ -261,10 +221,3 @@ def report(root: Path, arms: Sequence[str], seed: int) -> Path:
 def _read(root: Path, arm: str, seed: int) -> dict[str, Any]:
     path = result_path(root / f"seed{seed}", arm)
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "unknown")

@@ -450,7 +450,7 @@ def load_student_bytes(config: TrainConfig, tokenizer: Any) -> opk.TokenBytes | 
     nothing."""
     if config.evaluation is None or (config.task and not config.student.tokenizer_name_or_path):
         return None
-    return load_bytes(tokenizer, name="student", by_ids=False)
+    return load_bytes(tokenizer, name="student")
 
 
 def close_teacher(teacher: Any) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -106,7 +106,7 @@ def check(
     on_stage(STAGES[3])
     view = _View(config, tokenizer, student, teacher, translator, findings)
     view.tokenizers()
-    view.specials()
+    view.specials(prompts[0].row)
     view.prompts(prompts)
     view.vocabularies(trajectories)
     on_stage(STAGES[4])
@@ -149,11 +149,7 @@ class _View:
     def sides(self) -> Iterator[tuple[str, Any, opk.TokenBytes | None]]:
         """Name, tokenizer and bytes of the student and of a teacher that has its own."""
         crossing = self.translator
-        ours = (
-            load_bytes(self.tokenizer, name="student", by_ids=False)
-            if crossing is None
-            else crossing.student_bytes
-        )
+        ours = crossing.student_bytes if crossing else load_bytes(self.tokenizer, name="student")
         yield "student", self.tokenizer, ours
         if crossing is not None:
             yield "teacher", crossing.teacher, crossing.teacher_bytes
@@ -176,7 +172,7 @@ class _View:
                 )
         self.findings.add("tokenizers", ["", "class", "tokens", "kind", "exact bytes"], rows)
 
-    def specials(self) -> None:
+    def specials(self, row: Mapping[str, Any]) -> None:
         """Tokens by role, and the ends of both models."""
         sides = [side for side in self.sides() if side[2] is not None]
         rows = []
@@ -193,9 +189,9 @@ class _View:
                 self.findings.wrong.append(
                     f"{name}: its tokenizer has no end token, so no text of it ever ends"
                 )
-        self._ends()
+        self._ends(is_chat(row))
 
-    def _ends(self) -> None:
+    def _ends(self, in_chats: bool) -> None:
         """Where a model's generation stops, and where its template says that a turn does."""
         ends = {}
         for name, tokenizer, found in self.sides():
@@ -204,7 +200,7 @@ class _View:
                 continue
             ends[name] = end_token_ids(model, tokenizer)
             end = turn_end_id(tokenizer, found)
-            if text_behind_a_turn(tokenizer) is not None and end not in ends[name]:
+            if in_chats and text_behind_a_turn(tokenizer) and end not in ends[name]:
                 self.findings.wrong.append(
                     f"{name}: its chat template ends a turn with "
                     f"{tokenizer.convert_ids_to_tokens(end)!r}, its generation_config stops at "

@@ -143,7 +143,7 @@ def _run(
     likelihood = -law.token_logprobs(batch.token_ids).logprobs.sum() / max(1, count)
     (scale,) = torch.autograd.grad(likelihood, leaf)
     norm = torch.linalg.vector_norm
-    return float(loss), float(norm(gradient.float()) / norm(scale.float()))
+    return float(loss.detach()), float(norm(gradient.float()) / norm(scale.float()))
 
 
 class _Twin:
@@ -207,9 +207,9 @@ class _Renumbered(Translator):
         """Renumbered."""
         return self._numbers[torch.tensor(super().prompt(row))].tolist()
 
-    def encode(self, ids: Tensor, *, chat: bool) -> Tensor:
+    def encode(self, texts: Sequence[Tensor], chats: Sequence[bool]) -> list[Tensor]:
         """Renumbered."""
-        return self._numbers[ids]
+        return [self._numbers[ids] for ids in texts]
 
     def _end(self, trajectory: Trajectory, ids: Tensor) -> int | None:
         is_end = len(ids) > 0 and int(ids[-1]) in self._ends

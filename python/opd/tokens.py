@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from opd.model import LanguageModel
 
 _log = logging.getLogger(__name__)
+_ROLES = ("bos", "eos", "pad", "unk")
 
 
 def crossing_objectives() -> list[str]:
@@ -93,30 +94,31 @@ def check_crossing(
     return True
 
 
-def load_bytes(tokenizer: Any, *, name: str, by_ids: bool) -> opk.TokenBytes | None:
-    """The bytes of a tokenizer's ids; None where it hides them.
+def load_bytes(tokenizer: Any, *, name: str, lossy: bool = False) -> opk.TokenBytes | None:
+    """The bytes of a tokenizer's ids; None, with a warning, where it hides them.
 
     Args:
         tokenizer: of transformers.
-        name: the configuration key of its model, for errors.
-        by_ids: ids need only be told apart: words without their spaces do.
+        name: the configuration key of its model, for the warning.
+        lossy: take a tokenizer that changes a text before it cuts it.
     """
     try:
-        return opk.TokenBytes(tokenizer)
+        return opk.TokenBytes(tokenizer, lossy=lossy)
     except opk.TokenBytesError as error:
-        if not by_ids:
-            _log.warning("%s: %s", name, error)
-            return None
+        _log.warning("%s: %s", name, error)
+        return None
+
+
+def _words(tokenizer: Any) -> opk.TokenBytes:
+    """Of a tokenizer without bytes, names that tell its ids apart."""
     pairs = vocabulary(tokenizer)
     words = [b""] * (pairs[-1][0] + 1)
     for i, token in pairs:
         words[i] = token.encode()
-    roles = {}
-    for role in ("bos", "eos", "pad", "unk"):
-        i = getattr(tokenizer, f"{role}_token_id", None)
-        if i is not None:
-            roles[role] = (i,)
-    return opk.TokenBytes.from_bytes(words, roles=roles)
+    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
+    return opk.TokenBytes.from_bytes(
+        words, roles={role: i for role, i in ids.items() if i is not None}
+    )
 
 
 def load_translator(
@@ -141,14 +143,16 @@ def load_translator(
     """
     if teacher is None or not (crosses or config.objective.crosses_tokenizers):
         return None
-    ours = load_bytes(tokenizer, name="student", by_ids=not crosses)
-    theirs = load_bytes(teacher_tokenizer, name="teacher", by_ids=False) if crosses else ours
-    for name, found in (("student", ours), ("teacher", theirs)):
-        if found is None:
-            raise ConfigError(
-                f"{name}: the bytes of its tokens are not known, see the line above, so nothing "
-                "can be said across tokenizers"
-            )
+    if crosses:
+        ours = load_bytes(tokenizer, name="student", lossy=True)
+        theirs = load_bytes(teacher_tokenizer, name="teacher", lossy=True)
+    else:
+        ours = theirs = _bytes_or_words(tokenizer)
+    if ours is None or theirs is None:
+        raise ConfigError(
+            f"{'teacher' if ours else 'student'}: the bytes of its tokens are not known, see the "
+            "line above, so nothing can be said across tokenizers"
+        )
     if teacher_tokenizer is None or (not crosses and _lacks_template(teacher_tokenizer)):
         teacher_tokenizer = tokenizer
     if teacher_tokenizer.eos_token_id is None:
@@ -162,6 +166,14 @@ def load_translator(
         end_ids=end_token_ids(student.model, tokenizer),
         max_positions=teacher.max_positions,
     )
+
+
+def _bytes_or_words(tokenizer: Any) -> opk.TokenBytes:
+    """With one vocabulary no text is encoded anew, so that names of its tokens do."""
+    try:
+        return opk.TokenBytes(tokenizer, lossy=True)
+    except opk.TokenBytesError:
+        return _words(tokenizer)
 
 
 def _lacks_template(tokenizer: Any) -> bool:

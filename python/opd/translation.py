@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -131,12 +131,11 @@ class Translator:
         """
         completions = [trajectory.completion_ids for trajectory in trajectories]
         self._check_known(completions)
-        ours, theirs, ends = [], [], []
-        for trajectory, ids in zip(trajectories, completions, strict=True):
-            end = self._end(trajectory, ids)
-            ours.append(ids if end is None else ids[:-1])
-            theirs.append(self.encode(ours[-1], chat=is_chat(trajectory.row)))
-            ends.append(end)
+        ends = [self._end(t, ids) for t, ids in zip(trajectories, completions, strict=True)]
+        ours = [
+            ids if end is None else ids[:-1] for ids, end in zip(completions, ends, strict=True)
+        ]
+        theirs = self.encode(ours, [is_chat(trajectory.row) for trajectory in trajectories])
         chunks = self._align(ours, theirs)
         sides = []
         for trajectory, ids, end, chunk in zip(trajectories, theirs, ends, chunks, strict=True):
@@ -190,27 +189,33 @@ class Translator:
                     f"data.max_prompt_length below the student's {len(prompt.ids)}"
                 )
 
-    def encode(self, ids: Tensor, *, chat: bool) -> Tensor:
-        """Tokens of the student as the teacher's, int64; special ones by their role."""
-        if self.has_one_vocabulary:
-            return ids
-        places = self._symbols[ids].nonzero().flatten().tolist()
-        found: list[int] = []
-        for before, place in pairwise([-1, *places, len(ids)]):
-            text = self.student_bytes.join(ids[before + 1 : place].tolist())
-            if text:
-                found += self._encode(text)
-            if place < len(ids):
-                found += self._of_role(int(self._symbols[ids[place]]), chat)
-        return torch.tensor(found, dtype=torch.int64)
+    def encode(self, texts: Sequence[Tensor], chats: Sequence[bool]) -> list[Tensor]:
+        """The student's tokens as the teacher's, int64; special ones by their role.
 
-    def _encode(self, text: bytes) -> list[int]:
+        Raises:
+            ConfigError: the teacher has no tokens for them.
+        """
+        if self.has_one_vocabulary:
+            return list(texts)
+        parts = [list(self._parts(*pair)) for pair in zip(texts, chats, strict=True)]
+        words = [part for those in parts for part in those if isinstance(part, bytes)]
         try:
-            return self.teacher_bytes.encode(text)
-        except ValueError as error:
-            raise ConfigError(
-                f"teacher: its tokenizer cannot say what the student wrote, {error}"
-            ) from None
+            cut = iter(self.teacher_bytes.encode_batch(words))
+        except opk.TokenBytesError as error:
+            raise ConfigError(f"teacher: cannot read what the student wrote, {error}") from None
+        found = [
+            [next(cut) if isinstance(part, bytes) else part for part in those] for those in parts
+        ]
+        return [torch.tensor([*chain(*those)], dtype=torch.int64) for those in found]
+
+    def _parts(self, ids: Tensor, chat: bool) -> Iterator[bytes | list[int]]:
+        """The bytes between special tokens, and the teacher's tokens in the place of these."""
+        places = self._symbols[ids].nonzero().flatten().tolist()
+        for before, place in pairwise([-1, *places, len(ids)]):
+            if place > before + 1:
+                yield self.student_bytes.join(ids[before + 1 : place])
+            if place < len(ids):
+                yield self._of_role(int(self._symbols[ids[place]]), chat)
 
     def _of_role(self, symbol: int, chat: bool) -> list[int]:
         if symbol & _END:

@@ -22,7 +22,9 @@ FOLDER = Path(__file__).parents[2] / "examples" / "first_light"
 sys.path.insert(0, str(FOLDER))
 
 import demo  # noqa: E402
+import jobs  # noqa: E402
 import paragraph  # noqa: E402
+import records  # noqa: E402
 import run_arm  # noqa: E402
 import summary  # noqa: E402
 
@@ -64,8 +66,8 @@ def test_student_cost_counts_a_sampled_token_once_more():
 
 
 def test_jobs_start_with_the_teacher_then_the_warm_student_then_slow_arms(tmp_path):
-    jobs = demo.plan_jobs(tmp_path, ("more_sft", "on_policy_jsd"), (0, 1))
-    assert [(job.seed, job.arm, job.needs) for job in jobs] == [
+    planned = demo.plan_jobs(tmp_path, ("more_sft", "on_policy_jsd"), (0, 1))
+    assert [(job.seed, job.arm, job.needs) for job in planned] == [
         (0, "teacher", None),
         (1, "teacher", None),
         (0, "warm_sft", "teacher"),
@@ -86,8 +88,8 @@ def test_jobs_run_in_the_order_of_their_needs(tmp_path, monkeypatch):
     log = tmp_path / "order"
     body = f"with open({str(log)!r}, 'a') as file: file.write(arm + '\\n')"
     monkeypatch.setattr(demo, "WORKER", _fake_worker(tmp_path / "worker.py", body))
-    jobs = demo.plan_jobs(tmp_path, ("more_sft", "on_policy_jsd"), (0,))
-    demo.run_jobs(jobs, 2, Console(file=io.StringIO()))
+    planned = demo.plan_jobs(tmp_path, ("more_sft", "on_policy_jsd"), (0,))
+    demo.run_jobs(planned, 2, Console(file=io.StringIO()))
     order = log.read_text().split()
     assert order[:2] == ["teacher", "warm_sft"]
     assert sorted(order[2:]) == ["more_sft", "on_policy_jsd"]
@@ -96,9 +98,9 @@ def test_jobs_run_in_the_order_of_their_needs(tmp_path, monkeypatch):
 def test_a_failing_job_ends_the_demo_with_the_end_of_its_log(tmp_path, monkeypatch):
     worker = _fake_worker(tmp_path / "worker.py", "sys.exit('no teacher here')")
     monkeypatch.setattr(demo, "WORKER", worker)
-    jobs = demo.plan_jobs(tmp_path, ("more_sft",), (0,))
-    with pytest.raises(demo.JobFailed, match=r"seed 0 teacher failed(.|\n)*no teacher here"):
-        demo.run_jobs(jobs, 2, Console(file=io.StringIO()))
+    planned = demo.plan_jobs(tmp_path, ("more_sft",), (0,))
+    with pytest.raises(jobs.JobFailed, match=r"seed 0 teacher failed(.|\n)*no teacher here"):
+        demo.run_jobs(planned, 2, Console(file=io.StringIO()))
 
 
 def test_a_finished_job_is_not_run_again_and_a_stale_one_is(tmp_path, monkeypatch):
@@ -126,7 +128,7 @@ def test_what_was_begun_with_other_inputs_is_stale(tmp_path):
     (tmp_path / run_arm.TRACES).write_text("one")
     assert not run_arm.is_stale(tmp_path, "warm_sft", 0)
     run_arm.arm_dir(tmp_path, "warm_sft").mkdir()
-    key = run_arm.key_path(tmp_path, "warm_sft")
+    key = records.key_path(tmp_path, "warm_sft")
     key.write_text(run_arm.job_key(tmp_path, "warm_sft", 0))
     assert not run_arm.is_stale(tmp_path, "warm_sft", 0)
     (tmp_path / run_arm.TRACES).write_text("two")
@@ -237,7 +239,7 @@ def test_picture_is_drawn(tmp_path):
 
 
 def test_stamp_names_the_commits_and_the_versions():
-    stamp = summary.stamp({"more_sft": [{"commit": "b"}, {"commit": "a+"}, {"commit": "b"}]})
+    stamp = records.stamp({"more_sft": [{"commit": "b"}, {"commit": "a+"}, {"commit": "b"}]})
     assert stamp["commits"] == ["a+", "b"]
     assert {"python", "torch", "transformers", "opd_kernels"} <= set(stamp["versions"])
     assert stamp["machine"]["num_cpus"] == os.cpu_count()
