@@ -20,8 +20,9 @@ from benchmarks import harness
 STUDENT_VOCAB, TEACHER_VOCAB = 151_936, 128_256
 NUM_THREADS = 2
 DOCUMENT_BYTES = 8192
-NUM_TOKENS = 2_000_000  # of the student, of ours
-NUM_PEER_TOKENS = 100_000
+# of the student; short calls, of which one meets a quiet moment of two cores
+NUM_TOKENS = 500_000
+NUM_PEER_TOKENS = 20_000
 
 
 class Side(NamedTuple):
@@ -129,7 +130,8 @@ def in_python(student: Side, teacher: Side, documents: range) -> Callable[[], li
 def in_trl(student: Side, teacher: Side, documents: range) -> Callable[[], list]:
     """TRL's GOLD: byte offsets of the tokens of both sides, and its groups.
 
-    It takes lengths of pieces, which are looked up here, where it asks the tokenizer for each.
+    It takes the lengths of pieces: from a dict, as where it keeps them, not from the tokenizer for
+    each token, as on rollouts.
     """
     loss = pytest.importorskip("trl.experimental.gold.gold_trainer").ULDLoss
     lengths = [
@@ -177,7 +179,12 @@ def bench_align_tokens(benchmark):
         assert boundaries == [len(groups) for groups, _ in variants["TRL GOLD"]()]
 
     benchmark.group = "align_tokens"
-    turns = harness.take_turns(benchmark, variants, rounds=30, slow_rounds=5)
+    turns = harness.take_turns(benchmark, variants, rounds=100, slow_rounds=20)
+    for name, seconds in turns.seconds.items():
+        if name != harness.OURS:
+            turns.seconds[name] = {
+                turn: taken * num_tokens / num_few for turn, taken in seconds.items()
+            }
     harness.record(benchmark, turns, harness.OURS)
     best = min(turns.seconds[harness.OURS].values())
     note = (
@@ -185,11 +192,13 @@ def bench_align_tokens(benchmark):
         f"{len(student_ids)} documents, {len(batch.is_aligned)} chunks, {NUM_THREADS} threads"
     )
     harness.goal(
-        benchmark, "million student tokens/s", num_tokens / best / 1e6, at_least=20, note=note
+        benchmark,
+        "align_tokens: million student tokens/s",
+        num_tokens / best / 1e6,
+        at_least=20,
+        note=note,
     )
     for name in ("Python", "TRL GOLD"):
-        ratio = None
-        if name in turns.seconds:
-            ratio = turns.ratio(name, harness.OURS) * num_tokens / num_few
-        harness.goal(benchmark, f"time of {name} per token over ours", ratio, at_least=50)
+        ratio = turns.ratio(name, harness.OURS) if name in turns.seconds else None
+        harness.goal(benchmark, f"align_tokens: time of {name} over ours", ratio, at_least=50)
     harness.assert_goals(benchmark)

@@ -163,8 +163,8 @@ QUESTIONS = {
     ),
     "align_tokens": (
         "How much quicker is the alignment of tokens than one in Python?",
-        "Two BPE tokenizers on the text of this repository. The others do a share of the documents: "
-        "the goals have the times per token.",
+        "Two BPE tokenizers on the text of this repository, times per token: the others take a "
+        "share of the documents. Ours has two threads, the others have no use for a second.",
     ),
     "gemm": (
         "How long does our own GEMM take?",
