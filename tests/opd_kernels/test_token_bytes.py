@@ -207,6 +207,7 @@ def test_roles_by_name_by_wrapper_and_by_template():
     assert llama3.roles == {"bos": (bos,), "eos": (eos,), "eot": (over,), "pad": (eos,), "unk": ()}
     assert llama3.symbols[[bos, eos, over, x]].tolist() == [1, 2 | 8, 4, 0]
     assert llama3[x] == b"<|x|>"
+    assert opk.TokenBytes(zoo("sentencepiece_bpe")).roles["eot"] == (4,)
     unigram = opk.TokenBytes(zoo("unigram"))
     assert [unigram.roles[role] for role in ("unk", "bos", "eos", "pad", "eot")] == [
         (0,), (1,), (2,), (3,), (4,),
@@ -321,6 +322,20 @@ def test_loss_that_no_part_admits_is_found_by_probing():
         opk.TokenBytes(Encoding())
     token_bytes = opk.TokenBytes(Encoding(), lossy=True)
     assert token_bytes.join(token_bytes.encode(b"a 3 b")) == b"a 3 b"
+
+
+def test_ids_that_spell_something_else_are_refused():
+    """As in CLIP: spaces are dropped, and its decoder does not put them back."""
+    tokenizer = tokenizer_of(
+        models.BPE(numbered(*sorted(pre_tokenizers.ByteLevel.alphabet())), []),
+        decoder=decoders.ByteLevel(),
+        normalizer=normalizers.Lowercase(),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+    )
+    with pytest.raises(opk.TokenBytesError, match=r"spell 'themodelreads.*nothing to normalise"):
+        opk.TokenBytes(tokenizer, lossy=True)
 
 
 def test_bytes_that_decoding_contradicts_are_refused():
