@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import opd_kernels as opk
+from opd_kernels._token_cut import ExactEncoder
 from tests import texts
 from tests.tokenizer_zoo import EXACT, LOSSY, zoo
 
@@ -57,6 +58,41 @@ def test_text_is_cut_as_the_tokenizer_cuts_it(name):
         spelled = token_bytes.join(ids)
         assert spelled.removeprefix(b" ") == text.encode()
         assert token_bytes.encode(spelled) == ids
+
+
+def with_prefix_space():
+    tokenizer = tokenizers.Tokenizer.from_str(zoo("byte_level_gpt2").to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", [*EXACT, "with_prefix_space"])
+def test_a_text_may_begin_in_a_word_or_with_a_space(name, monkeypatch):
+    """One way is enough: what the tokenizer would add in front is switched off, not cut off."""
+    monkeypatch.delattr(ExactEncoder, "_around_lost")
+    token_bytes = opk.TokenBytes(zoo(name) if name in EXACT else with_prefix_space())
+    for text in (b"el reads a line", b" the model", b"\n\n", b"  two"):
+        ids = token_bytes.encode(text)
+        assert token_bytes.join(ids) == text
+
+
+def test_added_tokens_that_are_not_special_are_text():
+    token_bytes = opk.TokenBytes(zoo("byte_level_llama3"))
+    think = zoo("byte_level_llama3").convert_tokens_to_ids("<think>")
+    assert think in token_bytes.encode(b"so <think> it")
+    assert token_bytes[think] == b"<think>"
+
+
+def test_written_specials_stay_text():
+    """A Unigram vocabulary has them among its pieces, with a score that always wins."""
+    token_bytes = opk.TokenBytes(zoo("unigram"))
+    text = "the model <|tool|> reads<s> a <|tool|>"
+    assert {1, 5} <= set(own_ids("unigram", text))
+    ids = token_bytes.encode(text.encode())
+    assert token_bytes.join(ids) == text.encode()
+    assert set(range(6)).isdisjoint(ids)
+    # around them the tokenizer's own tokens are kept
+    assert ids[:2] == token_bytes.encode(b"the model")
 
 
 @pytest.mark.parametrize("name", EXACT)
