@@ -105,9 +105,10 @@ class SharedVocab:
 
 def label_logits(law: Law, token_ids: Tensor) -> Tensor:
     """cap(scale * (hidden[t] . W[token_ids[t]] + bias)) for each t, [T], and no other logit."""
-    head = law.head
-    logits = (law.hidden().float() * head.weight[token_ids].float()).sum(1)
+    head, hidden = law.head, law.hidden()
+    real = torch.promote_types(hidden.dtype, torch.float32)
+    logits = (hidden.to(real) * head.weight[token_ids].to(real)).sum(1)
     if head.bias is not None:
-        logits = logits + head.bias[token_ids].float()
+        logits = logits + head.bias[token_ids].to(real)
     logits = head.logit_scale * logits
     return logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
