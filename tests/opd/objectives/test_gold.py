@@ -13,8 +13,8 @@ from tests.opd.objectives.test_overlap import PAIRS
 from tests.opd.objectives.test_uld import sorted_distance
 from tests.opd.objectives.two_tokenizers import STUDENT, TEACHER, Case, check_hostile
 
-# every chunk has tokens on both sides: what TRL's groups are
-WHOLE = ("one", "merged", "split", "other", "both")
+# chunks that have tokens on both sides and cannot be cut further: what TRL's groups are
+FINEST = ("one", "merged", "split", "other", "merged")
 
 
 def merged(law, ids, span, merge):
@@ -128,7 +128,7 @@ def _as_trl(rows, ids, lengths, is_shifted):
 def test_trl_has_the_same_loss_and_gradients(merge, hybrid):
     """TRL's `observed` is given the rows that predict the tokens: its own slices are one late."""
     trl = pytest.importorskip("trl.experimental.gold.gold_trainer")
-    case = Case(WHOLE)
+    case = Case(FINEST)
     config = SimpleNamespace(
         uld_crossentropy_weight=0.0,
         uld_distillation_weight=1.0,
