@@ -113,7 +113,7 @@ def _strings(tokens):
 def _as_trl(rows, ids, lengths, is_shifted):
     """Logits [1, S, V], labels, ids and byte offsets of a text behind one token of prompt.
 
-    lengths: bytes of each token. is_shifted: the row at a place predicts the next one, as a model's.
+    lengths: bytes of each token. is_shifted: a row predicts the next place, as a model's does.
     """
     pad = rows.new_zeros(1, rows.shape[1])
     logits = torch.cat([rows, pad] if is_shifted else [pad, rows])[None]
