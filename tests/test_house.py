@@ -130,6 +130,11 @@ TESTED_ELSEWHERE = {
     "opd_kernels/_linear.py": "tests/opd_kernels/test_fused_linear_*.py",
     "opd_kernels/_one_head.py": "tests/opd_kernels/test_fused_linear_*.py",
     "opd_kernels/_registration.py": "opcheck in each op's test, and this file",
+    "opd_kernels/_token_check.py": "tests/opd_kernels/test_token_bytes.py",
+    "opd_kernels/_token_cut.py": "tests/opd_kernels/test_token_bytes.py",
+    "opd_kernels/_token_formats.py": "tests/opd_kernels/test_token_bytes.py",
+    "opd_kernels/_token_formats_hf.py": "tests/opd_kernels/test_token_bytes.py",
+    "opd_kernels/_token_roles.py": "tests/opd_kernels/test_token_bytes.py",
     "opd_kernels/_topk_divergence_path.py": (
         "tests/opd_kernels/test_fused_linear_topk_divergence.py"
     ),
@@ -176,6 +181,8 @@ SYNCS = {
     ("opd_kernels/fused_linear_speculative_verify.py", "nonzero"),
     ("opd_kernels/_verify.py", "nonzero"),
     ("opd_kernels/_checks.py", "nonzero"),
+    # ids as text, on the host
+    ("opd_kernels/token_bytes.py", "tolist"),
     # row counts of the ranks of a process_group
     ("opd_kernels/_parallel.py", "tolist"),
 }

@@ -96,6 +96,11 @@ void check_product(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_tr
 }  // namespace
 
 int main() {
+  // a tile of each height, and so many columns beside whole squares of them
+  for (int64_t m = 1; m <= 30; ++m) {
+    check_product(m, 33 + m, 19, false, m % 2 == 0, OPD_FLOAT32, OPD_FLOAT32, m % 3 == 0);
+    check_product(m, 33 + m, 38, false, false, OPD_BFLOAT16, OPD_BFLOAT16, m % 3 == 0);
+  }
   for (bool a_transposed : {false, true}) {
     for (bool b_transposed : {false, true}) {
       // an even and an odd depth of bfloat16 pairs, and strides of both kinds
