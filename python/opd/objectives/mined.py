@@ -108,7 +108,7 @@ class Mined(ObjectiveSection):
         mass = logprobs.logsumexp(1, keepdim=True)
         has_law = (mass > -torch.inf).squeeze(1)
         law = (logprobs - mass).exp().masked_fill(~has_law.unsqueeze(1), 0.0)
-        label_mass = torch.where(has_law, self.ce_weight, 1.0)
+        label_mass = torch.ones_like(law[:, 0]).masked_fill(has_law, self.ce_weight)
         # one column for the label, which takes over its own entry of the law
         is_label = moved == labels[rows].unsqueeze(1)
         law_mass = law * (1.0 - label_mass).unsqueeze(1)
