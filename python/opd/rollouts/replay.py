@@ -48,7 +48,7 @@ class ReplayConfig(Sampling):
     capacity: int = Field(1000, ge=1)
 
     def build(
-        self, student: Any, teacher: Any, tokenizer: Any, *, seed: int, max_steps: int
+        self, student: Any, teacher: Any, tokenizer: Any, *, seed: int, max_steps: int, **_: Any
     ) -> ReplayRollouts:
         """The engine."""
         return ReplayRollouts(
