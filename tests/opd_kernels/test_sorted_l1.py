@@ -157,7 +157,9 @@ def test_pairs_of_one_vocabulary_are_the_divergence():
     spec = opk.divergences.jsd(beta=0.3)
     expected = run(opk.divergence, student, teacher, F64, {"divergence": spec})
     options = {"pairs": (ids, ids), "pair_weight": 1.0, "beta": 0.3}
-    for got, exact in zip(run(opk.sorted_l1, student, teacher, F64, options), expected, strict=True):
+    for got, exact in zip(
+        run(opk.sorted_l1, student, teacher, F64, options), expected, strict=True
+    ):
         torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-14)
 
 
@@ -226,9 +228,7 @@ def test_results_do_not_depend_on_threads(monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if before > 1 else 2)
-        for got, exact in zip(
-            run(opk.sorted_l1, student, teacher, F32, {}), expected, strict=True
-        ):
+        for got, exact in zip(run(opk.sorted_l1, student, teacher, F32, {}), expected, strict=True):
             assert torch.equal(got, exact)
     finally:
         torch.set_num_threads(before)
