@@ -66,6 +66,12 @@ def _constant_for_dynamo(function: Callable) -> Callable:
     return function
 
 
+@_constant_for_dynamo
+def num_threads() -> int:
+    """Threads that a CPU's kernels run on."""
+    return torch.get_num_threads()
+
+
 def _cuda(meta: Meta) -> str | None:
     if meta.device == "cpu" and _cuda_emulated():
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sorted_l1 and its fused twin share: the two laws that are compared, and how a GPU does it."""
+"""What sorted_l1 and its fused twin share: two laws, their pairs, and how a GPU compares them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _laws
+from . import _checks, _dispatch, _laws
 from ._row_chunks import Scratch, law_logits
 from .token_logprobs import Law, pack_law
 
@@ -180,10 +180,10 @@ def scratch(like: Tensor, student_size: int, teacher_size: int) -> Scratch:
         return Scratch(
             per_row=width * (_STUDENT_BYTES * student_size + _TEACHER_BYTES * teacher_size)
         )
-    # of csrc/core/sorted_l1.cpp, for each thread: keys with and without ids twice, and a row of each
+    # of csrc/core/sorted_l1.cpp, for each thread: keys twice, with and without ids, and a row each
     key, entry = (4, 8) if _checks.real_dtype(like) == torch.float32 else (8, 16)
     of_thread = (2 * entry + key) * student_size + 3 * key * teacher_size
-    return Scratch(per_call=torch.get_num_threads() * (of_thread + 64))
+    return Scratch(per_call=_dispatch.num_threads() * (of_thread + 64))
 
 
 def compare(
@@ -260,7 +260,9 @@ def _paired(
     is_absent = ~is_paired | ((log_q == -math.inf) & (log_p == -math.inf))
     gap = gap.masked_fill(is_absent, 0.0)
     student_larger = gap > 0
-    size, smaller = -gap.abs(), torch.where(student_larger, beta, 1.0 - beta)
+    size = -gap.abs()
+    # not torch.where of two numbers, which is float32
+    smaller = torch.full_like(gap, 1.0 - beta).masked_fill_(student_larger, beta)
     log_m = torch.log1p(smaller * torch.expm1(size))
     ratio, larger = size.exp(), torch.maximum(log_q, log_p).exp()
     below = torch.where(ratio > 0, ratio * (size - log_m), 0.0)

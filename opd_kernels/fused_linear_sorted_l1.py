@@ -75,8 +75,8 @@ def fused_linear_sorted_l1(
         backend: "cpu" | "cuda" (the library's sort) | "reference"; None picks one.
 
     Returns:
-        FusedLinearSortedL1Output, float32 (float64 for float64); differentiable in student_hidden,
-        student_lm_head_weight, student_bias and student_log_scales.
+        FusedLinearSortedL1Output, float32 (float64 for float64), of pairs in nats; differentiable
+        in student_hidden, student_lm_head_weight, student_bias and student_log_scales.
 
     Raises:
         ValueError: shapes, ranges, ids (on CPU) or a workspace that do not fit.

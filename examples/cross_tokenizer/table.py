@@ -37,8 +37,6 @@ LABELS = {
     "multilevel_ot": "MultiLevelOT",
     "on_policy_alm": "on-policy ALM",
     "on_policy_gold_hybrid": "on-policy GOLD, hybrid",
-    "on_policy_simct": "on-policy SimCT",
-    "on_policy_overlap": "on-policy shared tokens",
     "same_tokenizer": "twin, forward KL",
     "on_policy_same_tokenizer": "twin, on-policy reverse KL",
     "twin_teacher": "twin teacher",

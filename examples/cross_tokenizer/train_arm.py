@@ -29,7 +29,7 @@ ARMS = Path(__file__).parent / "arms"
 TEACHERS = ("teacher", "twin_teacher")
 WARM = "warm_sft"
 # texts: what the teacher learns from, how many of them the student has, and the held-out ones
-NUM_TEXTS, NUM_STUDENT_TEXTS, NUM_HELD_OUT = 2400, 400, 400
+NUM_TEXTS, NUM_STUDENT_TEXTS, NUM_HELD_OUT = 2400, 800, 400
 TEXTS, STUDENT_TEXTS, HELD_OUT = "teacher.jsonl", "student.jsonl", "held_out.jsonl"
 
 

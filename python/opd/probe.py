@@ -22,7 +22,8 @@ from opd.translation import Translator
 # of the likelihood's gradient, by the dtype of the student
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # weights of a term on the labels, under the names that objectives have for it
-_OF_LABELS = ("ce_weight", "lm_weight")
+_OF_LABELS = ("ce_weight", "cross_entropy_weight")
+_MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,8 @@ def probe(
         trajectories: what to look at.
         student_bytes: of the student's tokens, for objectives that cross.
     """
-    section, dropped = _without_labels(config.objective)
+    size = student.vocab_size or student.lm_head_weight.shape[0]
+    section, dropped = _of_the_teacher_alone(config.objective, size)
     crosses = section.crosses_tokenizers and student_bytes is not None
     twins: list[tuple[str, Any, Translator | None]] = []
     own = None
@@ -94,6 +96,11 @@ def probe(
         verdict = "as it should be" if not is_wrong else "does not vanish"
         if is_noise:
             verdict, is_wrong = "zero on average only: it draws", False
+        elif is_wrong and getattr(section, "teacher_top_k", size) < size:
+            verdict, is_wrong = (
+                f"not zero, it reads {section.teacher_top_k} of {size} tokens",
+                False,
+            )
         elif dropped and not is_wrong:
             verdict += f", without {', '.join(dropped)}"
         yield Probe(
@@ -105,10 +112,14 @@ def probe(
         )
 
 
-def _without_labels(section: Any) -> tuple[Any, list[str]]:
-    """The objective without terms that the teacher has no part in."""
+def _of_the_teacher_alone(section: Any, size: int) -> tuple[Any, list[str]]:
+    """The objective with all tokens of the teacher's law and no term on the labels, and the names
+    of such terms."""
     dropped = [name for name in _OF_LABELS if getattr(section, name, 0)]
-    return section.model_copy(update=dict.fromkeys(dropped, 0.0)), dropped
+    changes: dict[str, Any] = dict.fromkeys(dropped, 0.0)
+    if hasattr(section, "teacher_top_k"):
+        changes["teacher_top_k"] = min(size, _MOST_TOKENS)
+    return section.model_copy(update=changes), dropped
 
 
 def _run(

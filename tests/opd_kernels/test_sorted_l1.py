@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""opk.sorted_l1: truth, pairs, scales, ties, edges, the library's sort, autograd, compile, errors."""
+"""opk.sorted_l1: truth, pairs, scales, ties, edges, the library's sort, compile, errors."""
 
 from __future__ import annotations
 

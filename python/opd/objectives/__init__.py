@@ -12,39 +12,48 @@ from opd.objectives.alm import Alm
 from opd.objectives.base import ObjectiveSection, Parts
 from opd.objectives.dskd import Dskd
 from opd.objectives.full_vocab import FullVocab
+from opd.objectives.gold import Gold
 from opd.objectives.mined import Mined
+from opd.objectives.multilevel_ot import MultilevelOt
 from opd.objectives.overlap import Overlap
 from opd.objectives.sampled_token import SampledToken
 from opd.objectives.simct import Simct
 from opd.objectives.teacher_samples import TeacherSamples
 from opd.objectives.token_nll import TokenNll
 from opd.objectives.topk import Topk
+from opd.objectives.uld import Uld
 from opd.sparse_law import DrawnLaw, SparseLaw
 
 OBJECTIVES = {
     "alm": Alm,
     "dskd": Dskd,
     "full_vocab": FullVocab,
+    "gold": Gold,
     "mined": Mined,
+    "multilevel_ot": MultilevelOt,
     "overlap": Overlap,
     "sampled_token": SampledToken,
     "simct": Simct,
     "teacher_samples": TeacherSamples,
     "token_nll": TokenNll,
     "topk": Topk,
+    "uld": Uld,
 }
 
 ObjectiveConfig = (
     Alm
     | Dskd
     | FullVocab
+    | Gold
     | Mined
+    | MultilevelOt
     | Overlap
     | SampledToken
     | Simct
     | TeacherSamples
     | TokenNll
     | Topk
+    | Uld
 )
 
 
@@ -76,7 +85,9 @@ __all__ = [
     "Alm",
     "Dskd",
     "FullVocab",
+    "Gold",
     "Mined",
+    "MultilevelOt",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveSection",
@@ -87,4 +98,5 @@ __all__ = [
     "TeacherSamples",
     "TokenNll",
     "Topk",
+    "Uld",
 ]

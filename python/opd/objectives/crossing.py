@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import opd_kernels as opk
-from opd.batch import Batch, Law
+from opd.batch import Batch, Law, Signal
 from opd.objectives.base import Parts
 
 
@@ -65,6 +65,52 @@ def chunks_of(batch: Batch, num_step_tokens: int) -> Chunks:
     )
 
 
+class Pairs(NamedTuple):
+    """Rows of both laws that are compared, M pairs of them.
+
+    Attributes:
+        student, teacher: [M] int64, rows of the laws.
+        text: [M] int64 on the CPU, ascending: which of the batch's texts a pair is of.
+        count: what a sum over the pairs of the step is divided by.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    text: Tensor
+    count: int
+
+    def weights(self) -> Tensor:
+        """[M] of 1 / count."""
+        weight = 1.0 / self.count
+        return torch.full(
+            self.student.shape, weight, dtype=torch.float64, device=self.student.device
+        )
+
+
+def pairs_of(batch: Batch, pairing: str, num_step_tokens: int) -> Pairs:
+    """The rows to compare.
+
+    "chunks": where the first tokens of each aligned chunk are predicted; for the chunks of the
+    step. "positions": token i of a text beside token i of it in the teacher's tokens, up to the
+    shorter of the two; for the student's tokens of the step.
+    """
+    translation = batch.translation
+    if pairing == "chunks":
+        chunks = chunks_of(batch, num_step_tokens)
+        ends = batch.segment_ends if translation is None else translation.chunk_ends
+        text = torch.searchsorted(ends.cpu(), chunks.index.cpu(), right=True)
+        return Pairs(chunks.student_first, chunks.teacher_first, text, chunks.num_step_chunks)
+    taught = batch if translation is None else translation.batch
+    ends = [side.segment_ends.cpu() for side in (batch, taught)]
+    starts = [torch.cat([end.new_zeros(1), end[:-1]]) for end in ends]
+    lengths = torch.minimum(*(end - start for end, start in zip(ends, starts, strict=True)))
+    text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    # of each pair in its text
+    place = torch.arange(len(text)) - (lengths.cumsum(0) - lengths)[text]
+    rows = ((start[text] + place).to(batch.token_ids.device) for start in starts)
+    return Pairs(*rows, text, max(1, num_step_tokens))
+
+
 class SharedVocab:
     """What the vocabularies of a run share; of one tokenizer everything.
 
@@ -101,6 +147,18 @@ class SharedVocab:
             return teacher_ids.to(torch.int64)
         move = self.projection.map_ids if exact else self.projection.nearest
         return move(teacher_ids)
+
+
+def with_cross_entropy(
+    signal: Signal, weight: float, student: Law, batch: Batch, num_step_tokens: int
+) -> Signal:
+    """The loss plus `weight` times the share of the mean -log Q(y_t) of the batch's own tokens."""
+    if weight == 0:
+        return signal
+    chosen = student.token_logprobs(batch.token_ids)
+    mean = -chosen.logprobs.sum() / max(1, num_step_tokens)
+    statistics = signal.statistics | {"entropy": chosen.entropy.detach()}
+    return Signal(loss=signal.loss + weight * mean, statistics=statistics)
 
 
 def label_logits(law: Law, token_ids: Tensor) -> Tensor:

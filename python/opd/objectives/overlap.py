@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, model_validator
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
 from opd.objectives.base import ObjectiveSection, Parts
-from opd.objectives.crossing import SharedVocab, chunks_of
+from opd.objectives.crossing import SharedVocab, chunks_of, with_cross_entropy
 
 
 class Overlap(ObjectiveSection):
@@ -21,7 +21,8 @@ class Overlap(ObjectiveSection):
     same bytes. The cells are the tokens with the same bytes in both vocabularies and, with a
     bucket, one more for all others; C: the aligned chunks of the step.
 
-    With one tokenizer it is `full_vocab`.
+    plus cross_entropy_weight times the student's mean negative log-likelihood of the text. With one
+    tokenizer and weight 0 it is `full_vocab`.
 
     Attributes:
         divergence: a name out of `opd_kernels.divergences.DIVERGENCES`.
@@ -29,6 +30,8 @@ class Overlap(ObjectiveSection):
         tail: what stands for the tokens that are not shared: `bucket`, `renormalize_both` or
             `renormalize_teacher`, see docs/divergences.md.
         temperature: divides both models' logits. No implicit temperature**2 factor.
+        cross_entropy_weight: the rows behind the first of a chunk are in no other loss; trained
+            without one on few texts, a student forgets how its own tokens go on.
 
     Source: D19 to D22 of docs/divergences.md on the common vocabulary. The law of a chunk's first
     token sees no other token of the chunk: what the teacher thinks of those behind is not taught.
@@ -44,6 +47,7 @@ class Overlap(ObjectiveSection):
     params: dict[str, float | bool | tuple[str, str]] = Field(default_factory=dict)
     tail: Literal["bucket", "renormalize_both", "renormalize_teacher"] = "bucket"
     temperature: float = Field(1.0, gt=0)
+    cross_entropy_weight: float = Field(0.0, ge=0)
     _shared: SharedVocab | None = PrivateAttr(None)
 
     @model_validator(mode="after")
@@ -94,4 +98,6 @@ class Overlap(ObjectiveSection):
         statistics = {f"{name}_overlap": row for name, row in out.statistics.items()}
         for name in names[3:]:
             statistics[name] = statistics.pop(f"{name}_overlap")
-        return Signal(loss=out.loss, statistics=statistics)
+        signal = Signal(loss=out.loss, statistics=statistics)
+        weight = self.cross_entropy_weight
+        return with_cross_entropy(signal, weight, student, batch, num_step_tokens)

@@ -12,7 +12,13 @@ from torch import Tensor
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
 from opd.objectives.base import ObjectiveSection, Parts
-from opd.objectives.crossing import Chunks, SharedVocab, chunks_of, label_logits
+from opd.objectives.crossing import (
+    Chunks,
+    SharedVocab,
+    chunks_of,
+    label_logits,
+    with_cross_entropy,
+)
 
 
 class Simct(ObjectiveSection):
@@ -22,7 +28,8 @@ class Simct(ObjectiveSection):
     for a chunk of several tokens on a side, one entry for the chunk), P' likewise of the teacher.
     The entry is the mean, over the chunk's tokens, of each token's own logit where it is predicted.
 
-    With one tokenizer every chunk is one token and all tokens are shared: the reverse KL.
+    Plus cross_entropy_weight times the student's mean negative log-likelihood of the text. With one
+    tokenizer every chunk is one token and all tokens are shared: the reverse KL, at weight 0.
 
     Attributes:
         span: `logit`, as above, which the paper has: logits of different positions, whose zeros
@@ -31,6 +38,9 @@ class Simct(ObjectiveSection):
             log-sum-exp of the first position; such constants drop out. It costs one more GEMM with
             each head, and two more in backward.
         temperature: divides all entries of z'.
+        cross_entropy_weight: tokens that are not shared are in no entry, and of the rows behind the
+            first of a chunk only a logit is; trained without one on few texts, a student forgets
+            how its own tokens go on.
 
     Source: SimCT, arXiv:2605.07711. Its code cuts spans only behind tokens that are the same on
     both sides; the chunks here are the finest that both tokenizations have. It divides by tokens,
@@ -45,6 +55,7 @@ class Simct(ObjectiveSection):
     kind: Literal["simct"] = "simct"
     span: Literal["logit", "logprob"] = "logit"
     temperature: float = Field(0.6, gt=0)
+    cross_entropy_weight: float = Field(0.0, ge=0)
     _shared: SharedVocab | None = PrivateAttr(None)
 
     def bind(self, parts: Parts) -> Simct:
@@ -95,7 +106,9 @@ class Simct(ObjectiveSection):
         )
         statistics = {f"{name}_overlap": row for name, row in out.statistics.items()}
         statistics["span_ratio"] = chunks.is_span.float()
-        return Signal(loss=out.loss, statistics=statistics)
+        signal = Signal(loss=out.loss, statistics=statistics)
+        weight = self.cross_entropy_weight
+        return with_cross_entropy(signal, weight, student, batch, num_step_tokens)
 
     def _span(
         self, law: Law, batch: Batch, chunks: Chunks, offsets: Tensor, first: Tensor

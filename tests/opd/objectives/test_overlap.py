@@ -81,3 +81,15 @@ def test_vocabularies_are_those_of_the_run():
     )
     with pytest.raises(ValueError, match="at least one shared token"):
         case.run(unbound)
+
+
+def test_the_cross_entropy_of_all_tokens_is_added_with_its_weight():
+    case = Case()
+    law = case.rows()[0].log_softmax(-1)
+    nll = -law.gather(1, case.ids[0][:, None]).sum().detach() / 8
+    (plain, _), (both, gradients) = (
+        case.run(Overlap(cross_entropy_weight=weight)) for weight in (0.0, 0.25)
+    )
+    torch.testing.assert_close(both.loss.detach(), plain.loss.detach() + nll / 4)
+    assert both.statistics["entropy"].shape == case.ids[0].shape
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)

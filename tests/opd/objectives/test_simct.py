@@ -98,3 +98,15 @@ def test_statistics_are_per_chunk():
 @pytest.mark.parametrize("kind", ["logit", "logprob"])
 def test_simct_without_anything_to_compare_is_zero(kind):
     check_hostile(Simct(span=kind))
+
+
+def test_the_cross_entropy_of_all_tokens_is_added_with_its_weight():
+    case = Case()
+    law = case.rows()[0].log_softmax(-1)
+    nll = -law.gather(1, case.ids[0][:, None]).sum().detach() / 8
+    (plain, _), (both, gradients) = (
+        case.run(Simct(cross_entropy_weight=weight)) for weight in (0.0, 0.25)
+    )
+    torch.testing.assert_close(both.loss.detach(), plain.loss.detach() + nll / 4)
+    assert both.statistics["entropy"].shape == case.ids[0].shape
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
