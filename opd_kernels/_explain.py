@@ -18,6 +18,7 @@ _HEADS = {
     "fused_linear_token_logprobs": (1,),
     "fused_linear_topk": (1,),
     "fused_linear_topk_divergence": (1,),
+    "fused_linear_overlap_divergence": (1, 3),
     "fused_linear_sample_tokens": (1,),
     "fused_linear_speculative_verify": (2, 4),
 }
@@ -69,6 +70,8 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
         lines.append(f"  {backend}: {state}{f' ({reason})' if reason else ''}")
     if op == "fused_linear_speculative_verify" and chosen != "reference":
         lines.append(f"  {_verification(module, tensors, options)}")
+    elif op == "fused_linear_overlap_divergence" and chosen != "reference":
+        lines.append(f"  {module.cut(tensors, options)}")
     elif heads and chosen != "reference":
         lines.append(f"  {_plan_of(op, tensors, heads, options)}")
     return "\n".join(lines)
