@@ -36,7 +36,6 @@ LABELS = {
     "dskd_v2": "DSKD-v2",
     "multilevel_ot": "MultiLevelOT",
     "on_policy_alm": "on-policy ALM",
-    "on_policy_gold_hybrid": "on-policy GOLD, hybrid",
     "same_tokenizer": "twin, forward KL",
     "on_policy_same_tokenizer": "twin, on-policy reverse KL",
     "twin_teacher": "twin teacher",

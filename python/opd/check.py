@@ -209,6 +209,12 @@ class _View:
                     f"{tokenizer.convert_ids_to_tokens(end)!r}, its generation_config stops at "
                     f"{tokenizer.convert_ids_to_tokens(ends[name])}: its turns would not end"
                 )
+            if in_chats and name == "student" and end != tokenizer.eos_token_id:
+                self.findings.doubts.append(
+                    f"student: its chat template ends a turn with "
+                    f"{tokenizer.convert_ids_to_tokens(end)!r}, and completions of the data end "
+                    f"with {tokenizer.eos_token!r}, its tokenizer's end token"
+                )
         if self.crosses or self.theirs is None or "student" not in ends:
             return
         end = self.theirs.eos_token_id

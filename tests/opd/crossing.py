@@ -124,3 +124,17 @@ def save_pair(folder, *, rows=24, chats=False):
         "learning_rate": 1e-2,
         "report_to": ["jsonl"],
     }
+
+
+def checked(values, **changes):
+    """What `opd check` finds in a run."""
+    from opd.check import check
+    from opd.config import parse_config
+
+    return check(parse_config({**values, **changes}))
+
+
+def table(found, title):
+    """A table of the findings, by its first column and its header."""
+    (one,) = (table for table in found.tables if table.title == title)
+    return {row[0]: dict(zip(one.header[1:], row[1:], strict=True)) for row in one.rows}

@@ -10,14 +10,10 @@ import torch
 import yaml
 
 import opd_kernels as opk
-from opd.batch import Signal
 from opd.check import STAGES, check
 from opd.cli import main
 from opd.config import parse_config
-from opd.objectives import OBJECTIVES
-from opd.objectives.alm import Alm
-from opd.probe import renumbering
-from tests.opd.crossing import byte_level, pieces, save_pair
+from tests.opd.crossing import byte_level, checked, pieces, save_pair, table
 
 
 @pytest.fixture
@@ -25,74 +21,34 @@ def values(tmp_path):
     return save_pair(tmp_path)
 
 
-def _check(values, **changes):
-    return check(parse_config({**values, **changes}))
-
-
-def _table(found, title):
-    (table,) = (table for table in found.tables if table.title == title)
-    return {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
-
-
 def test_a_pair_that_fits_is_described(values, tmp_path):
     stages = []
     found = check(parse_config(values), on_stage=stages.append)
     assert stages == list(STAGES)
     assert found.wrong == found.doubts == []
-    tokenizers = _table(found, "tokenizers")
+    tokenizers = table(found, "tokenizers")
     assert tokenizers["student"]["tokens"] == "300" and tokenizers["teacher"]["tokens"] == "500"
-    roles = _table(found, "special tokens by role")
+    roles = table(found, "special tokens by role")
     assert roles["bos"] == {"student": "none", "teacher": "<s>"}
-    shared = _table(found, "shared vocabulary")
+    shared = table(found, "shared vocabulary")
     p = opk.project_vocab(opk.TokenBytes(byte_level()), opk.TokenBytes(pieces()))
     assert shared["student"]["of its vocabulary"] == f"{p.student_coverage:.1%}"
-    (row,) = _table(found, "alignment").values()
+    (row,) = table(found, "alignment").values()
     assert row["aligned"] == "100.00%"
-    probes = _table(found, "probe of zero")
+    probes = table(found, "probe of zero")
     assert set(probes) == {"the same tokens", "the same tokens, renumbered"}
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "kind", sorted(k for k, s in OBJECTIVES.items() if s.crosses_tokenizers and k != "alm")
-)
-def test_the_student_has_nothing_to_learn_from_itself(values, kind):
-    found = _check(values, objective={"kind": kind})
-    assert found.wrong == []
-    for row in _table(found, "probe of zero").values():
-        assert row["verdict"].startswith(("as it should be", "not probed"))
-
-
-class _Shifted(Alm):
-    """Reads the teacher's rows one late, as a path with an off-by-one would."""
-
-    def __call__(self, student, teacher, batch, num_step_tokens) -> Signal:
-        hidden = teacher.hidden().roll(1, 0)
-        shifted = type(teacher)(lambda: hidden, teacher.head, vocab_size=teacher.vocab_size)
-        return super().__call__(student, shifted, batch, num_step_tokens)
-
-
-def test_a_path_that_shifts_rows_does_not_pass(values):
-    config = parse_config(values)
-    found = check(config.model_copy(update={"objective": _Shifted()}))
-    assert any("with the student as its own teacher" in sentence for sentence in found.wrong)
-
-
-def test_a_renumbering_keeps_the_order_of_equal_tokens():
-    words = [b"a", b"b", b"a", b"", b"c", b"a"]
-    numbers = renumbering(opk.TokenBytes.from_bytes(words, roles={"eos": 3}), 8)
-    assert sorted(numbers.tolist()) == list(range(8))
-    assert numbers[0] < numbers[2] < numbers[5]
-    assert numbers[6:].tolist() == [6, 7]
-
-
 def test_chats_are_shown_as_both_models_read_them(tmp_path):
-    found = _check(save_pair(tmp_path, chats=True))
-    first = _table(found, "the first prompt")
+    found = checked(save_pair(tmp_path, chats=True))
+    first = table(found, "the first prompt")
     assert "<|im_start|>user" in first["student"]["as text"]
     assert first["teacher"]["as text"].startswith("'<s>[user]")
     assert first["student"]["behind a turn"] == r"'<|im_end|>\n'"
     assert found.wrong == []
+    (doubt,) = found.doubts
+    assert "ends a turn with '<|im_end|>', and completions of the data end with '<|end|>'" in doubt
 
 
 def test_a_turn_that_generation_does_not_end_at_is_wrong(tmp_path):
@@ -100,7 +56,7 @@ def test_a_turn_that_generation_does_not_end_at_is_wrong(tmp_path):
     path = tmp_path / "student" / "generation_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "eos_token_id": 0}))
-    (sentence,) = _check(values).wrong
+    (sentence,) = checked(values).wrong
     assert "ends a turn with '<|im_end|>'" in sentence and "['<|end|>']" in sentence
 
 
@@ -112,14 +68,14 @@ def test_a_tokenizer_that_ends_prompts_is_wrong(values, tmp_path):
         single="$A </s>", special_tokens=[("</s>", 2)]
     )
     ending.save_pretrained(tmp_path / "teacher")
-    (sentence,) = _check(values).wrong
+    (sentence,) = checked(values).wrong
     assert sentence.startswith("teacher: its tokenizer puts '</s>' behind every prompt")
 
 
 def test_a_run_of_one_vocabulary_is_looked_at_too(values):
-    found = _check(values, teacher=values["student"], objective={"kind": "full_vocab"})
+    found = checked(values, teacher=values["student"], objective={"kind": "full_vocab"})
     assert found.wrong == []
-    (row,) = _table(found, "probe of zero").values()
+    (row,) = table(found, "probe of zero").values()
     assert row["verdict"] == "as it should be" and abs(float(row["loss, nats"])) < 1e-5
     assert [table.title for table in found.tables].count("alignment") == 0
 
@@ -136,7 +92,7 @@ def test_a_teacher_that_ends_its_turns_where_the_student_goes_on_is_wrong(tmp_pa
     plain.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     plain.save_pretrained(base)
     (base / "chat_template.jinja").write_text(plain.chat_template)
-    found = _check(values, teacher={"model_name_or_path": str(other)}, objective={"kind": kind})
+    found = checked(values, teacher={"model_name_or_path": str(other)}, objective={"kind": kind})
     (sentence,) = found.wrong
     assert sentence.startswith("the teacher ends what it writes with '<|im_end|>'")
     assert ("chat templates differ" in " ".join(found.doubts)) == (kind == "full_vocab")
@@ -170,6 +126,6 @@ def test_texts_without_trained_tokens_are_wrong(values, tmp_path):
     data = tmp_path / "rows.jsonl"
     row = {"prompt": "x", "completion": "b", "completion_mask": [0, 0]}
     data.write_text(json.dumps(row))
-    found = _check(values, rollouts={"kind": "dataset", "max_completion_length": 8})
+    found = checked(values, rollouts={"kind": "dataset", "max_completion_length": 8})
     assert "none of the texts has a token that is trained" in found.wrong
     assert torch.is_grad_enabled()

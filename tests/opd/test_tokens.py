@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
+import torch
 
 from opd.assembly import open_run
 from opd.checkpoint import newest_checkpoint
@@ -100,12 +102,36 @@ def test_an_objective_of_one_vocabulary_names_those_that_cross(values):
         open_run(parse_config(values))
 
 
-def test_rollouts_in_which_the_teacher_writes_are_refused(values):
-    values["rollouts"] = {"kind": "dataset", "seq_kd": True, "max_completion_length": 8}
-    with pytest.raises(
-        ConfigError, match=r"rollouts: the teacher's vocabulary differs, .*kind: hf"
-    ):
+def test_rollouts_that_mix_both_models_tokens_are_refused(values):
+    values["rollouts"] = {"kind": "mixture", "seq_kd": True, "max_completion_length": 8}
+    with pytest.raises(ConfigError, match=r"rollouts: the teacher's vocabulary differs, .*seq_kd"):
         open_run(parse_config(values))
+
+
+def test_what_such_a_teacher_writes_is_read_in_the_students_tokens(values):
+    """SeqKD goes through bytes, and the teacher's end becomes the student's."""
+    values["rollouts"] = {"kind": "dataset", "seq_kd": True, "max_completion_length": 12}
+    values["objective"] = {"kind": "token_nll"}
+    run = open_run(parse_config(values))
+    prompts = run.data.take(0, 4)
+    # a teacher that ends its texts soon
+    run.teacher.model.get_output_embeddings().weight.data[pieces().eos_token_id] *= 4
+    torch.manual_seed(3)
+    found = run.rollouts.collect(prompts, 0)
+    torch.manual_seed(3)
+    written = run.rollouts._writing.collect(
+        [replace(p, ids=torch.tensor(pieces()(p.row["prompt"])["input_ids"])) for p in prompts], 0
+    )
+    for side, text, prompt in zip(found, written, prompts, strict=True):
+        assert torch.equal(side.ids[: side.prompt_length], prompt.ids)
+        said = run.translator.teacher_bytes.join(text.completion_ids)
+        heard = run.translator.student_bytes.join(side.completion_ids)
+        assert said.startswith(heard) and side.origin == "teacher"
+        assert side.completion_length <= 12
+        if side.is_terminated:
+            assert heard == said and int(side.ids[-1]) == byte_level().eos_token_id
+    assert any(side.is_terminated for side in found)
+    assert _run(values, max_steps=2).step == 2
 
 
 def test_supervised_runs_may_be_compared_with_such_a_teacher(values):

@@ -76,7 +76,8 @@ def test_a_text_may_begin_in_a_word_or_with_a_space(name, monkeypatch):
         assert token_bytes.join(ids) == text
 
 
-def test_added_tokens_that_are_not_special_are_text():
+def test_added_tokens_that_are_not_special_are_text(monkeypatch):
+    monkeypatch.delattr(ExactEncoder, "_around_lost")
     token_bytes = opk.TokenBytes(zoo("byte_level_llama3"))
     think = zoo("byte_level_llama3").convert_tokens_to_ids("<think>")
     assert think in token_bytes.encode(b"so <think> it")
@@ -86,13 +87,14 @@ def test_added_tokens_that_are_not_special_are_text():
 def test_written_specials_stay_text():
     """A Unigram vocabulary has them among its pieces, with a score that always wins."""
     token_bytes = opk.TokenBytes(zoo("unigram"))
-    text = "the model <|tool|> reads<s> a <|tool|>"
-    assert {1, 5} <= set(own_ids("unigram", text))
-    ids = token_bytes.encode(text.encode())
-    assert token_bytes.join(ids) == text.encode()
-    assert set(range(6)).isdisjoint(ids)
-    # around them the tokenizer's own tokens are kept
-    assert ids[:2] == token_bytes.encode(b"the model")
+    for special, written in ((5, "<|tool|>"), (1, "<s>")):
+        text = f"the model {written} reads {written}"
+        assert special in own_ids("unigram", text)
+        ids = token_bytes.encode(text.encode())
+        assert token_bytes.join(ids) == text.encode()
+        assert set(range(6)).isdisjoint(ids)
+        # around them the tokenizer's own tokens are kept
+        assert ids[:2] == token_bytes.encode(b"the model")
 
 
 @pytest.mark.parametrize("name", EXACT)
