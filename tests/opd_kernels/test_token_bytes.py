@@ -325,6 +325,23 @@ def test_normalizer_is_left_out_where_all_bytes_have_tokens():
     assert token_bytes.losses == ("its normalizer brings characters to NFC",)
 
 
+def test_splitting_at_whitespace_is_left_out_where_metaspace_follows(monkeypatch):
+    """As in mT5: spaces are dropped before Metaspace, which needs no help."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = tokenizer_of(
+        models.BPE(numbered(*pieces, "▁", "a"), [], byte_fallback=True),
+        decoder=decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()]),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        ),
+    )
+    token_bytes = opk.TokenBytes(tokenizer)
+    assert token_bytes.is_exact
+    assert token_bytes.losses == ("its pre-tokenizer WhitespaceSplit drops whitespace",)
+    monkeypatch.delattr(ExactEncoder, "_around_lost")
+    assert token_bytes.encode(b"a  a\n") == [257, 256, 256, 257, 10]
+
+
 def test_normalizer_is_a_loss_where_a_byte_has_no_token():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     for tokens, is_refused in ((alphabet, False), (alphabet[:-1], True)):
