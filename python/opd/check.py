@@ -105,7 +105,12 @@ def check(
     findings = Findings()
     on_stage(STAGES[3])
     theirs = translator.teacher if translator else teacher and load_teacher_tokenizer(config)
-    view = _View(config, tokenizer, student, teacher, translator, theirs, findings)
+    ours = (
+        translator.student_bytes
+        if translator
+        else load_bytes(tokenizer, name="student", lossy=True)
+    )
+    view = _View(config, tokenizer, student, teacher, translator, ours, theirs, findings)
     view.tokenizers()
     view.specials(prompts[0].row)
     view.prompts(prompts)
@@ -145,17 +150,16 @@ class _View:
     student: Any
     teacher: Any
     translator: Translator | None
-    # the teacher's tokenizer, None where nobody knows it
+    # the student's bytes and the teacher's tokenizer, None where nobody knows them
+    ours: opk.TokenBytes | None
     theirs: Any
     findings: Findings
 
     def sides(self) -> Iterator[tuple[str, Any, opk.TokenBytes | None]]:
-        """Name, tokenizer and bytes of the student and of a teacher that has its own."""
-        crossing = self.translator
-        ours = crossing.student_bytes if crossing else load_bytes(self.tokenizer, name="student")
-        yield "student", self.tokenizer, ours
-        if crossing is not None:
-            yield "teacher", crossing.teacher, crossing.teacher_bytes
+        """Name, tokenizer and bytes of the student and of a teacher that reads its own tokens."""
+        yield "student", self.tokenizer, self.ours
+        if self.translator is not None:
+            yield "teacher", self.theirs, self.translator.teacher_bytes
 
     @property
     def crosses(self) -> bool:
@@ -168,7 +172,7 @@ class _View:
         for name, tokenizer, found in self.sides():
             known = ("unknown", "no") if found is None else (found.kind, found.is_exact)
             rows.append([name, type(tokenizer).__name__, len(tokenizer), *known])
-            if found is not None and not found.is_exact:
+            if self.crosses and not found.is_exact:
                 self.findings.doubts.append(
                     f"{name}: its tokenizer changes texts before it cuts them, so what differs "
                     "between both tokenizations is left out of the loss"
@@ -219,7 +223,7 @@ class _View:
             return
         end = self.theirs.eos_token_id
         if in_chats:
-            end = turn_end_id(self.theirs, next(found for _, _, found in self.sides()))
+            end = turn_end_id(self.theirs, self.ours)
         if end not in ends["student"]:
             words = self.tokenizer.convert_ids_to_tokens([end, *ends["student"]])
             self.findings.wrong.append(
@@ -314,13 +318,12 @@ class _View:
             self.findings.wrong.append("none of the texts has a token that is trained")
             return
         rows = []
-        ours = None if self.translator is None else self.translator.student_bytes
         for line in probe(
             self.config,
             self.tokenizer,
             self.student,
             trained[:_PROBE_TRAJECTORIES],
-            ours,
+            self.ours,
         ):
             rows.append([line.name, line.loss, line.gradient, line.verdict])
             if line.is_wrong:

@@ -19,7 +19,11 @@ _SECONDS_BETWEEN_LINES = 2.0
 _WIDTH_WITHOUT_NUMBERS = 42
 
 # what to show of an evaluation: a label, and what is around the name that tells one from another
-_EVALUATED = (("acc", "eval/accuracy/", ""), ("rkl", "eval/", "_states/reverse_kl"))
+_EVALUATED = (
+    ("acc", "eval/accuracy/", ""),
+    ("rkl", "eval/", "_states/reverse_kl"),
+    ("bits/byte", "eval/", "_states/bits_per_byte"),
+)
 
 # what to show of a step, in this order, if it is there
 _SHOWN = (

@@ -216,14 +216,29 @@ class Translator:
             return list(texts)
         parts = [list(self._parts(*pair)) for pair in zip(texts, chats, strict=True)]
         words = [part for those in parts for part in those if isinstance(part, bytes)]
-        try:
-            cut = iter(self.teacher_bytes.encode_batch(words))
-        except opk.TokenBytesError as error:
-            raise ConfigError(f"teacher: cannot read what the student wrote, {error}") from None
+        cut = iter(self._cut(words))
         found = [
             [next(cut) if isinstance(part, bytes) else part for part in those] for those in parts
         ]
         return [torch.tensor([*chain(*those)], dtype=torch.int64) for those in found]
+
+    def _cut(self, words: list[bytes]) -> list[list[int]]:
+        try:
+            return self.teacher_bytes.encode_batch(words)
+        except opk.TokenBytesError as error:
+            if self.mode == "strict":
+                raise ConfigError(
+                    f"teacher: its tokenizer cannot say what the student wrote, {error}"
+                ) from None
+        return [self._near(word) for word in words]
+
+    def _near(self, word: bytes) -> list[int]:
+        """The bytes, or what a tokenizer without them makes of the text: alignment finds out."""
+        try:
+            return self.teacher_bytes.encode(word)
+        except opk.TokenBytesError:
+            text = word.decode(errors="replace")
+            return self.teacher(text, add_special_tokens=False)["input_ids"]
 
     def _parts(self, ids: Tensor, chat: bool) -> Iterator[bytes | list[int]]:
         """The bytes between special tokens, and the teacher's tokens in the place of these."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import opd_kernels as opk
 from opd.batch import Trajectory, collate_step
@@ -219,6 +220,36 @@ def _without_template(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = None
     return other
+
+
+def test_what_a_lossy_tokenizer_cannot_say_is_not_aligned():
+    """A teacher that lowercases, and has no token for most of the world."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=90, special_tokens=["[UNK]", "[SEP]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["apple and pear"] * 9, trainer)
+    teacher = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[SEP]", pad_token="[SEP]"
+    )
+    translator = Translator(
+        byte_level(),
+        teacher,
+        student_bytes=opk.TokenBytes(byte_level()),
+        teacher_bytes=opk.TokenBytes(teacher, lossy=True),
+    )
+    assert translator.mode == "repair"
+    trajectory = _trajectory(_written(" apple 苹果 and"), row={"prompt": "apple"})
+    translated = translator([trajectory])
+    assert 0 < int(translated.is_aligned.sum()) < len(translated.is_aligned)
+    assert translated.is_aligned[-1], "the end of the text"
+    assert int(translated.student_lengths.sum()) == trajectory.completion_length
+    assert translated.metrics()["chunks/unaligned_bytes"] >= len("苹果".encode())
 
 
 def test_ratios_are_of_the_aligned_chunks():
