@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make demo` and `make test` need Python >= 3.11, g++ and make; they set up .venv by themselves.
+# `make demo` and `make test` need Python >= 3.11 with its headers, g++ and make; they set up .venv.
 #   PYTHON=python3.12   another interpreter        PIP_FLAGS="..."   passed to pip install
 #   OPD_MARCH=x86-64-v3 binaries that travel       CXX=g++-13        another compiler
 #   WORKERS=4           processes that run tests; by itself one per core

@@ -6,7 +6,8 @@
 #   benchmarks/gpu.sh build ours peers         only these parts: build tests sanitizer ceilings ours peers ncu
 #   benchmarks/gpu.sh --budget 300 --out DIR   another time limit (s) and directory
 #   benchmarks/gpu.sh --dry-run                the same code at tiny sizes on a CPU
-# PYTHON=python3.12 picks an interpreter: it needs torch >= 2.11 with CUDA, triton, pytest, cmake, ninja.
+# PYTHON=python3.12 picks an interpreter: it needs torch >= 2.11 with CUDA, triton, pytest, cmake, ninja,
+# pybind11.
 # Wheels of the peers go on PYTHONPATH: benchmarks/gpu_peers.md.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -161,6 +161,11 @@ QUESTIONS = {
         "reply's time over that of our frames. `stored`: the server has the laws and does nothing "
         "else; `live`: a tiny teacher computes them first.",
     ),
+    "align_tokens": (
+        "How much quicker is the alignment of tokens than one in Python?",
+        "Two BPE tokenizers on the text of this repository, times per token: the others take a "
+        "share of the documents. Ours has two threads, the others have no use for a second.",
+    ),
     "gemm": (
         "How long does our own GEMM take?",
         "The three products of a head, over torch.mm.",

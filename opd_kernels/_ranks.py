@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sorted_l1 and its fused twin share: the two laws that are compared, and how a GPU does it."""
+"""What sorted_l1 and its fused twin share: two laws, their pairs, and how a GPU compares them."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def scratch(like: Tensor, student_size: int, teacher_size: int) -> Scratch:
         return Scratch(
             per_row=width * (_STUDENT_BYTES * student_size + _TEACHER_BYTES * teacher_size)
         )
-    # of csrc/core/sorted_l1.cpp, for each thread: keys with and without ids twice, and a row of each
+    # of csrc/core/sorted_l1.cpp, for each thread: keys twice, with and without ids, and a row each
     key, entry = (4, 8) if _checks.real_dtype(like) == torch.float32 else (8, 16)
     of_thread = (2 * entry + key) * student_size + 3 * key * teacher_size
     return Scratch(per_call=_dispatch.num_threads() * (of_thread + 64))

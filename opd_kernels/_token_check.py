@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ._token_cut import Cut
 from ._token_formats import Reading
 from .errors import TokenBytesError
 
 # ids whose decoding is compared, in equal steps over all of them
 _NUM_DECODED = 4096
+# no normaliser changes it
+_PLAIN = "the model reads a line and writes what follows it"
 PROBES = (
     "The quick brown fox.",
     "two  spaces,   three ,\tone tab\t\tand two",
@@ -38,9 +42,14 @@ def check(reading: Reading, cut: Cut) -> list[str]:
     if reading.decode is not None:
         _check_decoding(reading)
     losses = list(dict.fromkeys(reading.losses))
-    if not losses and reading.encode_own is not None:
-        losses = _probe(reading, cut)
-    return losses
+    if reading.encode_own is None:
+        return losses
+    if losses and (change := _probe(reading, cut, (_PLAIN,))):
+        raise TokenBytesError(
+            f"TokenBytes: of this tokenizer ({reading.kind}) {change[0]}, in which there is "
+            "nothing to normalise. Give the bytes of its ids to TokenBytes.from_bytes."
+        )
+    return losses or _probe(reading, cut, PROBES)
 
 
 def _check_decoding(reading: Reading) -> None:
@@ -70,10 +79,10 @@ def _known(text: str) -> str:
     return text.replace("\ufffd", "")
 
 
-def _probe(reading: Reading, cut: Cut) -> list[str]:
-    """The first probing text that the tokenizer's own ids do not spell, in a clause."""
+def _probe(reading: Reading, cut: Cut, texts: Sequence[str]) -> list[str]:
+    """The first text that the tokenizer's own ids do not spell, in a clause."""
     probes = []
-    for text in PROBES:
+    for text in texts:
         try:
             cut(text.encode())
         except TokenBytesError:

@@ -172,7 +172,7 @@ class ExactEncoder:
         for token_id in reversed(ids[first:]):
             token = self._tokens[token_id]
             is_text = token and token_id not in self._excluded
-            if not is_text or end - len(token) < begin or not data.endswith(token, begin, end):
+            if not is_text or not data.endswith(token, begin, end):
                 break
             end, last = end - len(token), last - 1
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ._token_roles import find_roles
+from ._token_roles import NAMES, find_roles
 from .errors import TokenBytesError
 
 METASPACE = "\u2581"
@@ -94,13 +94,16 @@ def read_sentencepiece(processor: Any) -> Reading:
     ids = list(range(processor.get_piece_size()))
     pieces = processor.id_to_piece(ids)
     names = {pieces[i]: i for i in ids if processor.is_control(i) or processor.is_unknown(i)}
+    # a piece that its maker defined has such a name without being special
+    listed = {name: processor.piece_to_id(name) for known in NAMES.values() for name in known}
+    listed = {name: i for name, i in listed.items() if pieces[i] == name} | names
     model = _SentencePieceModel(processor)
     given = {role: getattr(processor, f"{role}_id")() for role in ("bos", "eos", "pad", "unk")}
     return Reading(
         kind=model.kind,
         tokens=[model.bytes_of(i, piece) for i, piece in zip(ids, pieces, strict=True)],
         names=names,
-        roles=find_roles(None, names, given),
+        roles=find_roles(None, listed, given),
         byte_pieces=frozenset(i for i in ids if processor.is_byte(i)),
         # a control piece decodes to nothing
         added=frozenset(names.values()),

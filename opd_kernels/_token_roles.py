@@ -10,7 +10,7 @@ from typing import Any
 ROLES = {"bos": 1, "eos": 2, "eot": 4, "pad": 8, "unk": 16}
 
 # what published vocabularies call them; only special tokens are looked up
-_NAMES = {
+NAMES = {
     "bos": (
         "<s>",
         "<bos>",
@@ -64,7 +64,7 @@ def find_roles(
         given: what the vocabulary itself says.
     """
     found: dict[str, set[int]] = {}
-    for role, names in _NAMES.items():
+    for role, names in NAMES.items():
         found[role] = {specials[name] for name in names if name in specials}
         said = getattr(tokenizer, f"{role}_token_id", None)
         for token_id in (said, given.get(role)):

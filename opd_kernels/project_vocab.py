@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._nearest_tokens import nearest_tokens
+# with its words where the module was not built
+from .align_tokens import _align
 
 _OP = "project_vocab"
 # bits of TokenBytes.symbols in the order in which roles are paired; a token that ends a text is
@@ -25,6 +26,7 @@ class _Table:
 
     def __init__(self, name: str, tokens: Any) -> None:
         data, offsets = getattr(tokens, "data", None), getattr(tokens, "offsets", None)
+        symbols = getattr(tokens, "symbols", None)
         if isinstance(data, Tensor) and isinstance(offsets, Tensor):
             text, ends = data.cpu().contiguous().numpy().tobytes(), offsets.tolist()
             self.tokens = [text[begin:end] for begin, end in pairwise(ends)]
@@ -36,7 +38,6 @@ class _Table:
                         f"{_OP}: {name} must be a TokenBytes or a sequence of bytes, got "
                         f"{type(token).__name__} at {i}."
                     )
-        symbols = getattr(tokens, "symbols", None)
         self.symbols = [0] * len(self.tokens) if symbols is None else symbols.tolist()
 
     def __len__(self) -> int:
@@ -45,6 +46,11 @@ class _Table:
     def text_of(self, token_id: int) -> bytes:
         """Of an ordinary token; nothing of one with a role."""
         return b"" if self.symbols[token_id] else self.tokens[token_id]
+
+    @cached_property
+    def packed(self) -> tuple[bytes, Tensor, bytes]:
+        """(data, offsets, symbols) for `_align`."""
+        return (*_packed(self.tokens), bytes(self.symbols))
 
     @cached_property
     def groups(self) -> dict[bytes, list[int]]:
@@ -172,8 +178,8 @@ class VocabProjection:
         asked = [i for i in missing.unique().tolist() if i not in self._nearest]
         if asked:
             texts = [self._teacher.text_of(i) for i in asked]
-            found, _ = nearest_tokens(texts, self._student.tokens, self._student.symbols)
-            self._nearest.update(zip(asked, found, strict=True))
+            found, _ = nearest_tokens((*_packed(texts), None), self._student.packed)
+            self._nearest.update(zip(asked, found.tolist(), strict=True))
         if missing.numel() == 0:
             return mapped
         ids, places = missing.unique(return_inverse=True)
@@ -268,6 +274,31 @@ def project_vocab(
     return VocabProjection(
         _Table("student_bytes", student_bytes), _Table("teacher_bytes", teacher_bytes)
     )
+
+
+def nearest_tokens(queries: tuple, vocabulary: tuple) -> tuple[Tensor, Tensor]:
+    """(ids, distances) [n] int64: of the vocabulary's tokens, those nearest to each query.
+
+    The fewest insertions, deletions and substitutions of bytes; of equally near ones the lowest id.
+    -1, -1 for a query without bytes, and if no token is left. Tokens with a symbol are near
+    nothing. Threads as torch's, without the interpreter's lock.
+
+    Args:
+        queries, vocabulary: (data, offsets, symbols or None), as in a TokenBytes.
+    """
+    arrays = _align.nearest(queries, vocabulary, torch.get_num_threads())
+    ids, distances = (
+        torch.frombuffer(array, dtype=torch.int64)
+        if len(array)
+        else torch.empty(0, dtype=torch.int64)
+        for array in arrays
+    )
+    return ids, distances
+
+
+def _packed(strings: Sequence[bytes]) -> tuple[bytes, Tensor]:
+    ends = torch.tensor([0, *map(len, strings)], dtype=torch.int64).cumsum(0)
+    return b"".join(strings), ends
 
 
 def _check_ids(ids: Tensor, size: int, *, padding: bool = True) -> None:

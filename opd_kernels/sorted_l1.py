@@ -59,7 +59,8 @@ def sorted_l1(
         backend: "cpu" | "cuda" (the library's sort) | "reference"; None picks one.
 
     Returns:
-        [T] float32 (float64 for float64 logits), from 0 to 2 without scales and pairs.
+        [T] float32 (float64 for float64 logits), from 0 to 2 without scales and pairs;
+        of pairs in nats.
 
     Raises:
         ValueError: shapes, ranges or (on CPU) ids that do not fit. TypeError: unsupported dtype.

@@ -26,7 +26,9 @@ def laws_of(
         z = options.get(f"{side}_logit_scale", 1.0) * z
         cap = options.get(f"{side}_softcap")
         z = z if cap is None else cap * torch.tanh(z / cap)
-        law = (z / (value.to(dtype).unsqueeze(1) if isinstance(value, Tensor) else value)).softmax(1)
+        law = (z / (value.to(dtype).unsqueeze(1) if isinstance(value, Tensor) else value)).softmax(
+            1
+        )
         log_scales = options.get(f"{side}_log_scales")
         laws.append(law if log_scales is None else law * log_scales.to(dtype).exp().unsqueeze(1))
     return laws[0], laws[1].detach()

@@ -55,6 +55,7 @@ ABSENT = {
         "fused_linear_token_logprobs",
         "fused_linear_topk",
         "fused_linear_sample_tokens",
+        "fused_linear_sorted_l1",
         "fused_linear_speculative_verify",
         "fused_linear_topk_divergence",
     )
@@ -77,6 +78,17 @@ ABSENT |= {
         "tests/csrc/test_cuda_{op}.cpp",
         "tests/opd_kernels/test_cuda_{op}.py",
         "tests/opd_kernels/test_triton_{op}.py",
+    )
+}
+_LIBRARY_SORTS = "on a GPU the library's sort (CUB's), which the rest of the op is small beside"
+ABSENT |= {
+    ("sorted_l1", layer): _LIBRARY_SORTS
+    for layer in (
+        "csrc/cuda/{op}.cu",
+        "opd_kernels/triton/{op}.py",
+        "tests/opd_kernels/test_cuda_{op}.py",
+        "tests/opd_kernels/test_triton_{op}.py",
+        "tests/csrc/test_cuda_{op}.cpp",
     )
 }
 _NO_TRITON = "bytes are written where laws are scored and read where they are used: CPU and CUDA"
@@ -129,6 +141,7 @@ TESTED_ELSEWHERE = {
     "opd_kernels/_library.py": "every test: it loads the ops",
     "opd_kernels/_linear.py": "tests/opd_kernels/test_fused_linear_*.py",
     "opd_kernels/_one_head.py": "tests/opd_kernels/test_fused_linear_*.py",
+    "opd_kernels/_ranks.py": "tests/opd_kernels/test_*sorted_l1.py",
     "opd_kernels/_registration.py": "opcheck in each op's test, and this file",
     "opd_kernels/_token_check.py": "tests/opd_kernels/test_token_bytes.py",
     "opd_kernels/_token_cut.py": "tests/opd_kernels/test_token_bytes.py",
@@ -150,6 +163,7 @@ TESTED_ELSEWHERE = {
     "python/opd/clients/protocol.py": "the tests of each client",
     "python/opd/clients/reading.py": "tests/opd/clients/test_vllm.py and test_fuzz.py",
     "python/opd/clients/transport.py": "tests/opd/clients/test_kinds.py",
+    "python/opd/objectives/standardized.py": "tests/opd/objectives/test_multilevel_ot.py",
     "python/opd/rollouts/protocol.py": "the tests of each engine",
     "python/opd/server/monitor.py": "tests/opd/server/test_app.py",
     "python/opd/server/replies.py": "tests/opd/server/test_app.py",
@@ -166,7 +180,7 @@ MAY_IMPORT = {
 MAY_INCLUDE = {
     "csrc/include/": r"opd/\w+\.h",
     "csrc/core/": r"opd/\w+\.h|\w+\.h",
-    "csrc/torch/": r"opd/opd\.h|(arguments|row_ops)\.h|"
+    "csrc/torch/": r"opd/opd\.h|(arguments|row_ops|sorted_l1)\.h|"
     r"torch/(csrc/(stable|inductor/aoti_torch/c)|headeronly)/.*",
     "csrc/python/": r"opd/opd\.h|pybind11/\w+\.h",
     "csrc/cuda/": r"opd/\w+\.h|\w+\.(h|cuh)|cuda\w*\.h",

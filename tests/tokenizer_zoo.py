@@ -156,7 +156,7 @@ def sentencepiece_bpe() -> Any:
         character_coverage=0.98,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        user_defined_symbols=["<tool>", "▁▁▁▁"],
+        user_defined_symbols=["<|im_end|>", "<tool>", "▁▁▁▁"],
     )
 
 

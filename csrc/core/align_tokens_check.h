@@ -25,7 +25,14 @@ inline void check_ids(const char* side, const opd_token_ids_t& ids, int64_t num_
               " must not decrease, got ", ids.offsets[b + 1], " after ", ids.offsets[b],
               " at position ", b + 1);
   }
-  if (ids.offsets[num_sequences] > 0) check_pointer(kOp, "ids", ids.ids);
+  if (ids.sequences == nullptr) {
+    if (ids.offsets[num_sequences] > 0) check_pointer(kOp, "ids", ids.ids);
+    return;
+  }
+  OPD_CHECK(ids.ids == nullptr, kOp, ": ids must be NULL where sequences are given");
+  for (int64_t b = 0; b < num_sequences; ++b) {
+    if (ids.offsets[b] < ids.offsets[b + 1]) check_pointer(kOp, "a sequence", ids.sequences[b]);
+  }
 }
 
 inline void check_table(const char* side, const opd_token_table_t& table) {

@@ -261,8 +261,9 @@ OPD_ELEMENTWISE void tile(const float* __restrict__ a, const float* __restrict__
                           Ahead& ahead) {
   const int64_t wanted = std::min(ahead.left, ahead.per_tile);
   ahead.left -= wanted;
-  const int64_t every = wanted > 0 ? std::max<int64_t>(1, depth / wanted) : depth + 1;
-  const int64_t at_once = panels(wanted, depth);
+  // by twos: a panel of 32 lines has as many cache lines as twice its depth, and may have one tile
+  const int64_t twos = panels(wanted, 2);
+  const int64_t every = twos > 0 ? std::max<int64_t>(1, depth / twos) : depth + 1;
   int64_t countdown = every;
   for (int64_t begin = 0; begin < depth; begin += kChain) {
     const int64_t end = std::min(begin + kChain, depth);
@@ -275,7 +276,8 @@ OPD_ELEMENTWISE void tile(const float* __restrict__ a, const float* __restrict__
     for (int64_t k = begin; k < end; ++k) {
       if (--countdown == 0) {
         countdown = every;
-        for (int64_t i = 0; i < at_once; ++i) ahead.prefetch();
+        ahead.prefetch();
+        ahead.prefetch();
       }
       Vector right[kVectors];
 #pragma GCC unroll 2

@@ -114,6 +114,32 @@ OPD_ELEMENTWISE int take_above(T* __restrict__ values, int padded, T threshold, 
   return taken;
 }
 
+// ranks[i] = how many of `padded` values, a multiple of kLanes, are above values[i], or equal to it
+// and before it.
+template <class T>
+OPD_ELEMENTWISE void rank(const T* values, int padded, int32_t* ranks) {
+  using Vector = typename Register<T>::Type;
+  using Mask = decltype(Vector{} > Vector{});
+  constexpr int kSize = kRegisterBytes / static_cast<int>(sizeof(T));
+  Mask lanes;
+  for (int lane = 0; lane < kSize; ++lane) lanes[lane] = lane;
+  for (int begin = 0; begin < padded; begin += kSize) {
+    Vector own;
+    std::memcpy(&own, values + begin, sizeof(own));
+    // a mask is -1 where it holds
+    Mask above = {};
+    for (int i = 0; i < begin; ++i) above -= values[i] - Vector{} >= own;
+    for (int lane = 0; lane < kSize; ++lane) {
+      const Vector other = values[begin + lane] - Vector{};
+      above -= (other > own) | ((other == own) & (lanes > lane));
+    }
+    for (int i = begin + kSize; i < padded; ++i) above -= values[i] - Vector{} > own;
+    for (int lane = 0; lane < kSize; ++lane) {
+      ranks[begin + lane] = static_cast<int32_t>(above[lane]);
+    }
+  }
+}
+
 // The best entries of a row so far, and those that wait to be compared with them.
 template <class T>
 class Best {
@@ -132,20 +158,42 @@ class Best {
 
   // The wanted ones, or as many as there are, in their order.
   void finish(Tail<T>& tail) {
+    // few that are still in the order of their ids
+    if (threshold_ == kMinusInfinity<T> && count_ <= kMostRanked) return finish_by_rank(tail);
     if (count_ > wanted_) cut(tail);
     std::sort(entries_, entries_ + count_, IsBefore());
   }
 
  private:
   static constexpr int kFewestWaiting = 64;
+  // up to here it is quicker to compare each with all, many at a time, than to sort
+  static constexpr int kMostRanked = 256;
+
+  OPD_ELEMENTWISE void finish_by_rank(Tail<T>& tail) {
+    Entry<T> in_order[kMostRanked];
+    alignas(64) T values[kMostRanked] = {};
+    int32_t ranks[kMostRanked];
+    const int padded = round_up_to_lanes(count_);
+    std::copy(entries_, entries_ + count_, in_order);
+    for (int i = 0; i < count_; ++i) values[i] = in_order[i].value;
+    std::fill(values + count_, values + padded, kMinusInfinity<T>);
+    rank(values, padded, ranks);
+    for (int i = 0; i < count_; ++i) entries_[ranks[i]] = in_order[i];
+    if (count_ > wanted_) leave(tail);
+  }
 
   OPD_ELEMENTWISE void cut(Tail<T>& tail) {
-    Entry<T>* const end = entries_ + count_;
     Entry<T>* const kept_end = entries_ + wanted_;
-    std::nth_element(entries_, kept_end - 1, end, IsBefore());
+    std::nth_element(entries_, kept_end - 1, entries_ + count_, IsBefore());
     threshold_ = kept_end[-1].value;
+    leave(tail);
+  }
+
+  // What is behind the wanted ones joins the tail.
+  void leave(Tail<T>& tail) {
+    const Entry<T>* const end = entries_ + count_;
     Block<T> values;
-    for (const Entry<T>* entry = kept_end; entry < end; entry += kBlock) {
+    for (const Entry<T>* entry = entries_ + wanted_; entry < end; entry += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, end - entry));
       const int padded = round_up_to_lanes(count);
       for (int i = 0; i < count; ++i) values.values[i] = entry[i].value;

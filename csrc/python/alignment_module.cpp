@@ -2,7 +2,8 @@
 // opd_kernels._align: opd_align_tokens for Python, without torch and without the interpreter's lock.
 // Arrays come in through the buffer protocol or DLPack and go out as buffers; neither is copied.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -15,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "opd/nearest_tokens.h"
 #include "opd/opd.h"
 
 namespace py = pybind11;
@@ -154,66 +156,87 @@ class Vector {
   std::shared_ptr<void> owner_;
 };
 
-// One side's sequences, packed. One vector of the right kind is taken as it is.
+// One side's sequences: vectors are taken as they are, lists are copied.
 class Ids {
  public:
   Ids(const py::sequence& sequences, const std::string& side) : offsets_{0} {
     const size_t count = py::len(sequences);
+    offsets_.reserve(count + 1);
+    pointers_.reserve(count);
     for (size_t b = 0; b < count; ++b) {
       const std::string name = side + "_ids" + (count == 1 ? "" : "[" + std::to_string(b) + "]");
       const py::object sequence = sequences[b];
       if (PyList_Check(sequence.ptr()) || PyTuple_Check(sequence.ptr())) {
-        append(sequence.ptr(), name);
-      } else {
-        Vector vector(sequence, name);
-        vector.check_ids(name);
-        if (count == 1 && vector.is_contiguous()) {
-          whole_ = std::move(vector);
-          offsets_.push_back(whole_.count());
-          return;
-        }
-        append(vector);
+        add(converted(sequence.ptr(), name));
+        continue;
       }
-      offsets_.push_back(static_cast<int64_t>(packed_.size()));
+      Vector vector(sequence, name);
+      vector.check_ids(name);
+      // the first says what all are; a vector is never copied where they agree
+      const bool is_fitting = vector.is_contiguous() &&
+                              (pointers_.empty() || vector.item_bytes() == item_bytes_);
+      if (is_fitting) {
+        item_bytes_ = vector.item_bytes();
+        pointers_.push_back(vector.data());
+        offsets_.push_back(offsets_.back() + vector.count());
+        held_.push_back(std::move(vector));
+      } else {
+        std::vector<int64_t> ids(static_cast<size_t>(vector.count()));
+        vector.item_bytes() == 4 ? vector.copy<int32_t>(ids.data())
+                                 : vector.copy<int64_t>(ids.data());
+        add(std::move(ids));
+      }
     }
   }
 
   opd_token_ids_t get() const {
-    if (whole_.count() > 0) {
-      return {whole_.data(), static_cast<int32_t>(whole_.item_bytes()), offsets_.data()};
-    }
-    return {packed_.data(), 8, offsets_.data()};
+    return {nullptr, pointers_.data(), static_cast<int32_t>(item_bytes_), offsets_.data()};
   }
   int64_t num_sequences() const { return static_cast<int64_t>(offsets_.size()) - 1; }
   int64_t num_tokens() const { return offsets_.back(); }
 
  private:
-  void append(PyObject* list, const std::string& name) {
+  static std::vector<int64_t> converted(PyObject* list, const std::string& name) {
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
+    std::vector<int64_t> ids(static_cast<size_t>(count));
     for (Py_ssize_t i = 0; i < count; ++i) {
-      const long long id = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(list, i));
+      PyObject* item = PySequence_Fast_GET_ITEM(list, i);
+      const long long id = PyLong_AsLongLong(item);
       if (id == -1 && PyErr_Occurred()) {
         PyErr_Clear();
         throw py::type_error("align_tokens: " + name + " must be integers, got " +
-                             std::string(py::repr(PySequence_Fast_GET_ITEM(list, i))) +
-                             " at position " + std::to_string(i) + ".");
+                             std::string(py::repr(item)) + " at position " + std::to_string(i) +
+                             ".");
       }
-      packed_.push_back(id);
+      ids[static_cast<size_t>(i)] = id;
     }
+    return ids;
   }
 
-  void append(const Vector& vector) {
-    const size_t begin = packed_.size();
-    packed_.resize(begin + static_cast<size_t>(vector.count()));
-    if (vector.item_bytes() == 4) {
-      vector.copy<int32_t>(packed_.data() + begin);
-    } else {
-      vector.copy<int64_t>(packed_.data() + begin);
-    }
+  // int64 from here on, and what came before too
+  void add(std::vector<int64_t> ids) {
+    if (item_bytes_ == 4) widen();
+    item_bytes_ = 8;
+    offsets_.push_back(offsets_.back() + static_cast<int64_t>(ids.size()));
+    copies_.push_back(std::move(ids));
+    pointers_.push_back(copies_.back().data());
   }
 
-  std::vector<int64_t> offsets_, packed_;
-  Vector whole_;
+  void widen() {
+    for (size_t b = 0; b < held_.size(); ++b) {
+      std::vector<int64_t> ids(static_cast<size_t>(held_[b].count()));
+      held_[b].copy<int32_t>(ids.data());
+      copies_.push_back(std::move(ids));
+      pointers_[b] = copies_.back().data();
+    }
+    held_.clear();
+  }
+
+  std::vector<int64_t> offsets_;
+  std::vector<const void*> pointers_;
+  int64_t item_bytes_ = 8;
+  std::vector<Vector> held_;
+  std::vector<std::vector<int64_t>> copies_;
 };
 
 // (data uint8 [N], offsets int64 [V + 1], symbols uint8 [V] or None)
@@ -247,21 +270,43 @@ class Table {
 
 // -- out -----------------------------------------------------------------------------------------
 
-// An array of ours, as a buffer.
+// An array of ours, as a buffer. A large one lies in huge pages: its first touch, page by page, would
+// take longer than filling it.
 class Array {
  public:
   Array(int64_t capacity, int64_t item_bytes, const char* format)
       : item_bytes_(item_bytes), count_(capacity), format_(format) {
-    data_ = std::malloc(size());
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (size() < kLarge) {
+      data_ = std::malloc(size());
+      if (data_ == nullptr) throw std::bad_alloc();
+      return;
+    }
+    mapped_ = size() + kHugePage;
+    void* begin = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (begin == MAP_FAILED) throw std::bad_alloc();
+    mapping_ = static_cast<uint8_t*>(begin);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
+    const size_t shift = (kHugePage - address % kHugePage) % kHugePage;
+    data_ = mapping_ + shift;
+    // a wish: without it, there are only more pages
+    madvise(data_, mapped_ - shift, MADV_HUGEPAGE);
   }
   Array(const Array&) = delete;
-  ~Array() { std::free(data_); }
+  ~Array() {
+    mapping_ == nullptr ? std::free(data_) : static_cast<void>(munmap(mapping_, mapped_));
+  }
 
   // gives back what is behind the first `count`
   void shrink(int64_t count) {
     count_ = count;
-    if (void* smaller = std::realloc(data_, size())) data_ = smaller;
+    if (mapping_ == nullptr) {
+      if (void* smaller = std::realloc(data_, size())) data_ = smaller;
+      return;
+    }
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t used = static_cast<size_t>(static_cast<uint8_t*>(data_) - mapping_) + size();
+    const size_t kept = (used + page - 1) / page * page;
+    if (kept < mapped_ && munmap(mapping_ + kept, mapped_ - kept) == 0) mapped_ = kept;
   }
   template <class T>
   T* as() const {
@@ -273,10 +318,14 @@ class Array {
   }
 
  private:
+  static constexpr size_t kLarge = size_t{4} << 20, kHugePage = size_t{2} << 20;
+
   // never 0, for which malloc may give NULL
   size_t size() const { return static_cast<size_t>(std::max<int64_t>(count_ * item_bytes_, 1)); }
 
-  void* data_;
+  void* data_ = nullptr;
+  uint8_t* mapping_ = nullptr;  // NULL: data_ is of malloc
+  size_t mapped_ = 0;
   int64_t item_bytes_, count_;
   const char* format_;
 };
@@ -359,6 +408,33 @@ py::tuple align(const py::sequence& student_ids, const py::sequence& teacher_ids
   return py::make_tuple(student_offsets, teacher_offsets, is_aligned, num_bytes, chunk_ends);
 }
 
+// queries that are done before a thread has started
+constexpr int64_t kQueriesPerThread = 8;
+
+py::tuple nearest(const py::tuple& queries_table, const py::tuple& vocabulary_table,
+                  int64_t num_threads) {
+  const Table queries(queries_table, "queries"), vocabulary(vocabulary_table, "vocabulary");
+  const int64_t count = queries.get().vocab_size;
+  const Arrays nearest_ids = int64_array(count), distances = int64_array(count);
+  opd_nearest_tokens_args_t args{};
+  args.struct_size = sizeof(args);
+  args.queries = queries.get();
+  args.vocabulary = vocabulary.get();
+  args.nearest = nearest_ids->as<int64_t>();
+  args.distances = distances->as<int64_t>();
+  args.parallel_for = run_in_threads;
+  opd_status_t status;
+  {
+    const py::gil_scoped_release release;
+    threads_of_call =
+        std::clamp<int64_t>(count / kQueriesPerThread, 1, std::max<int64_t>(num_threads, 1));
+    status = opd_nearest_tokens(&args);
+  }
+  if (status == OPD_INVALID_ARGUMENT) throw std::invalid_argument(opd_last_error());
+  if (status != OPD_OK) throw std::runtime_error(opd_last_error());
+  return py::make_tuple(nearest_ids, distances);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_align, m) {
@@ -371,4 +447,7 @@ PYBIND11_MODULE(_align, m) {
         py::arg("num_threads"),
         "(student_offsets, teacher_offsets, is_aligned, num_bytes, chunk_ends), as buffers, of two "
         "lists of id vectors and two token tables (data, offsets, symbols or None).");
+  m.def("nearest", &nearest, py::arg("queries"), py::arg("vocabulary"), py::arg("num_threads"),
+        "(ids, distances), as buffers: of the vocabulary, a token table, the nearest to each id of "
+        "another.");
 }

@@ -161,7 +161,12 @@ def open_run(config: TrainConfig) -> Run:
         teacher=teacher,
         data=PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle),
         rollouts=config.rollouts.build(
-            student, teacher, tokenizer, seed=config.seed, max_steps=config.max_steps
+            student,
+            teacher,
+            tokenizer,
+            translator=translator,
+            seed=config.seed,
+            max_steps=config.max_steps,
         ),
         held_out=held_out,
         optimizer=build_optimizer(

@@ -104,7 +104,8 @@ def check(
     trajectories, source = _texts(config, tokenizer, student, prompts)
     findings = Findings()
     on_stage(STAGES[3])
-    view = _View(config, tokenizer, student, teacher, translator, findings)
+    theirs = translator.teacher if translator else teacher and load_teacher_tokenizer(config)
+    view = _View(config, tokenizer, student, teacher, translator, theirs, findings)
     view.tokenizers()
     view.specials(prompts[0].row)
     view.prompts(prompts)
@@ -144,6 +145,8 @@ class _View:
     student: Any
     teacher: Any
     translator: Translator | None
+    # the teacher's tokenizer, None where nobody knows it
+    theirs: Any
     findings: Findings
 
     def sides(self) -> Iterator[tuple[str, Any, opk.TokenBytes | None]]:
@@ -206,17 +209,22 @@ class _View:
                     f"{tokenizer.convert_ids_to_tokens(end)!r}, its generation_config stops at "
                     f"{tokenizer.convert_ids_to_tokens(ends[name])}: its turns would not end"
                 )
-        teacher = getattr(self.teacher, "model", None)
-        if teacher is None or self.crosses or not hasattr(teacher, "generation_config"):
+            if in_chats and name == "student" and end != tokenizer.eos_token_id:
+                self.findings.doubts.append(
+                    f"student: its chat template ends a turn with "
+                    f"{tokenizer.convert_ids_to_tokens(end)!r}, and completions of the data end "
+                    f"with {tokenizer.eos_token!r}, its tokenizer's end token"
+                )
+        if self.crosses or self.theirs is None or "student" not in ends:
             return
-        theirs, ours = (
-            end_token_ids(model, self.tokenizer) for model in (teacher, self.student.model)
-        )
-        if not set(theirs) & set(ours):
-            words = [self.tokenizer.convert_ids_to_tokens(ids) for ids in (theirs, ours)]
+        end = self.theirs.eos_token_id
+        if in_chats:
+            end = turn_end_id(self.theirs, next(found for _, _, found in self.sides()))
+        if end not in ends["student"]:
+            words = self.tokenizer.convert_ids_to_tokens([end, *ends["student"]])
             self.findings.wrong.append(
-                f"the teacher ends its texts with {words[0]}, the student with {words[1]}: the "
-                "student would be taught never to end"
+                f"the teacher ends what it writes with {words[0]!r}, the student stops at "
+                f"{words[1:]}: it would be taught never to end"
             )
 
     def prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -224,16 +232,11 @@ class _View:
         first = prompts[0]
         self._check_end_of_prompt("student", self.tokenizer, first.ids.tolist())
         if self.translator is not None:
-            theirs = self.translator.teacher
-            self._check_end_of_prompt("teacher", theirs, self.translator.prompt(first.row))
-        elif self.teacher is not None and is_chat(first.row):
-            theirs = load_teacher_tokenizer(self.config)
-        else:
-            return
-        if getattr(theirs, "chat_template", None) is None and is_chat(first.row):
+            self._check_end_of_prompt("teacher", self.theirs, self.translator.prompt(first.row))
+        elif not is_chat(first.row) or getattr(self.theirs, "chat_template", None) is None:
             return
         rows = []
-        for name, tokenizer in (("student", self.tokenizer), ("teacher", theirs)):
+        for name, tokenizer in (("student", self.tokenizer), ("teacher", self.theirs)):
             tail = text_behind_a_turn(tokenizer) if is_chat(first.row) else None
             text = render_prompt(first.row, tokenizer, name)[0]
             rows.append([name, repr(text), "" if tail is None else repr(tail)])

@@ -44,7 +44,7 @@ def load_teacher_tokenizer(config: TrainConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(resolve_model_path(path), trust_remote_code=trusts)
+        found = AutoTokenizer.from_pretrained(resolve_model_path(path), trust_remote_code=trusts)
     except (OSError, ValueError):
         _log.warning(
             "the teacher '%s' has no tokenizer to compare with the student's, so nothing checks "
@@ -52,6 +52,14 @@ def load_teacher_tokenizer(config: TrainConfig) -> Any:
             path,
         )
         return None
+    if found.pad_token_id is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def _writes_whole_texts(rollouts: Any) -> bool:
+    """Whether all that a teacher writes is texts of its own, which go back through their bytes."""
+    return rollouts.kind == "dataset"
 
 
 def check_crossing(
@@ -84,12 +92,12 @@ def check_crossing(
             f"one vocabulary; objective.kind {objective.kind!r} is one, "
             f"{', '.join(crossing_objectives()) or 'none yet'} cross tokenizers"
         )
-    if config.rollouts.needs_teacher:
+    if config.rollouts.needs_teacher and not _writes_whole_texts(config.rollouts):
         raise ConfigError(
             f"rollouts: the teacher's vocabulary differs, {difference}; what it writes for "
             "rollouts.kind "
             f"{config.rollouts.kind!r} would be other tokens than the student's; let the student "
-            "write (kind: hf) or the data (kind: dataset)"
+            "write (kind: hf), the data, or the teacher whole texts (kind: dataset, seq_kd)"
         )
     return True
 

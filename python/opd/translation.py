@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -173,6 +173,23 @@ class Translator:
             # with the row, so that no other one takes its place in memory
             known = self._prompts[id(row)] = (row, ids)
         return known[1]
+
+    def reversed(self, *, end_ids: Sequence[int] = (), max_positions: int | None = None) -> Self:
+        """From the teacher's tokens to the student's.
+
+        Args:
+            end_ids: further tokens that end the teacher's completions.
+            max_positions: of the student.
+        """
+        return type(self)(
+            self.teacher,
+            self.student,
+            student_bytes=self.teacher_bytes,
+            teacher_bytes=self.student_bytes,
+            add_special_tokens=self.add_special_tokens,
+            end_ids=end_ids,
+            max_positions=max_positions,
+        )
 
     def check_room(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts that leave the teacher no room for a completion.

@@ -41,7 +41,7 @@ struct Side {
   }
   void end_sequence() { offsets.push_back(static_cast<int64_t>(ids.size())); }
   opd_token_ids_t get() const {
-    return {ids.data(), static_cast<int32_t>(sizeof(Id)), offsets.data()};
+    return {ids.data(), nullptr, static_cast<int32_t>(sizeof(Id)), offsets.data()};
   }
 };
 

@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tokenizers of different kinds and sizes, models of both, and an objective that crosses."""
+"""Two tokenizers of different kinds and sizes, and models of both."""
 
 from __future__ import annotations
 
 import json
 import random
 from functools import cache
-from typing import ClassVar, Literal
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-import opd_kernels as opk
-from opd.batch import Signal
-from opd.objectives import ObjectiveSection
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -93,32 +87,54 @@ def pieces(vocab_size=500):
     )
 
 
-class ChunkGap(ObjectiveSection):
-    """loss = (1 / C) sum over aligned chunks of (log p_teacher - log p_student)^2."""
+def save_pair(folder, *, rows=24, chats=False):
+    """A student and a teacher on disk, each with its tokenizer, rows of data, and the keys of a run
+    of both."""
+    from tests.opd.conftest import make_hf_model
 
-    needs_teacher: ClassVar[bool] = True
-    asks: ClassVar[str] = "token_logprobs"
-    needs_behaviour_logprobs: ClassVar[bool] = False
-    crosses_tokenizers: ClassVar[bool] = True
-
-    kind: Literal["chunk_gap"] = "chunk_gap"
-
-    def ask(self, teacher, batch):
-        teacher.prefetch(token_ids=batch.for_teacher.token_ids[:, None])
-
-    def __call__(self, student, teacher, batch, num_step_tokens):
-        translation = batch.translation
-        with torch.no_grad():
-            theirs = teacher.token_logprobs(translation.batch.token_ids).logprobs
-        ours = student.token_logprobs(batch.token_ids).logprobs
-        gaps = opk.chunk_logprobs(theirs, translation.teacher_offsets) - opk.chunk_logprobs(
-            ours, translation.student_offsets
+    paths = {}
+    for seed, (name, tokenizer) in enumerate((("student", byte_level()), ("teacher", pieces()))):
+        paths[name] = str(folder / name)
+        # the teacher's head is padded beyond its tokens
+        model = make_hf_model(
+            seed=seed + 1, vocab_size=len(tokenizer) + 12 * seed, max_position_embeddings=256
         )
-        gaps = gaps * translation.is_aligned
-        loss = gaps.square().sum() / max(1, translation.num_step_chunks)
-        return Signal(loss=loss, statistics={"gap": gaps.detach()})
+        ends = [0, 2] if name == "student" else tokenizer.eos_token_id
+        model.generation_config.eos_token_id = ends
+        model.save_pretrained(paths[name])
+        tokenizer.save_pretrained(paths[name])
+    data = folder / "rows.jsonl"
+    texts = [(line[:12], line[12:]) for line in lines(rows, seed=9)]
+    with data.open("w") as file:
+        for prompt, completion in texts:
+            given = [{"role": "user", "content": prompt}] if chats else prompt
+            file.write(json.dumps({"prompt": given, "completion": completion}) + "\n")
+    return {
+        "output_dir": str(folder / "run"),
+        "seed": 0,
+        "num_threads": 1,
+        "student": {"model_name_or_path": paths["student"]},
+        "teacher": {"model_name_or_path": paths["teacher"]},
+        "data": {"train_file": str(data), "eval_file": str(data)},
+        "rollouts": {"kind": "hf", "max_completion_length": 8},
+        "objective": {"kind": "alm"},
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "report_to": ["jsonl"],
+    }
 
 
-def with_objective(config, objective):
-    """The same run with an objective that is in no list."""
-    return config.model_copy(update={"objective": objective})
+def checked(values, **changes):
+    """What `opd check` finds in a run."""
+    from opd.check import check
+    from opd.config import parse_config
+
+    return check(parse_config({**values, **changes}))
+
+
+def table(found, title):
+    """A table of the findings, by its first column and its header."""
+    (one,) = (table for table in found.tables if table.title == title)
+    return {row[0]: dict(zip(one.header[1:], row[1:], strict=True)) for row in one.rows}

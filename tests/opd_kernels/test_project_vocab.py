@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd_kernels._nearest_tokens import nearest_tokens
+from opd_kernels.project_vocab import _packed, nearest_tokens
 
 BOS, EOS, EOT, PAD, UNK = 1, 2, 4, 8, 16
 
@@ -136,14 +136,15 @@ def test_nearest_tokens_are_those_of_the_whole_table(longest):
     make = [bytes(source.choices(b"ab \xf0", k=source.randrange(longest + 1))) for _ in range(40)]
     queries, vocabulary = make[:10], make[10:]
     special = [int(source.random() < 0.2) for _ in vocabulary]
-    ids, distances = nearest_tokens(queries, vocabulary, special)
-    for query, found, distance in zip(queries, ids, distances, strict=True):
-        table = [
+    table = (*_packed(vocabulary), bytes(special))
+    ids, distances = nearest_tokens((*_packed(queries), None), table)
+    for query, found, distance in zip(queries, ids.tolist(), distances.tolist(), strict=True):
+        edits = [
             (_edits(query, token), i)
             for i, (token, skip) in enumerate(zip(vocabulary, special, strict=True))
             if token and not skip
         ]
-        assert (distance, found) == (min(table) if query else (-1, -1))
+        assert (distance, found) == (min(edits) if query else (-1, -1))
 
 
 def test_a_large_vocabulary_takes_seconds_not_minutes():

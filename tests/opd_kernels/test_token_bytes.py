@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import opd_kernels as opk
+from opd_kernels._token_cut import ExactEncoder
 from tests import texts
 from tests.tokenizer_zoo import EXACT, LOSSY, zoo
 
@@ -57,6 +58,43 @@ def test_text_is_cut_as_the_tokenizer_cuts_it(name):
         spelled = token_bytes.join(ids)
         assert spelled.removeprefix(b" ") == text.encode()
         assert token_bytes.encode(spelled) == ids
+
+
+def with_prefix_space():
+    tokenizer = tokenizers.Tokenizer.from_str(zoo("byte_level_gpt2").to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", [*EXACT, "with_prefix_space"])
+def test_a_text_may_begin_in_a_word_or_with_a_space(name, monkeypatch):
+    """One way is enough: what the tokenizer would add in front is switched off, not cut off."""
+    monkeypatch.delattr(ExactEncoder, "_around_lost")
+    token_bytes = opk.TokenBytes(zoo(name) if name in EXACT else with_prefix_space())
+    for text in (b"el reads a line", b" the model", b"\n\n", b"  two"):
+        ids = token_bytes.encode(text)
+        assert token_bytes.join(ids) == text
+
+
+def test_added_tokens_that_are_not_special_are_text(monkeypatch):
+    monkeypatch.delattr(ExactEncoder, "_around_lost")
+    token_bytes = opk.TokenBytes(zoo("byte_level_llama3"))
+    think = zoo("byte_level_llama3").convert_tokens_to_ids("<think>")
+    assert think in token_bytes.encode(b"so <think> it")
+    assert token_bytes[think] == b"<think>"
+
+
+def test_written_specials_stay_text():
+    """A Unigram vocabulary has them among its pieces, with a score that always wins."""
+    token_bytes = opk.TokenBytes(zoo("unigram"))
+    for special, written in ((5, "<|tool|>"), (1, "<s>")):
+        text = f"the model {written} reads {written}"
+        assert special in own_ids("unigram", text)
+        ids = token_bytes.encode(text.encode())
+        assert token_bytes.join(ids) == text.encode()
+        assert set(range(6)).isdisjoint(ids)
+        # around them the tokenizer's own tokens are kept
+        assert ids[:2] == token_bytes.encode(b"the model")
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -207,6 +245,7 @@ def test_roles_by_name_by_wrapper_and_by_template():
     assert llama3.roles == {"bos": (bos,), "eos": (eos,), "eot": (over,), "pad": (eos,), "unk": ()}
     assert llama3.symbols[[bos, eos, over, x]].tolist() == [1, 2 | 8, 4, 0]
     assert llama3[x] == b"<|x|>"
+    assert opk.TokenBytes(zoo("sentencepiece_bpe")).roles["eot"] == (4,)
     unigram = opk.TokenBytes(zoo("unigram"))
     assert [unigram.roles[role] for role in ("unk", "bos", "eos", "pad", "eot")] == [
         (0,), (1,), (2,), (3,), (4,),
@@ -321,6 +360,20 @@ def test_loss_that_no_part_admits_is_found_by_probing():
         opk.TokenBytes(Encoding())
     token_bytes = opk.TokenBytes(Encoding(), lossy=True)
     assert token_bytes.join(token_bytes.encode(b"a 3 b")) == b"a 3 b"
+
+
+def test_ids_that_spell_something_else_are_refused():
+    """As in CLIP: spaces are dropped, and its decoder does not put them back."""
+    tokenizer = tokenizer_of(
+        models.BPE(numbered(*sorted(pre_tokenizers.ByteLevel.alphabet())), []),
+        decoder=decoders.ByteLevel(),
+        normalizer=normalizers.Lowercase(),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+    )
+    with pytest.raises(opk.TokenBytesError, match=r"spell 'themodelreads.*nothing to normalise"):
+        opk.TokenBytes(tokenizer, lossy=True)
 
 
 def test_bytes_that_decoding_contradicts_are_refused():

@@ -23,11 +23,12 @@ typedef struct opd_token_table_t {
   int64_t vocab_size;
 } opd_token_table_t;
 
-/* A batch of token sequences, packed: sequence b is ids[offsets[b]] .. ids[offsets[b + 1]]. */
+/* A batch of token sequences: sequence b is ids[offsets[b]] .. ids[offsets[b + 1]], int32 or int64. */
 typedef struct opd_token_ids_t {
-  const void* ids;        /* [offsets[num_sequences]] int32 or int64 */
-  int32_t id_bytes;       /* 4 or 8 */
-  const int64_t* offsets; /* [num_sequences + 1] */
+  const void* ids;              /* [offsets[num_sequences]], or NULL: each lies elsewhere */
+  const void* const* sequences; /* [num_sequences] then, the first id of each */
+  int32_t id_bytes;             /* 4 or 8 */
+  const int64_t* offsets;       /* [num_sequences + 1] */
 } opd_token_ids_t;
 
 typedef enum opd_align_mode_t {

@@ -342,9 +342,8 @@ OPD_API opd_status_t opd_gemm_cpu(const opd_gemm_args_t* args);
 
 /* With p = exp(teacher_log_scales[t]) P_t and q = exp(student_log_scales[t]) Q_t,
  *   D = rest_weight * sum_i |p_(i) - q_(i)| + pair_weight * sum_(v, w) JSD_beta(p_w, q_v):
- * the first sum is over the ids without a partner, of each side from the largest down, the shorter one
- * followed by zeros; the second over the pairs, where student_pairs[v] = w. Equal probabilities are
- * ordered by id, and entries that are equal at one rank have gradient 0.
+ * the first sum is over the ids without a partner, each side from the largest down (by id where equal),
+ * the shorter one followed by zeros; the second over the pairs, where student_pairs[v] = w.
  *   loss[t] = token_weights[t] * D;   grad[t, v] = dloss[t] / d logits[t, v];
  *   grad_log_scales[t] = dloss[t] / d student_log_scales[t].
  * Rows of weight 0 give exactly 0 and are not read; a row of either side without a law (a NaN, +inf, or
@@ -360,13 +359,12 @@ typedef struct opd_sorted_l1_args_t {
   const int64_t* student_pairs;   /* [Vs] id of the teacher, < 0 for none; or NULL for no pairs */
   const uint8_t* teacher_paired;  /* [Vt] whether an id is in student_pairs, where it is once */
   const void* token_weights;      /* [T] real, or NULL for ones */
-  double rest_weight, pair_weight;
-  double beta;        /* weight of the teacher in the JSD, in (0, 1) */
-  int64_t num_workers; /* rows that are worked on at a time, at most */
-  void* workspace;    /* opd_sorted_l1_workspace_bytes(num_workers, ..) bytes, aligned to 8 */
-  void* loss;         /* [T] real, out */
-  opd_matrix_t grad;  /* out; data NULL: no gradient */
-  int64_t grad_width; /* columns student_vocab_size .. grad_width are set to zero */
+  double rest_weight, pair_weight, beta; /* beta: of the teacher in the JSD, in (0, 1) */
+  int64_t num_workers;   /* rows that are worked on at a time, at most */
+  void* workspace;       /* opd_sorted_l1_workspace_bytes(num_workers, ..) bytes, aligned to 8 */
+  void* loss;            /* [T] real, out */
+  opd_matrix_t grad;     /* out; data NULL: no gradient */
+  int64_t grad_width;    /* columns student_vocab_size .. grad_width are set to zero */
   void* grad_log_scales; /* [T] real, out, with the gradient */
 } opd_sorted_l1_args_t;
 

@@ -88,9 +88,12 @@ class Pairs(NamedTuple):
 
 
 def pairs_of(batch: Batch, pairing: str, num_step_tokens: int) -> Pairs:
-    """The rows to compare. "chunks": where the first tokens of each aligned chunk are predicted, for
-    the chunks of the step. "positions": token i of a text beside token i of it in the teacher's
-    tokens, up to the shorter of the two, for the student's tokens of the step."""
+    """The rows to compare.
+
+    "chunks": where the first tokens of each aligned chunk are predicted; for the chunks of the
+    step. "positions": token i of a text beside token i of it in the teacher's tokens, up to the
+    shorter of the two; for the student's tokens of the step.
+    """
     translation = batch.translation
     if pairing == "chunks":
         chunks = chunks_of(batch, num_step_tokens)

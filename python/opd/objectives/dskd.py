@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 import opd_kernels as opk
-from opd.batch import Batch, Head, Law, Signal, Translation
+from opd.batch import Batch, Head, Law, Signal
 from opd.objectives.base import ObjectiveSection, Parts
+from opd.objectives.crossing import SharedVocab, chunks_of
 from opd.objectives.projectors import LogitMap, attend, linear, project, standardised
 from opd.schema import ConfigError
 
@@ -143,26 +144,17 @@ class BoundDskd:
     def _start_from_heads(self) -> None:
         """The vocabulary that both have, and t2s from both heads."""
         parts = self._parts
-        self._rows: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._student_ids: Tensor | None = None
-        student, teacher = _leading(parts.student), _leading(parts.teacher)
-        if not self._one_vocabulary:
-            shared = opk.project_vocab(parts.student_bytes, parts.teacher_bytes)
-            device, sizes = teacher.weight.device, (len(student.weight), len(teacher.weight))
-            # a law may be over less than its tokenizer has, and a head be padded beyond it
-            has_rows = (shared.student_ids < sizes[0]) & (shared.teacher_ids < sizes[1])
-            if not has_rows.any():
-                raise ConfigError(
-                    "objective.version: must be 'v1' with a teacher that has no token in common "
-                    "with the student"
-                )
-            self._rows = tuple(
-                ids[has_rows].to(device) for ids in (shared.student_ids, shared.teacher_ids)
+        self._shared = SharedVocab(parts)
+        found = self._shared.operands(parts.student, parts.teacher)
+        self._rows = found["student_ids"], found["teacher_ids"]
+        self._student_size = found["student_vocab_size"]
+        if self._rows[0] is not None and len(self._rows[0]) == 0:
+            raise ConfigError(
+                "objective.version: must be 'v1' with a teacher that has no token in common with "
+                "the student"
             )
-            every = torch.arange(min(len(parts.teacher_bytes), sizes[1]))
-            ids = torch.full((len(parts.teacher.head.weight),), -1, dtype=torch.int64)
-            ids[every] = shared.map_ids(every).cpu()
-            self._student_ids = ids.masked_fill(ids >= sizes[0], -1).to(device)
+        student = _leading(parts.student.head, self._student_size)
+        teacher = _leading(parts.teacher.head, found["teacher_vocab_size"])
         workspace = {"workspace_bytes": parts.student.workspace_bytes}
         onto_student = LogitMap(student, self._rows[0], **workspace)
         with torch.no_grad():
@@ -178,7 +170,7 @@ class BoundDskd:
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int
     ) -> Signal:
         """The batch's share of the step's loss, with the likelihood of the labels, how many t2s
-        agrees with, and the forward KL in both spaces (0 where m_t is)."""
+        agrees with, and the forward KL in both spaces; 0 for a row that does not count."""
         assert teacher is not None
         section = self._section
         views = self._views(student, teacher, batch, num_step_tokens)
@@ -190,7 +182,7 @@ class BoundDskd:
             workspace_bytes=student.workspace_bytes,
         )
         labelled = taught.token_logprobs(views.labels).logprobs
-        statistics = {"t2s_nll": -labelled.detach()}
+        statistics = {"t2s_nll": -labelled.detach() * (views.student_weights > 0)}
         weights = views.student_weights
         if self._masks:
             weights = weights * (taught.topk(1).ids[:, 0] == views.labels)
@@ -238,22 +230,20 @@ class BoundDskd:
         if self._attends:
             return self._attended(own, theirs, batch, self._section.kd_rate / num_step_tokens)
         labels, weight = batch.token_ids, self._section.kd_rate / num_step_tokens
-        translation = batch.translation
-        if translation is not None:
-            chunks = _single_tokens(translation)
-            rows, their_rows = (
-                translation.student_offsets[chunks],
-                translation.teacher_offsets[chunks],
-            )
-            own, theirs = own.index_select(0, rows), theirs.index_select(0, their_rows)
+        if batch.translation is not None:
+            chunks = chunks_of(batch, num_step_tokens)
+            pairs = (~chunks.is_span).nonzero().squeeze(1)
+            rows = chunks.student_first[pairs]
+            own = own.index_select(0, rows)
+            theirs = theirs.index_select(0, chunks.teacher_first[pairs])
             labels = labels.index_select(0, rows)
-            weight = self._section.kd_rate / max(1, translation.num_step_chunks)
+            weight = self._section.kd_rate / chunks.num_step_chunks
         weights = own.new_full((len(own),), weight, dtype=self._precision)
         if self._is_v2:
             best = Law(lambda: theirs, teacher.head, **_limits(teacher)).topk(1).ids[:, 0]
-            labels = best if self._student_ids is None else self._student_ids[best]
-            weights = weights * (labels >= 0)
-            labels = labels.clamp_min(0)
+            labels = self._shared.nearest(best, exact=True)
+            is_known = (labels >= 0) & (labels < self._student_size)
+            weights, labels = weights * is_known, labels.where(is_known, 0)
         return _Views(
             student_hidden=own,
             taught=self._project("t2s", theirs, student.head),
@@ -271,7 +261,7 @@ class BoundDskd:
         # once a step: in-place updates raise the version
         key = (student.weight.data_ptr(), student.weight._version)
         if self._s2t is None or self._s2t[0] != key:
-            head = _leading(self._parts.student, student)
+            head = _leading(student, self._student_size)
             found = self._onto_teacher.of(head, self._rows[0], self._precision)
             self._s2t = (key, found.to(self._precision))
         return project(own, self._s2t[1], dtype=teacher.weight.dtype)
@@ -323,20 +313,13 @@ def _constant(head: Head) -> Head:
     return replace(head, weight=head.weight.detach(), bias=bias)
 
 
-def _leading(model: Any, head: Head | None = None) -> Head:
-    """A constant head, its weight cut to what the model's law is over."""
-    head = _constant(model.head if head is None else head)
-    return replace(head, weight=head.weight[: getattr(model, "vocab_size", None)], bias=None)
+def _leading(head: Head, vocab_size: int) -> Head:
+    """A constant head, its weight cut to what a law is over."""
+    return replace(_constant(head), weight=head.weight.detach()[:vocab_size], bias=None)
 
 
 def _limits(law: Law) -> dict[str, Any]:
     return {"vocab_size": law.vocab_size, "workspace_bytes": law.workspace_bytes}
-
-
-def _single_tokens(translation: Translation) -> Tensor:
-    """The chunks of one token on each side; their number is known when the device says so."""
-    sizes = (translation.student_offsets.diff(), translation.teacher_offsets.diff())
-    return (translation.is_aligned & (sizes[0] == 1) & (sizes[1] == 1)).nonzero().squeeze(1)
 
 
 def _embedding_size(side: Any) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GOLD: laws of merged tokens, compared id by id where the vocabularies agree and sorted elsewhere."""
+"""GOLD: laws of merged tokens, compared by id where the vocabularies agree, sorted elsewhere."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from opd.objectives.crossing import Chunks, SharedVocab, chunks_of, with_cross_e
 class Gold(ObjectiveSection):
     """loss = (1 / C) sum over aligned chunks of D(p, q), of laws that are times a probability:
 
-    merge "observed": q = Q(. | before the chunk) * prob of the chunk's later tokens, each where it is
-    predicted. merge "bayesian": q = Q(. | all but its last token) * prob of those before the last.
-    p likewise of the teacher. D = sum_i |p_(i) - q_(i)|, sorted; or, if hybrid,
-    D = w JSD_beta(p, q on the shared tokens) + (1 - w) sum_i |p_(i) - q_(i)| on the others.
+    merge "observed": q = Q(. | before the chunk) * probability of the chunk's later tokens, each
+    where it is predicted. merge "bayesian": q = Q(. | all but its last token) * probability of
+    those before the last. p likewise of the teacher. D = sum_i |p_(i) - q_(i)|, sorted; or, if
+    hybrid, D = w JSD_beta(p, q on the shared tokens) + (1 - w) sum_i |p_(i) - q_(i)| on the others.
 
     The gradient reaches the student's rows through both factors. With one tokenizer all chunks are
     one token and all tokens are shared: hybrid is the mean of JSD_beta, and the other form ULD.
@@ -37,8 +37,8 @@ class Gold(ObjectiveSection):
 
     Source: GOLD in TRL, trl.experimental.gold, on ULD, arXiv:2402.12030. TRL takes the rows of
     `observed` one position late: the row of a token, which predicts the one after it; here the row
-    that predicts it, as TRL's `bayesian` does. TRL matches tokens by their strings, not their bytes,
-    and its factors have a floor of 1e-8, below which there is no gradient.
+    that predicts it, as TRL's `bayesian` does. TRL matches tokens by their strings, not their
+    bytes, and its factors have a floor of 1e-8, below which there is no gradient.
     """
 
     crosses_tokenizers: ClassVar[bool] = True

@@ -23,8 +23,8 @@ class MultilevelOt(ObjectiveSection):
     q_t = softmax(z_t / (std(z_t) + 1e-4) / temperature), p likewise of the teacher; i runs over the
     num_topk tokens of each side that the text's positions together give the most probability, in
     that order, one order for the whole text; p' = softmax(p_t), q' = softmax(q_t) of these numbers;
-    W_tu = sum_i |softmax(p_t / 2)_i - softmax(q_u / 2)_i|, F = exp(-W / epsilon), its rows and columns
-    divided by their sums, num_iterations times.
+    W_tu = sum_i |softmax(p_t / 2)_i - softmax(q_u / 2)_i|, F = exp(-W / epsilon), its rows and its
+    columns divided by their sums, num_iterations times.
 
     Attributes:
         pairing: `chunks`: positions where the first tokens of each aligned chunk are predicted.
@@ -39,9 +39,9 @@ class MultilevelOt(ObjectiveSection):
     With one tokenizer it is the same of one vocabulary. Memory of the Sinkhorn term: num_iterations
     times the square of a text's positions.
 
-    Source: MultiLevelOT, arXiv:2412.14528. Its code orders tokens for a whole batch, has the two sides
-    of the logarithmic term the other way round, and multiplies the Sinkhorn term of each text by
-    0.001 in the place of 1 / C.
+    Source: MultiLevelOT, arXiv:2412.14528. Its code orders tokens for a whole batch, has the two
+    sides of the logarithmic term the other way round, and multiplies the Sinkhorn term of each text
+    by 0.001 in the place of 1 / C.
     """
 
     crosses_tokenizers: ClassVar[bool] = True

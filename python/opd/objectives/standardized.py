@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of standardised logits through a head: sums over a text, and single columns.
 
-Logits are formed for some rows at a time within the law's workspace and formed again in backward: no
+Logits are formed for some rows at a time within the law's workspace, and again in backward: no
 [T, V] is held.
 """
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
 from opd.batch import Prompt, Trajectory
-from opd.rollouts.hf import HfRollouts, Sampling
+from opd.rollouts.hf import HfRollouts, Sampling, end_token_ids
 from opd.rollouts.protocol import Rollouts
 from opd.schema import ConfigError
 
@@ -19,7 +20,9 @@ class DatasetConfig(Sampling):
     """Off-policy: the rows' completions, or with `seq_kd` what the teacher samples.
 
     Attributes:
-        seq_kd: the teacher writes the completions; the sampling keys are its.
+        seq_kd: the teacher writes the completions; the sampling keys are its. One with another
+            tokenizer writes in its own tokens, and the bytes are cut by the student's; then
+            max_completion_length bounds both.
         max_completion_length: longer completions of the data are cut.
 
     Source: SeqKD, arXiv:1606.07947; the key is TRL's.
@@ -50,8 +53,12 @@ class DatasetConfig(Sampling):
                 raise ValueError(f"{name} means something only with seq_kd: true")
         return self
 
-    def build(self, student: Any, teacher: Any, tokenizer: Any, **_: Any) -> Rollouts:
+    def build(
+        self, student: Any, teacher: Any, tokenizer: Any, *, translator: Any = None, **_: Any
+    ) -> Rollouts:
         """The engine."""
+        if self.seq_kd and translator is not None and not translator.has_one_vocabulary:
+            return TranslatedRollouts(student, teacher, translator, self)
         if self.seq_kd:
             return HfRollouts(teacher, tokenizer, self, origin="teacher")
         return DatasetRollouts(self.max_completion_length)
@@ -87,4 +94,41 @@ class DatasetRollouts(Rollouts):
             step=step,
             row=prompt.row,
             group_id=prompt.group_id,
+        )
+
+
+class TranslatedRollouts(Rollouts):
+    """What a teacher with another tokenizer writes, in the student's tokens.
+
+    Args:
+        student, teacher: the models.
+        translator: from the student's tokens to the teacher's.
+        sampling: how the teacher draws.
+    """
+
+    def __init__(self, student: Any, teacher: Any, translator: Any, sampling: Sampling) -> None:
+        self._translator = translator
+        self._limit = sampling.max_completion_length
+        self._writing = HfRollouts(teacher, translator.teacher, sampling, origin="teacher")
+        ends = end_token_ids(teacher.model, translator.teacher)
+        self._back = translator.reversed(end_ids=ends, max_positions=student.max_positions)
+
+    def collect(self, prompts: Sequence[Prompt], step: int) -> list[Trajectory]:
+        """`num_generations` completions for each prompt."""
+        rendered = [
+            replace(prompt, ids=torch.tensor(self._translator.prompt(prompt.row)))
+            for prompt in prompts
+        ]
+        written = self._writing.collect(rendered, step)
+        sides = self._back(written).trajectories
+        return [self._cut(*pair) for pair in zip(sides, written, strict=True)]
+
+    def _cut(self, side: Trajectory, written: Trajectory) -> Trajectory:
+        length = side.prompt_length + self._limit
+        return replace(
+            side,
+            ids=side.ids[:length],
+            loss_mask=side.loss_mask[:length],
+            is_terminated=written.is_terminated and len(side.ids) <= length,
+            tokens_read={"teacher": len(written.ids)},
         )

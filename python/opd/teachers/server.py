@@ -213,7 +213,7 @@ class ServerTeacher:
         if "hidden" in self._config.tells:
             return Law(
                 lambda: self._hidden(batch),
-                self._head(),
+                self.head,
                 vocab_size=self._vocab_size,
                 workspace_bytes=self._workspace_bytes,
             )
@@ -226,7 +226,14 @@ class ServerTeacher:
             temperature=None if self._config.takes_temperature else 1.0,
         )
 
-    def _head(self) -> Head:
+    @property
+    def vocab_size(self) -> int | None:
+        """The prefix of the vocabulary that its laws are over; None: all of it."""
+        return self._vocab_size
+
+    @property
+    def head(self) -> Head:
+        """What turns the hidden states that it sends into logits, fetched once."""
         if self._moved_head is None:
             head = self._patiently(self.client.head)
             bias = None if head.bias is None else head.bias.to(self._device)
@@ -236,7 +243,7 @@ class ServerTeacher:
     def _hidden(self, batch: Batch) -> Tensor:
         scores = self._score(batch, signal="hidden")
         rows = gather_rows(scores, batch.completion_rows(), ["hidden"])["hidden"]
-        return rows.to(self._device, self._head().weight.dtype)
+        return rows.to(self._device, self.head.weight.dtype)
 
     def _topk(
         self, batch: Batch, num_topk: int, token_ids: Tensor | None, temperature: float

@@ -2,6 +2,7 @@
 // opd_align_tokens on inputs made of any bytes; traps where a property does not hold. The entry point
 // is libFuzzer's, so that clang's runs it too:
 //   clang++ -fsanitize=fuzzer,address,undefined ... fuzz_align_tokens.cpp csrc/core/align_tokens.cpp ...
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -86,6 +87,98 @@ std::string bytes_of(const Side& side, size_t sequence) {
   return bytes;
 }
 
+// Number of paths of minimum cost through each node of the edit graph, modulo a prime.
+class Paths {
+ public:
+  Paths(const std::vector<int>& x, const std::vector<int>& y)
+      : x_(x), y_(y), cost_((x.size() + 1) * (y.size() + 1)), ways_(cost_.size()) {
+    fill();
+  }
+  int distance() const { return cost_[0]; }
+  bool is_on_all(size_t i, size_t j) const {
+    return static_cast<uint64_t>(static_cast<unsigned __int128>(reached_[at(i, j)]) *
+                                 ways_[at(i, j)] % kPrime) == ways_[0] &&
+           reached_[at(i, j)] != 0;
+  }
+
+ private:
+  static constexpr uint64_t kPrime = (uint64_t{1} << 61) - 1;
+  size_t at(size_t i, size_t j) const { return i * (y_.size() + 1) + j; }
+
+  template <class Visit>
+  void for_each_edge(size_t i, size_t j, Visit&& visit) const {
+    if (i < x_.size()) visit(at(i + 1, j), 1);
+    if (j < y_.size()) visit(at(i, j + 1), 1);
+    if (i == x_.size() || j == y_.size()) return;
+    const bool is_special = x_[i] >= 256 && y_[j] >= 256;
+    if (x_[i] == y_[j] || (is_special && (x_[i] & y_[j]) > 256)) {
+      visit(at(i + 1, j + 1), 0);
+    } else if (x_[i] < 256 && y_[j] < 256) {
+      visit(at(i + 1, j + 1), 1);
+    }
+  }
+
+  void fill() {
+    const size_t n = x_.size(), m = y_.size();
+    ways_[at(n, m)] = 1;
+    for (size_t i = n + 1; i-- > 0;) {
+      for (size_t j = m + 1; j-- > 0;) {
+        if (i == n && j == m) continue;
+        int& cost = cost_[at(i, j)] = 1 << 30;
+        uint64_t& ways = ways_[at(i, j)];
+        for_each_edge(i, j, [&](size_t to, int price) {
+          if (price + cost_[to] < cost) {
+            cost = price + cost_[to];
+            ways = 0;
+          }
+          if (price + cost_[to] == cost) ways = (ways + ways_[to]) % kPrime;
+        });
+      }
+    }
+    reached_.assign(cost_.size(), 0);
+    reached_[0] = 1;
+    for (size_t i = 0; i <= n; ++i) {
+      for (size_t j = 0; j <= m; ++j) {
+        for_each_edge(i, j, [&](size_t to, int price) {
+          if (price + cost_[to] == cost_[at(i, j)]) {
+            reached_[to] = (reached_[to] + reached_[at(i, j)]) % kPrime;
+          }
+        });
+      }
+    }
+  }
+
+  const std::vector<int>&x_, &y_;
+  std::vector<int> cost_;
+  std::vector<uint64_t> ways_, reached_;
+};
+
+// Of a repaired sequence: every end that both sides have on all cheapest paths, and no other.
+void expect_shared(const Side& student, const Side& teacher, int32_t max_edits,
+                   const Chunks& chunks) {
+  const int64_t tokens_s = student.offsets[1], tokens_t = teacher.offsets[1];
+  const std::vector<int> x = align_cases::symbols_of(student, 0, tokens_s);
+  const std::vector<int> y = align_cases::symbols_of(teacher, 0, tokens_t);
+  if (x.empty() || y.empty() || x.size() * y.size() > 2000) return;
+  const Paths paths(x, y);
+  if (paths.distance() > max_edits) return;
+  size_t next = 0, i = 0;
+  for (int64_t s = 0; s <= tokens_s; ++s) {
+    size_t j = 0;
+    for (int64_t t = 0; t <= tokens_t; ++t) {
+      if (paths.is_on_all(i, j)) {
+        require(next < chunks.student.size() && chunks.student[next] == s &&
+                    chunks.teacher[next] == t,
+                "the boundaries that all cheapest paths share");
+        ++next;
+      }
+      if (t < tokens_t) j += align_cases::symbols_of(teacher, t, t + 1).size();
+    }
+    if (s < tokens_s) i += align_cases::symbols_of(student, s, s + 1).size();
+  }
+  require(next == chunks.student.size(), "and no others");
+}
+
 void expect_properties(const Side& student, const Side& teacher, int32_t mode, int32_t max_edits) {
   Chunks chunks, swapped;
   const opd_status_t status =
@@ -104,7 +197,9 @@ void expect_properties(const Side& student, const Side& teacher, int32_t mode, i
   require(swapped.student == chunks.teacher && swapped.teacher == chunks.student &&
               swapped.is_aligned == chunks.is_aligned && swapped.ends == chunks.ends,
           "swapped arguments, swapped result");
-  // the finest: where the bytes are the same, each end of a byte that both sides have is a boundary
+  if (!is_same && student.offsets.size() == 2) {
+    expect_shared(student, teacher, max_edits, chunks);
+  }
   if (is_same && mode == OPD_ALIGN_STRICT) {
     require(align_cases::run(student, teacher, OPD_ALIGN_REPAIR, max_edits, nullptr, &swapped) ==
                     OPD_OK &&

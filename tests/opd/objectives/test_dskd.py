@@ -90,10 +90,12 @@ def _side(name, num_rows, seed, *, dtype=torch.float64, size=None):
     )
 
 
-def _crossing(objective, *, texts=STUDENT_TEXTS, their_texts=TEACHER_TEXTS):
+def _crossing(objective, *, texts=STUDENT_TEXTS, their_texts=TEACHER_TEXTS, sizes=(None, None)):
     batch = _translated(texts, their_texts, STUDENT_TOKENS, TEACHER_TOKENS)
     student = _side("student", batch.num_tokens, 1)
     teacher = _side("teacher", batch.translation.batch.num_tokens, 11)
+    for side, size in zip((student, teacher), sizes, strict=True):
+        side.vocab_size = side.law.vocab_size = size
     parts = Parts(
         student=student,
         teacher=teacher,
@@ -434,10 +436,28 @@ def test_bfloat16_models_have_float32_projectors():
     assert all(p.grad.isfinite().all() for p in bound.module.parameters())
 
 
+def test_tokens_beyond_a_law_are_no_labels_and_in_no_map():
+    """With a vocab_size of 6 on both sides the laws have "b" and "c" in common, and no more."""
+    student, teacher, batch, bound = _crossing(Dskd(kd_rate=1.0, mask="none"), sizes=(6, 6))
+    weight, their_weight = student.head.weight.detach(), teacher.head.weight
+    found = bound.module["t2s"].weight.detach()
+    expected = torch.linalg.pinv(weight[[2, 4]]) @ their_weight[[5, 4]]
+    torch.testing.assert_close(found.float(), expected.float())
+    signal = bound(student.law, teacher.law, batch, batch.num_tokens)
+    their_rows = [3, 6, 7, 8, 9]
+    best = (teacher.hidden[their_rows] @ their_weight[:6].T).argmax(1)
+    counts = torch.tensor([int(i) in (4, 5) for i in best])
+    assert torch.equal(signal.statistics["t2s_nll"] > 0, counts)
+    assert counts.any() and not counts.all()
+
+
 def test_what_cannot_be_is_said():
     student, teacher, *_ = _crossing(Dskd(version="v1"))
     tokens = {"student_bytes": STUDENT_TOKENS, "teacher_bytes": TEACHER_TOKENS}
     far = SimpleNamespace(head=teacher.head, vocab_size=None)
+    strange = {"student_bytes": STUDENT_TOKENS, "teacher_bytes": [b"x"] * len(TEACHER_TOKENS)}
+    with pytest.raises(ConfigError, match="must be 'v1' with a teacher that has no token in comm"):
+        Dskd(version="v2").bind(Parts(student=student, teacher=teacher, **strange))
     with pytest.raises(ConfigError, match="must be 'v2' with a teacher that is not in this"):
         Dskd(version="v1").bind(Parts(student=student, teacher=far, **tokens))
     table = nn.Embedding(10, 3)

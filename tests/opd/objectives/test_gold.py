@@ -13,8 +13,8 @@ from tests.opd.objectives.test_overlap import PAIRS
 from tests.opd.objectives.test_uld import sorted_distance
 from tests.opd.objectives.two_tokenizers import STUDENT, TEACHER, Case, check_hostile
 
-# every chunk has tokens on both sides: what TRL's groups are
-WHOLE = ("one", "merged", "split", "other", "both")
+# chunks that have tokens on both sides and cannot be cut further: what TRL's groups are
+FINEST = ("one", "merged", "split", "other", "merged")
 
 
 def merged(law, ids, span, merge):
@@ -113,7 +113,7 @@ def _strings(tokens):
 def _as_trl(rows, ids, lengths, is_shifted):
     """Logits [1, S, V], labels, ids and byte offsets of a text behind one token of prompt.
 
-    lengths: bytes of each token. is_shifted: the row at a place predicts the next one, as a model's.
+    lengths: bytes of each token. is_shifted: a row predicts the next place, as a model's does.
     """
     pad = rows.new_zeros(1, rows.shape[1])
     logits = torch.cat([rows, pad] if is_shifted else [pad, rows])[None]
@@ -128,7 +128,7 @@ def _as_trl(rows, ids, lengths, is_shifted):
 def test_trl_has_the_same_loss_and_gradients(merge, hybrid):
     """TRL's `observed` is given the rows that predict the tokens: its own slices are one late."""
     trl = pytest.importorskip("trl.experimental.gold.gold_trainer")
-    case = Case(WHOLE)
+    case = Case(FINEST)
     config = SimpleNamespace(
         uld_crossentropy_weight=0.0,
         uld_distillation_weight=1.0,

@@ -71,7 +71,9 @@ def test_cross_entropy_is_added():
     case = Case()
     law = case.rows()[0].log_softmax(-1)
     nll = -law.gather(1, case.ids[0][:, None]).sum() / 8
-    case.check(Uld(cross_entropy_weight=0.25), _textbook(case, _firsts(case)) / case.steps + nll / 4)
+    case.check(
+        Uld(cross_entropy_weight=0.25), _textbook(case, _firsts(case)) / case.steps + nll / 4
+    )
     signal, _ = case.run(Uld(cross_entropy_weight=0.25))
     assert signal.statistics["entropy"].shape == case.ids[0].shape
 
