@@ -36,7 +36,7 @@ OFF_POLICY = (
 ON_POLICY = ("on_policy_alm",)
 # with a teacher that has the student's tokenizer
 TWINS = ("same_tokenizer", "on_policy_same_tokenizer")
-ARMS = ("more_sft", *OFF_POLICY, *ON_POLICY, *TWINS)
+ARMS = ("more_sft", "seq_kd", *OFF_POLICY, *ON_POLICY, *TWINS)
 DEMO_SEEDS, FULL_SEEDS = (0,), (0, 1, 2)
 
 

@@ -24,6 +24,7 @@ BEFORE, SFT, TEACHER, TWIN = train_arm.WARM, "more_sft", "teacher", "twin_teache
 LABELS = {
     "warm_sft": "warm SFT (before)",
     "more_sft": "more SFT",
+    "seq_kd": "SeqKD",
     "alm": "ALM",
     "uld": "ULD",
     "gold_observed": "GOLD, observed",
