@@ -31,6 +31,8 @@ class Side(NamedTuple):
     documents: list[torch.Tensor]
     table: Any
     pieces: dict[int, bytes]
+    tokenizer: Any
+    own_ids: list[list[int]]  # the documents before their ids were spread
 
     @property
     def num_tokens(self) -> int:
@@ -86,7 +88,7 @@ def tokenized(documents: list[str], size: int, vocab_size: int, pattern: str | N
         offsets=lengths.cumsum(0),
         symbols=torch.zeros(vocab_size, dtype=torch.uint8),
     )
-    return Side(ids, table, pieces)
+    return Side(ids, table, pieces, tokenizer, [one.ids for one in encoded])
 
 
 def byte_of_character() -> dict[str, int]:
@@ -130,26 +132,32 @@ def in_python(student: Side, teacher: Side, documents: range) -> Callable[[], li
 def in_trl(student: Side, teacher: Side, documents: range) -> Callable[[], list]:
     """TRL's GOLD: byte offsets of the tokens of both sides, and its groups.
 
-    It takes the lengths of pieces: from a dict, as where it keeps them, not from the tokenizer for
-    each token, as on rollouts.
+    The offsets are those of its trainer: on rollouts of the student it asks the tokenizer for each
+    token's piece; the teacher's pieces have their lengths in a dict here.
     """
+    transformers = pytest.importorskip("transformers")
     loss = pytest.importorskip("trl.experimental.gold.gold_trainer").ULDLoss
-    lengths = [
-        {token: len(piece) for token, piece in side.pieces.items()} for side in (student, teacher)
-    ]
-    rows = [
-        (student.documents[index].tolist(), teacher.documents[index].tolist())
-        for index in documents
-    ]
+    piece_byte_len = pytest.importorskip("trl.experimental.utils").piece_byte_len
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=student.tokenizer)
+    rows = [(student.own_ids[index], teacher.own_ids[index]) for index in documents]
+    lengths = {
+        token: piece_byte_len(piece) for piece, token in teacher.tokenizer.get_vocab().items()
+    }
 
-    def offsets(ids: list[int], length_of: dict[int, int]) -> list[tuple[int, int]]:
+    def of_student(token: int) -> int:
+        return piece_byte_len(tokenizer.convert_ids_to_tokens([token])[0])
+
+    def offsets(ids: list[int], length_of: Callable[[int], int]) -> list[tuple[int, int]]:
         found, end = [], 0
         for token in ids:
-            begin, end = end, end + length_of[token]
+            begin, end = end, end + length_of(token)
             found.append((begin, end))
         return found
 
-    return lambda: [loss._align_by_byte_offsets(*map(offsets, row, lengths)) for row in rows]
+    return lambda: [
+        loss._align_by_byte_offsets(offsets(mine, of_student), offsets(other, lengths.__getitem__))
+        for mine, other in rows
+    ]
 
 
 def bench_align_tokens(benchmark):
