@@ -15,8 +15,8 @@ import torch
 import opd_kernels as opk
 from benchmarks import harness
 
-# ids of the trained vocabularies are spread over ones of the sizes of Qwen and Llama, so that their
-# tables are as large
+# tables are as large as those of Qwen and Llama; the ids of a trained BPE are in the order of its
+# merges, as theirs are, so that frequent ones are near each other
 STUDENT_VOCAB, TEACHER_VOCAB = 151_936, 128_256
 NUM_THREADS = 2
 DOCUMENT_BYTES = 8192
@@ -32,7 +32,6 @@ class Side(NamedTuple):
     table: Any
     pieces: dict[int, bytes]
     tokenizer: Any
-    own_ids: list[list[int]]  # the documents before their ids were spread
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +54,7 @@ def texts() -> list[str]:
 
 
 def tokenized(documents: list[str], size: int, vocab_size: int, pattern: str | None) -> Side:
-    """A byte-level BPE of `size` tokens trained on the documents, its ids among `vocab_size`."""
+    """A byte-level BPE of `size` tokens trained on the documents; a table of `vocab_size`."""
     tokenizers = pytest.importorskip("tokenizers")
     split = tokenizers.pre_tokenizers
     byte_level = split.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
@@ -70,12 +69,10 @@ def tokenized(documents: list[str], size: int, vocab_size: int, pattern: str | N
         vocab_size=size, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(documents, trainer)
-    place = random.Random(size).sample(range(vocab_size), tokenizer.get_vocab_size())
-    encoded = tokenizer.encode_batch(documents)
-    ids = [torch.tensor([place[token] for token in one.ids]) for one in encoded]
+    ids = [torch.tensor(one.ids) for one in tokenizer.encode_batch(documents)]
     decoded = byte_of_character()
     pieces = {
-        place[token]: bytes(decoded[character] for character in text)
+        token: bytes(decoded[character] for character in text)
         for text, token in tokenizer.get_vocab().items()
     }
     lengths = torch.full((vocab_size + 1,), 4)
@@ -88,7 +85,7 @@ def tokenized(documents: list[str], size: int, vocab_size: int, pattern: str | N
         offsets=lengths.cumsum(0),
         symbols=torch.zeros(vocab_size, dtype=torch.uint8),
     )
-    return Side(ids, table, pieces, tokenizer, [one.ids for one in encoded])
+    return Side(ids, table, pieces, tokenizer)
 
 
 def byte_of_character() -> dict[str, int]:
@@ -100,12 +97,17 @@ def byte_of_character() -> dict[str, int]:
     }
 
 
-def in_python(student: Side, teacher: Side, documents: range) -> Callable[[], list]:
-    """Boundaries of both sides by two pointers and dicts of bytes."""
-    rows = [
+def rows_of(student: Side, teacher: Side, documents: range) -> list[tuple[list[int], list[int]]]:
+    """Ids of both sides of some documents, as lists."""
+    return [
         (student.documents[index].tolist(), teacher.documents[index].tolist())
         for index in documents
     ]
+
+
+def in_python(student: Side, teacher: Side, documents: range) -> Callable[[], list]:
+    """Boundaries of both sides by two pointers and dicts of bytes."""
+    rows = rows_of(student, teacher, documents)
 
     def align(mine: list[int], others: list[int]) -> list[tuple[int, int]]:
         boundaries = [(0, 0)]
@@ -139,10 +141,10 @@ def in_trl(student: Side, teacher: Side, documents: range) -> Callable[[], list]
     loss = pytest.importorskip("trl.experimental.gold.gold_trainer").ULDLoss
     piece_byte_len = pytest.importorskip("trl.experimental.utils").piece_byte_len
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=student.tokenizer)
-    rows = [(student.own_ids[index], teacher.own_ids[index]) for index in documents]
     lengths = {
         token: piece_byte_len(piece) for piece, token in teacher.tokenizer.get_vocab().items()
     }
+    rows = rows_of(student, teacher, documents)
 
     def of_student(token: int) -> int:
         return piece_byte_len(tokenizer.convert_ids_to_tokens([token])[0])
