@@ -39,6 +39,7 @@ class _Table:
                         f"{type(token).__name__} at {i}."
                     )
         self.symbols = [0] * len(self.tokens) if symbols is None else symbols.tolist()
+        self.text_ids = getattr(tokens, "text_ids", {})
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -54,11 +55,16 @@ class _Table:
 
     @cached_property
     def groups(self) -> dict[bytes, list[int]]:
-        """Ids by their bytes, ascending; tokens without bytes are in none."""
+        """Ids by their bytes, the one that text becomes first; without bytes they are in none."""
         groups: dict[bytes, list[int]] = {}
         for i, (token, symbol) in enumerate(zip(self.tokens, self.symbols, strict=True)):
             if token and not symbol:
                 groups.setdefault(token, []).append(i)
+        for token, ids in groups.items():
+            # the byte pieces of SentencePiece come before its letters, and no text becomes them
+            if len(ids) > 1 and (of_text := self.text_ids.get(token)) in ids:
+                ids.remove(of_text)
+                ids.insert(0, of_text)
         return groups
 
     @cached_property
@@ -73,8 +79,8 @@ class VocabProjection:
 
     Attributes:
         student_ids, teacher_ids: [M] int64, pairs of ids with exactly the same bytes, or the same
-            role (bos, eos, eot, pad). One to one: of several ids with the same bytes the lowest.
-            Ascending by student id.
+            role (bos, eos, eot, pad). One to one: of several ids with the same bytes the one that
+            text becomes (`TokenBytes.text_ids`), else the lowest. Ascending by student id.
         student_size, teacher_size: tokens of each vocabulary, Vs and Vt.
         student_coverage, teacher_coverage: M / Vs and M / Vt.
     """
@@ -164,7 +170,8 @@ class VocabProjection:
         """As `map_ids`, and where there is no such token the one with the fewest byte edits.
 
         Insertions, deletions and substitutions of bytes, among the student's tokens without a role;
-        of equally near ones the lowest id. What has been computed is kept. Waits for the device.
+        of equally near ones the lowest id, of those with its bytes the one that text becomes. What
+        has been computed is kept. Waits for the device.
 
         Args:
             teacher_ids: as for `map_ids`.
@@ -179,7 +186,9 @@ class VocabProjection:
         if asked:
             texts = [self._teacher.text_of(i) for i in asked]
             found, _ = nearest_tokens((*_packed(texts), None), self._student.packed)
-            self._nearest.update(zip(asked, found.tolist(), strict=True))
+            groups, tokens = self._student.groups, self._student.tokens
+            of_text = (i if i < 0 else groups.get(tokens[i], [i])[0] for i in found.tolist())
+            self._nearest.update(zip(asked, of_text, strict=True))
         if missing.numel() == 0:
             return mapped
         ids, places = missing.unique(return_inverse=True)

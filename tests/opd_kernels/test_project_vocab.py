@@ -55,6 +55,21 @@ def test_pairs_have_the_same_bytes_or_the_same_role(form):
     assert "5 pairs" in repr(found)
 
 
+def test_letters_are_paired_with_letters_and_not_with_byte_pieces():
+    """SentencePiece has <0x41> before A: no text becomes the first."""
+    student = opk.TokenBytes.from_bytes([b"A", b"b", b"A"])
+    student_pieces = Tokens([b"A", b"b", b"A"])
+    student_pieces.text_ids = {b"A": 2, b"b": 1}
+    teacher = Tokens([b"b", b"A", b"Ax"])
+    assert student.text_ids[b"A"] == 0
+    found = opk.project_vocab(student_pieces, teacher)
+    assert found.student_ids.tolist() == [1, 2]
+    assert found.teacher_ids.tolist() == [0, 1]
+    assert found.map_ids(torch.tensor([0, 1, 2])).tolist() == [1, 2, -1]
+    assert found.nearest(torch.tensor([2])).tolist() == [2]
+    assert opk.project_vocab(teacher, student_pieces).teacher_ids.tolist() == [1, 2]
+
+
 def test_ids_are_mapped_with_duplicates_and_shared_roles():
     found = opk.project_vocab(STUDENT, TEACHER)
     ids = torch.tensor([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, -1]], dtype=torch.int32)
