@@ -15,8 +15,8 @@ import torch
 import opd_kernels as opk
 from benchmarks import harness
 
-# ids of the trained vocabularies are spread over ones of the sizes of Qwen and Llama, so that their
-# tables are as large
+# tables are as large as those of Qwen and Llama; the ids of a trained BPE are in the order of its
+# merges, as theirs are, so that frequent ones are near each other
 STUDENT_VOCAB, TEACHER_VOCAB = 151_936, 128_256
 NUM_THREADS = 2
 DOCUMENT_BYTES = 8192
@@ -31,6 +31,7 @@ class Side(NamedTuple):
     documents: list[torch.Tensor]
     table: Any
     pieces: dict[int, bytes]
+    tokenizer: Any
 
     @property
     def num_tokens(self) -> int:
@@ -53,7 +54,7 @@ def texts() -> list[str]:
 
 
 def tokenized(documents: list[str], size: int, vocab_size: int, pattern: str | None) -> Side:
-    """A byte-level BPE of `size` tokens trained on the documents, its ids among `vocab_size`."""
+    """A byte-level BPE of `size` tokens trained on the documents; a table of `vocab_size`."""
     tokenizers = pytest.importorskip("tokenizers")
     split = tokenizers.pre_tokenizers
     byte_level = split.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
@@ -68,12 +69,10 @@ def tokenized(documents: list[str], size: int, vocab_size: int, pattern: str | N
         vocab_size=size, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(documents, trainer)
-    place = random.Random(size).sample(range(vocab_size), tokenizer.get_vocab_size())
-    encoded = tokenizer.encode_batch(documents)
-    ids = [torch.tensor([place[token] for token in one.ids]) for one in encoded]
+    ids = [torch.tensor(one.ids) for one in tokenizer.encode_batch(documents)]
     decoded = byte_of_character()
     pieces = {
-        place[token]: bytes(decoded[character] for character in text)
+        token: bytes(decoded[character] for character in text)
         for text, token in tokenizer.get_vocab().items()
     }
     lengths = torch.full((vocab_size + 1,), 4)
@@ -86,7 +85,7 @@ def tokenized(documents: list[str], size: int, vocab_size: int, pattern: str | N
         offsets=lengths.cumsum(0),
         symbols=torch.zeros(vocab_size, dtype=torch.uint8),
     )
-    return Side(ids, table, pieces)
+    return Side(ids, table, pieces, tokenizer)
 
 
 def byte_of_character() -> dict[str, int]:
@@ -98,12 +97,17 @@ def byte_of_character() -> dict[str, int]:
     }
 
 
-def in_python(student: Side, teacher: Side, documents: range) -> Callable[[], list]:
-    """Boundaries of both sides by two pointers and dicts of bytes."""
-    rows = [
+def rows_of(student: Side, teacher: Side, documents: range) -> list[tuple[list[int], list[int]]]:
+    """Ids of both sides of some documents, as lists."""
+    return [
         (student.documents[index].tolist(), teacher.documents[index].tolist())
         for index in documents
     ]
+
+
+def in_python(student: Side, teacher: Side, documents: range) -> Callable[[], list]:
+    """Boundaries of both sides by two pointers and dicts of bytes."""
+    rows = rows_of(student, teacher, documents)
 
     def align(mine: list[int], others: list[int]) -> list[tuple[int, int]]:
         boundaries = [(0, 0)]
@@ -130,26 +134,32 @@ def in_python(student: Side, teacher: Side, documents: range) -> Callable[[], li
 def in_trl(student: Side, teacher: Side, documents: range) -> Callable[[], list]:
     """TRL's GOLD: byte offsets of the tokens of both sides, and its groups.
 
-    It takes the lengths of pieces: from a dict, as where it keeps them, not from the tokenizer for
-    each token, as on rollouts.
+    The offsets are those of its trainer: on rollouts of the student it asks the tokenizer for each
+    token's piece; the teacher's pieces have their lengths in a dict here.
     """
+    transformers = pytest.importorskip("transformers")
     loss = pytest.importorskip("trl.experimental.gold.gold_trainer").ULDLoss
-    lengths = [
-        {token: len(piece) for token, piece in side.pieces.items()} for side in (student, teacher)
-    ]
-    rows = [
-        (student.documents[index].tolist(), teacher.documents[index].tolist())
-        for index in documents
-    ]
+    piece_byte_len = pytest.importorskip("trl.experimental.utils").piece_byte_len
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=student.tokenizer)
+    lengths = {
+        token: piece_byte_len(piece) for piece, token in teacher.tokenizer.get_vocab().items()
+    }
+    rows = rows_of(student, teacher, documents)
 
-    def offsets(ids: list[int], length_of: dict[int, int]) -> list[tuple[int, int]]:
+    def of_student(token: int) -> int:
+        return piece_byte_len(tokenizer.convert_ids_to_tokens([token])[0])
+
+    def offsets(ids: list[int], length_of: Callable[[int], int]) -> list[tuple[int, int]]:
         found, end = [], 0
         for token in ids:
-            begin, end = end, end + length_of[token]
+            begin, end = end, end + length_of(token)
             found.append((begin, end))
         return found
 
-    return lambda: [loss._align_by_byte_offsets(*map(offsets, row, lengths)) for row in rows]
+    return lambda: [
+        loss._align_by_byte_offsets(offsets(mine, of_student), offsets(other, lengths.__getitem__))
+        for mine, other in rows
+    ]
 
 
 def bench_align_tokens(benchmark):

@@ -18,9 +18,12 @@ _HEADS = {
     "fused_linear_token_logprobs": (1,),
     "fused_linear_topk": (1,),
     "fused_linear_topk_divergence": (1,),
+    "fused_linear_overlap_divergence": (1, 3),
     "fused_linear_sample_tokens": (1,),
+    "fused_linear_sorted_l1": (1, 3),
     "fused_linear_speculative_verify": (2, 4),
 }
+_TWO_VOCABULARIES = ("fused_linear_overlap_divergence", "fused_linear_sorted_l1")
 # the tensor whose dtype and device the choice depends on, where it is not the first
 _MODEL = {"speculative_verify": 2, "fused_linear_speculative_verify": 3}
 
@@ -31,9 +34,10 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
     Args:
         op: name of a public op, such as "fused_linear_divergence".
         tensors: the tensors of the call, in its order.
-        options: its keyword arguments; `backend`, `vocab_size`, `workspace_bytes`, `divergence`,
-            `reference_lm_head_weight`, `process_group`, `gradient_tolerance` and the low-rank pair
-            matter. With `process_group` every rank must ask: they exchange their row counts.
+        options: its keyword arguments; `backend`, the vocabulary sizes, `workspace_bytes`,
+            `divergence`, `reference_lm_head_weight`, `process_group`, `gradient_tolerance` and the
+            low-rank pair matter. With `process_group` every rank must ask: they exchange their row
+            counts.
 
     Returns:
         One line for the choice, one per backend with its reason, and the plan of a fused op.
@@ -69,6 +73,8 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
         lines.append(f"  {backend}: {state}{f' ({reason})' if reason else ''}")
     if op == "fused_linear_speculative_verify" and chosen != "reference":
         lines.append(f"  {_verification(module, tensors, options)}")
+    elif op in _TWO_VOCABULARIES and chosen != "reference":
+        lines.append(f"  {module.cut(tensors, options)}")
     elif heads and chosen != "reference":
         lines.append(f"  {_plan_of(op, tensors, heads, options)}")
     return "\n".join(lines)

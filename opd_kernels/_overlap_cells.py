@@ -144,13 +144,13 @@ class _Side:
         if self.shared_ids is None:
             self.logits.copy_(shared)
         else:
-            self.logits.index_copy_(1, self.shared_ids, shared)
+            self.logits.scatter_(1, _in_every_row(self.shared_ids, shared), shared)
         if self.rest_ids is not None and self.with_rest:
             share = grad_cells[:, self.width, None] / self.total
             # without mass there is nothing to move, and 0 / 0
             share.masked_fill_(self.total == 0, 0.0)
             self.rest.mul_(share).mul_(self.rest_slope)
-            self.logits.index_copy_(1, self.rest_ids, self.rest)
+            self.logits.scatter_(1, _in_every_row(self.rest_ids, self.rest), self.rest)
         return grad_cells[:, -1] * self.extra_slope if self.with_extra else None
 
 
@@ -228,7 +228,15 @@ class Rows:
 
 
 def _select(logits: Tensor, ids: Tensor | None, out: Tensor) -> None:
-    out.copy_(logits if ids is None else logits[:, ids])
+    if ids is None:
+        out.copy_(logits)
+    else:
+        # two to four times as quick as an index of columns, on a CPU
+        torch.gather(logits, 1, _in_every_row(ids, logits), out=out)
+
+
+def _in_every_row(ids: Tensor, logits: Tensor) -> Tensor:
+    return ids.expand(logits.shape[0], -1)
 
 
 def _temperature(law: Law) -> float | Tensor:

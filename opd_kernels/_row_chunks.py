@@ -107,7 +107,7 @@ def check(op: str, student: Side, teacher: Side, workspace_bytes: int, scratch: 
         op,
         student.law.vocab_size,
         (student.lm_head_weight, teacher.lm_head_weight),
-        workspace_bytes - scratch.per_call,
+        _budget(workspace_bytes, scratch),
         whole_rows=WHOLE_ROWS,
         per_token=_more_per_row(student, teacher, scratch),
     )
@@ -123,7 +123,7 @@ def plan_of(
         num_rows,
         student.law.vocab_size,
         (student.lm_head_weight, teacher.lm_head_weight),
-        options.workspace_bytes - scratch.per_call,
+        _budget(options.workspace_bytes, scratch),
         whole_rows=WHOLE_ROWS,
         in_parts=False,
         per_token=_more_per_row(student, teacher, scratch),
@@ -138,6 +138,13 @@ def _teacher_width(student: Side, teacher: Side) -> int:
     if _gemms.grad_dtype(student.lm_head_weight) != _gemms.AS_LOGITS:
         widths.append(-(-student.law.vocab_size // 2))
     return max(widths)
+
+
+def _budget(workspace_bytes: int, scratch: Scratch) -> int:
+    """What is left for the chunks; of the default, which a CPU does not use up, all of it."""
+    if workspace_bytes == _checks.DEFAULT_WORKSPACE_BYTES:
+        return workspace_bytes
+    return workspace_bytes - scratch.per_call
 
 
 def _more_per_row(student: Side, teacher: Side, scratch: Scratch) -> int:

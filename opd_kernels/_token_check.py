@@ -57,8 +57,9 @@ def _check_decoding(reading: Reading) -> None:
     left = {i for ids in reading.roles.values() for i in ids} | reading.added
     ordinary = [i for i, token in enumerate(reading.tokens) if token and i not in left]
     # not a byte piece, which a decoder would join with the next
-    letters = [i for i in ordinary if len(reading.tokens[i]) > 1 and reading.tokens[i].isalpha()]
-    letters += [i for i in ordinary if reading.tokens[i].strip().isalpha()]
+    whole = [i for i in ordinary if i not in reading.byte_pieces]
+    letters = [i for i in whole if reading.tokens[i].isalpha()]
+    letters += [i for i in whole if reading.tokens[i].strip().isalpha()]
     if not letters:
         return
     letter = letters[0]

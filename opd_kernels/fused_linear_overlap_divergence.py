@@ -9,7 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _formed, _laws, _linear, _overlap_cells, _row_chunks, reference
+from . import (
+    _checks,
+    _dispatch,
+    _formed,
+    _laws,
+    _linear,
+    _overlap_cells,
+    _plan,
+    _row_chunks,
+    reference,
+)
 from ._overlap_cells import MASSES, STATISTICS, TAILS, Cells
 from ._registration import register
 from ._row_chunks import Side
@@ -326,6 +336,39 @@ def _check_sizes(tail: str, student_ids: Tensor | None, sizes: Sequence[int]) ->
             "other side has more: one bucket is empty and the divergence may be infinite. Use "
             "tail='renormalize_both'."
         )
+
+
+def cut(tensors: Sequence[Tensor], options: dict) -> _plan.Plan:
+    """How a call with these tensors and keyword arguments is cut, all of whose rows count."""
+    sizes = [
+        _checks.vocab_prefix(
+            _OP, options.get(f"{side}_vocab_size"), **{f"{side}_lm_head_weight": head.shape[0]}
+        )
+        for side, head in (("student", tensors[1]), ("teacher", tensors[3]))
+    ]
+    ids = [tensor for tensor in tensors[4:6] if tensor is not None]
+    if options.get("tail") == "renormalize_both" and ids:
+        sizes = [ids[0].shape[0]] * 2
+    laws = [
+        Law(None, None, [1.0, options.get(f"{side}_softcap") or 0.0, 1.0], size)
+        for side, size in zip(("student", "teacher"), sizes, strict=True)
+    ]
+    student, teacher = (
+        Side(hidden, head, law)
+        for hidden, head, law in zip(tensors[:4:2], tensors[1:4:2], laws, strict=True)
+    )
+    cells = Cells(*(ids or (None, None)), *(None,) * 4, [], [], 0)
+    with_grads = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors[:2]]
+    budget = options.get("workspace_bytes", _checks.DEFAULT_WORKSPACE_BYTES)
+    real = _checks.real_dtype(student.hidden)
+    return _row_chunks.plan_of(
+        _OP,
+        student.hidden.shape[0],
+        student,
+        teacher,
+        _row_chunks.Options(budget, [*with_grads, False], None),
+        _overlap_cells.scratch(cells, *laws, real),
+    )
 
 
 # -- the op --------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _formed, _laws, _linear, _ranks, _row_chunks, reference
+from . import _checks, _dispatch, _formed, _laws, _linear, _plan, _ranks, _row_chunks, reference
 from ._ranks import Ranks
 from ._registration import register
 from ._row_chunks import Chunk, Options, Side
+from .token_logprobs import Law
 
 _OP = "fused_linear_sorted_l1"
 
@@ -188,6 +189,30 @@ def _sides(tensors: Sequence[Tensor], ranks: Ranks) -> tuple[Side, Side]:
 
 def _scratch(student: Side, teacher: Side) -> _row_chunks.Scratch:
     return _ranks.scratch(student.hidden, student.law.vocab_size, teacher.law.vocab_size)
+
+
+def cut(tensors: Sequence[Tensor], options: dict) -> _plan.Plan:
+    """How a call with these tensors and keyword arguments is cut, all of whose rows count."""
+    sizes = [
+        _checks.vocab_prefix(
+            _OP, options.get(f"{side}_vocab_size"), **{f"{side}_lm_head_weight": head.shape[0]}
+        )
+        for side, head in (("student", tensors[1]), ("teacher", tensors[3]))
+    ]
+    student, teacher = (
+        Side(hidden, head, Law(None, None, [1.0, 0.0, 1.0], size))
+        for hidden, head, size in zip(tensors[::2], tensors[1::2], sizes, strict=True)
+    )
+    with_grads = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors[:2]]
+    budget = options.get("workspace_bytes", _checks.DEFAULT_WORKSPACE_BYTES)
+    return _row_chunks.plan_of(
+        _OP,
+        tensors[0].shape[0],
+        student,
+        teacher,
+        Options(budget, [*with_grads, False, False], None),
+        _scratch(student, teacher),
+    )
 
 
 def _run(student: Side, teacher: Side, ranks: Ranks, options: Options):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._nearest_tokens import nearest_tokens
+# with its words where the module was not built
+from .align_tokens import _align
 
 _OP = "project_vocab"
 # bits of TokenBytes.symbols in the order in which roles are paired; a token that ends a text is
@@ -25,6 +26,7 @@ class _Table:
 
     def __init__(self, name: str, tokens: Any) -> None:
         data, offsets = getattr(tokens, "data", None), getattr(tokens, "offsets", None)
+        symbols = getattr(tokens, "symbols", None)
         if isinstance(data, Tensor) and isinstance(offsets, Tensor):
             text, ends = data.cpu().contiguous().numpy().tobytes(), offsets.tolist()
             self.tokens = [text[begin:end] for begin, end in pairwise(ends)]
@@ -36,8 +38,8 @@ class _Table:
                         f"{_OP}: {name} must be a TokenBytes or a sequence of bytes, got "
                         f"{type(token).__name__} at {i}."
                     )
-        symbols = getattr(tokens, "symbols", None)
         self.symbols = [0] * len(self.tokens) if symbols is None else symbols.tolist()
+        self.text_ids = getattr(tokens, "text_ids", {})
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -47,12 +49,22 @@ class _Table:
         return b"" if self.symbols[token_id] else self.tokens[token_id]
 
     @cached_property
+    def packed(self) -> tuple[bytes, Tensor, bytes]:
+        """(data, offsets, symbols) for `_align`."""
+        return (*_packed(self.tokens), bytes(self.symbols))
+
+    @cached_property
     def groups(self) -> dict[bytes, list[int]]:
-        """Ids by their bytes, ascending; tokens without bytes are in none."""
+        """Ids by their bytes, the one that text becomes first; without bytes they are in none."""
         groups: dict[bytes, list[int]] = {}
         for i, (token, symbol) in enumerate(zip(self.tokens, self.symbols, strict=True)):
             if token and not symbol:
                 groups.setdefault(token, []).append(i)
+        for token, ids in groups.items():
+            # the byte pieces of SentencePiece come before its letters, and no text becomes them
+            if len(ids) > 1 and (of_text := self.text_ids.get(token)) in ids:
+                ids.remove(of_text)
+                ids.insert(0, of_text)
         return groups
 
     @cached_property
@@ -67,8 +79,8 @@ class VocabProjection:
 
     Attributes:
         student_ids, teacher_ids: [M] int64, pairs of ids with exactly the same bytes, or the same
-            role (bos, eos, eot, pad). One to one: of several ids with the same bytes the lowest.
-            Ascending by student id.
+            role (bos, eos, eot, pad). One to one: of several ids with the same bytes the one that
+            text becomes (`TokenBytes.text_ids`), else the lowest. Ascending by student id.
         student_size, teacher_size: tokens of each vocabulary, Vs and Vt.
         student_coverage, teacher_coverage: M / Vs and M / Vt.
     """
@@ -158,7 +170,8 @@ class VocabProjection:
         """As `map_ids`, and where there is no such token the one with the fewest byte edits.
 
         Insertions, deletions and substitutions of bytes, among the student's tokens without a role;
-        of equally near ones the lowest id. What has been computed is kept. Waits for the device.
+        of equally near ones the lowest id, of those with its bytes the one that text becomes. What
+        has been computed is kept. Waits for the device.
 
         Args:
             teacher_ids: as for `map_ids`.
@@ -172,8 +185,10 @@ class VocabProjection:
         asked = [i for i in missing.unique().tolist() if i not in self._nearest]
         if asked:
             texts = [self._teacher.text_of(i) for i in asked]
-            found, _ = nearest_tokens(texts, self._student.tokens, self._student.symbols)
-            self._nearest.update(zip(asked, found, strict=True))
+            found, _ = nearest_tokens((*_packed(texts), None), self._student.packed)
+            groups, tokens = self._student.groups, self._student.tokens
+            of_text = (i if i < 0 else groups.get(tokens[i], [i])[0] for i in found.tolist())
+            self._nearest.update(zip(asked, of_text, strict=True))
         if missing.numel() == 0:
             return mapped
         ids, places = missing.unique(return_inverse=True)
@@ -268,6 +283,31 @@ def project_vocab(
     return VocabProjection(
         _Table("student_bytes", student_bytes), _Table("teacher_bytes", teacher_bytes)
     )
+
+
+def nearest_tokens(queries: tuple, vocabulary: tuple) -> tuple[Tensor, Tensor]:
+    """(ids, distances) [n] int64: of the vocabulary's tokens, those nearest to each query.
+
+    The fewest insertions, deletions and substitutions of bytes; of equally near ones the lowest id.
+    -1, -1 for a query without bytes, and if no token is left. Tokens with a symbol are near
+    nothing. Threads as torch's, without the interpreter's lock.
+
+    Args:
+        queries, vocabulary: (data, offsets, symbols or None), as in a TokenBytes.
+    """
+    arrays = _align.nearest(queries, vocabulary, torch.get_num_threads())
+    ids, distances = (
+        torch.frombuffer(array, dtype=torch.int64)
+        if len(array)
+        else torch.empty(0, dtype=torch.int64)
+        for array in arrays
+    )
+    return ids, distances
+
+
+def _packed(strings: Sequence[bytes]) -> tuple[bytes, Tensor]:
+    ends = torch.tensor([0, *map(len, strings)], dtype=torch.int64).cumsum(0)
+    return b"".join(strings), ends
 
 
 def _check_ids(ids: Tensor, size: int, *, padding: bool = True) -> None:

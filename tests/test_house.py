@@ -58,6 +58,7 @@ ABSENT = {
         "fused_linear_sorted_l1",
         "fused_linear_speculative_verify",
         "fused_linear_topk_divergence",
+        "fused_linear_overlap_divergence",
     )
     for layer in (
         "csrc/core/{op}.cpp",
@@ -140,6 +141,7 @@ TESTED_ELSEWHERE = {
     "opd_kernels/_laws.py": "tests/opd_kernels/test_divergence.py and test_fused_linear_*.py",
     "opd_kernels/_library.py": "every test: it loads the ops",
     "opd_kernels/_linear.py": "tests/opd_kernels/test_fused_linear_*.py",
+    "opd_kernels/_overlap_cells.py": "tests/opd_kernels/test_fused_linear_overlap_divergence.py",
     "opd_kernels/_one_head.py": "tests/opd_kernels/test_fused_linear_*.py",
     "opd_kernels/_ranks.py": "tests/opd_kernels/test_*sorted_l1.py",
     "opd_kernels/_registration.py": "opcheck in each op's test, and this file",
@@ -164,6 +166,7 @@ TESTED_ELSEWHERE = {
     "python/opd/clients/reading.py": "tests/opd/clients/test_vllm.py and test_fuzz.py",
     "python/opd/clients/transport.py": "tests/opd/clients/test_kinds.py",
     "python/opd/objectives/standardized.py": "tests/opd/objectives/test_multilevel_ot.py",
+    "python/opd/objectives/crossing.py": "tests/opd/objectives/test_{alm,simct,overlap,mined}.py",
     "python/opd/rollouts/protocol.py": "the tests of each engine",
     "python/opd/server/monitor.py": "tests/opd/server/test_app.py",
     "python/opd/server/replies.py": "tests/opd/server/test_app.py",
@@ -182,7 +185,7 @@ MAY_INCLUDE = {
     "csrc/core/": r"opd/\w+\.h|\w+\.h",
     "csrc/torch/": r"opd/opd\.h|(arguments|row_ops|sorted_l1)\.h|"
     r"torch/(csrc/(stable|inductor/aoti_torch/c)|headeronly)/.*",
-    "csrc/python/": r"opd/opd\.h|pybind11/\w+\.h",
+    "csrc/python/": r"opd/\w+\.h|pybind11/\w+\.h",
     "csrc/cuda/": r"opd/\w+\.h|\w+\.(h|cuh)|cuda\w*\.h",
 }
 OP_CODE = ("opd_kernels/*.py", "opd_kernels/triton/*.py")
@@ -197,6 +200,8 @@ SYNCS = {
     ("opd_kernels/_checks.py", "nonzero"),
     # ids as text, on the host
     ("opd_kernels/token_bytes.py", "tolist"),
+    # two vocabularies, once a run, on the host
+    *(("opd_kernels/project_vocab.py", name) for name in ("tolist", "numpy", "cpu")),
     # row counts of the ranks of a process_group
     ("opd_kernels/_parallel.py", "tolist"),
 }

@@ -26,21 +26,26 @@ struct Bytes {
   int64_t size;
 };
 
-Bytes string_at(const opd_byte_strings_t& strings, int64_t i) {
-  return {strings.data + strings.offsets[i], strings.offsets[i + 1] - strings.offsets[i]};
+// nothing of an id with a role
+Bytes bytes_of(const opd_token_table_t& table, int64_t id) {
+  if (table.symbols != nullptr && table.symbols[id] != 0) return {table.data, 0};
+  return {table.data + table.offsets[id], table.offsets[id + 1] - table.offsets[id]};
 }
 
-void check_strings(const char* name, const opd_byte_strings_t& strings) {
-  OPD_CHECK(strings.num_strings >= 0, kOp, ": ", name, " must have num_strings >= 0, got ",
-            strings.num_strings);
-  check_pointer(kOp, "offsets", strings.offsets);
-  OPD_CHECK(strings.offsets[0] == 0, kOp, ": offsets of ", name, " must begin with 0, got ",
-            strings.offsets[0]);
-  for (int64_t i = 0; i < strings.num_strings; ++i) {
-    OPD_CHECK(strings.offsets[i] <= strings.offsets[i + 1], kOp, ": offsets of ", name,
-              " must never decrease, got ", strings.offsets[i + 1], " after ", strings.offsets[i]);
+void check_table(const char* name, const opd_token_table_t& table) {
+  OPD_CHECK(table.vocab_size >= 0, kOp, ": ", name, " must have vocab_size >= 0, got ",
+            table.vocab_size);
+  check_pointer(kOp, "offsets", table.offsets);
+  OPD_CHECK(table.offsets[0] == 0, kOp, ": offsets of ", name, " must begin with 0, got ",
+            table.offsets[0]);
+  for (int64_t id = 0; id < table.vocab_size; ++id) {
+    OPD_CHECK(table.offsets[id] <= table.offsets[id + 1], kOp, ": offsets of ", name,
+              " must never decrease, got ", table.offsets[id + 1], " after ", table.offsets[id]);
   }
-  if (strings.offsets[strings.num_strings] > 0) check_pointer(kOp, "data", strings.data);
+  const int64_t end = table.offsets[table.vocab_size];
+  OPD_CHECK(end <= table.data_size, kOp, ": ", name, " must have the ", end,
+            " bytes of its offsets, got ", table.data_size);
+  if (end > 0) check_pointer(kOp, "data", table.data);
 }
 
 // which bytes occur, modulo 64
@@ -112,27 +117,26 @@ struct Index {
   std::vector<uint64_t> signatures;
   std::vector<int64_t> begins;  // of each length; one more at the end
 
-  explicit Index(const opd_nearest_tokens_args_t& args) {
-    const opd_byte_strings_t& vocabulary = args.vocabulary;
-    const auto size_of = [&](int64_t id) {
-      const bool is_special = args.is_special != nullptr && args.is_special[id] != 0;
-      return is_special ? 0 : string_at(vocabulary, id).size;
-    };
+  explicit Index(const opd_token_table_t& vocabulary) {
     int64_t longest = 0;
-    for (int64_t id = 0; id < vocabulary.num_strings; ++id) longest = std::max(longest, size_of(id));
+    for (int64_t id = 0; id < vocabulary.vocab_size; ++id) {
+      longest = std::max(longest, bytes_of(vocabulary, id).size);
+    }
     begins.assign(static_cast<size_t>(longest + 2), 0);
-    for (int64_t id = 0; id < vocabulary.num_strings; ++id) {
-      if (size_of(id) > 0) ++begins[size_of(id) + 1];
+    for (int64_t id = 0; id < vocabulary.vocab_size; ++id) {
+      const int64_t size = bytes_of(vocabulary, id).size;
+      if (size > 0) ++begins[size + 1];
     }
     for (size_t size = 1; size < begins.size(); ++size) begins[size] += begins[size - 1];
-    ids.resize(begins.back());
+    ids.resize(static_cast<size_t>(begins.back()));
     signatures.resize(ids.size());
     std::vector<int64_t> next(begins.begin(), begins.end() - 1);
-    for (int64_t id = 0; id < vocabulary.num_strings; ++id) {
-      if (size_of(id) == 0) continue;
-      const int64_t place = next[size_of(id)]++;
+    for (int64_t id = 0; id < vocabulary.vocab_size; ++id) {
+      const Bytes token = bytes_of(vocabulary, id);
+      if (token.size == 0) continue;
+      const int64_t place = next[token.size]++;
       ids[place] = id;
-      signatures[place] = signature(string_at(vocabulary, id));
+      signatures[place] = signature(token);
     }
   }
 
@@ -149,7 +153,7 @@ struct Nearest {
   }
 };
 
-Nearest nearest(const opd_byte_strings_t& vocabulary, const Index& index, Bytes query) {
+Nearest nearest(const opd_token_table_t& vocabulary, const Index& index, Bytes query) {
   Nearest best;
   if (query.size == 0 || index.ids.empty()) return best;
   const uint64_t set = signature(query);
@@ -160,7 +164,7 @@ Nearest nearest(const opd_byte_strings_t& vocabulary, const Index& index, Bytes 
     for (int64_t place = index.begins[size]; place < index.begins[size + 1]; ++place) {
       const int64_t id = index.ids[place];
       if (!best.admits(id, fewest_edits(set, index.signatures[place]))) continue;
-      const Bytes candidate = string_at(vocabulary, id);
+      const Bytes candidate = bytes_of(vocabulary, id);
       int64_t distance;
       if (is_short) {
         distance = pattern.distance(candidate, best.distance);
@@ -184,14 +188,14 @@ Nearest nearest(const opd_byte_strings_t& vocabulary, const Index& index, Bytes 
 void run(const opd_nearest_tokens_args_t* args) {
   check_pointer(kOp, "args", args);
   check_struct_size(kOp, args->struct_size, sizeof(*args));
-  check_strings("queries", args->queries);
-  check_strings("vocabulary", args->vocabulary);
-  const int64_t num_queries = args->queries.num_strings;
+  check_table("queries", args->queries);
+  check_table("vocabulary", args->vocabulary);
+  const int64_t num_queries = args->queries.vocab_size;
   if (num_queries == 0) return;
   check_pointer(kOp, "nearest", args->nearest);
-  const Index index(*args);
+  const Index index(args->vocabulary);
   parallel_rows(args->parallel_for, num_queries, [&](int64_t i) {
-    const Nearest found = nearest(args->vocabulary, index, string_at(args->queries, i));
+    const Nearest found = nearest(args->vocabulary, index, bytes_of(args->queries, i));
     args->nearest[i] = found.id;
     if (args->distances != nullptr) args->distances[i] = found.id < 0 ? -1 : found.distance;
   });
@@ -200,6 +204,6 @@ void run(const opd_nearest_tokens_args_t* args) {
 }  // namespace
 }  // namespace opd
 
-extern "C" opd_status_t opd_nearest_tokens_cpu(const opd_nearest_tokens_args_t* args) {
+extern "C" opd_status_t opd_nearest_tokens(const opd_nearest_tokens_args_t* args) {
   return opd::guarded([&] { opd::run(args); });
 }

@@ -122,7 +122,9 @@ double compare_ranks(const typename Order<T>::Entry* student, int64_t num_studen
     const T excess = q - teacher_scale * teacher_value;
     sums[i & 1] += static_cast<double>(std::fabs(excess));
     if (summands) {
-      const T u = excess > T(0) ? weight * q : excess < T(0) ? -weight * q : T(0);
+      // no branch: which side is larger is as good as random
+      const T sign = static_cast<T>((excess > T(0)) - (excess < T(0)));
+      const T u = weight * q * sign;
       summands[Order<T>::id(student[i])] = u;
       part[i & 1] += static_cast<double>(u);
     }

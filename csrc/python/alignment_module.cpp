@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "opd/nearest_tokens.h"
 #include "opd/opd.h"
 
 namespace py = pybind11;
@@ -407,6 +408,33 @@ py::tuple align(const py::sequence& student_ids, const py::sequence& teacher_ids
   return py::make_tuple(student_offsets, teacher_offsets, is_aligned, num_bytes, chunk_ends);
 }
 
+// queries that are done before a thread has started
+constexpr int64_t kQueriesPerThread = 8;
+
+py::tuple nearest(const py::tuple& queries_table, const py::tuple& vocabulary_table,
+                  int64_t num_threads) {
+  const Table queries(queries_table, "queries"), vocabulary(vocabulary_table, "vocabulary");
+  const int64_t count = queries.get().vocab_size;
+  const Arrays nearest_ids = int64_array(count), distances = int64_array(count);
+  opd_nearest_tokens_args_t args{};
+  args.struct_size = sizeof(args);
+  args.queries = queries.get();
+  args.vocabulary = vocabulary.get();
+  args.nearest = nearest_ids->as<int64_t>();
+  args.distances = distances->as<int64_t>();
+  args.parallel_for = run_in_threads;
+  opd_status_t status;
+  {
+    const py::gil_scoped_release release;
+    threads_of_call =
+        std::clamp<int64_t>(count / kQueriesPerThread, 1, std::max<int64_t>(num_threads, 1));
+    status = opd_nearest_tokens(&args);
+  }
+  if (status == OPD_INVALID_ARGUMENT) throw std::invalid_argument(opd_last_error());
+  if (status != OPD_OK) throw std::runtime_error(opd_last_error());
+  return py::make_tuple(nearest_ids, distances);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_align, m) {
@@ -419,4 +447,7 @@ PYBIND11_MODULE(_align, m) {
         py::arg("num_threads"),
         "(student_offsets, teacher_offsets, is_aligned, num_bytes, chunk_ends), as buffers, of two "
         "lists of id vectors and two token tables (data, offsets, symbols or None).");
+  m.def("nearest", &nearest, py::arg("queries"), py::arg("vocabulary"), py::arg("num_threads"),
+        "(ids, distances), as buffers: of the vocabulary, a token table, the nearest to each id of "
+        "another.");
 }

@@ -33,10 +33,10 @@ OFF_POLICY = (
     "dskd_v2",
     "multilevel_ot",
 )
-ON_POLICY = ("on_policy_alm", "on_policy_gold_hybrid")
+ON_POLICY = ("on_policy_alm",)
 # with a teacher that has the student's tokenizer
 TWINS = ("same_tokenizer", "on_policy_same_tokenizer")
-ARMS = ("more_sft", *OFF_POLICY, *ON_POLICY, *TWINS)
+ARMS = ("more_sft", "seq_kd", *OFF_POLICY, *ON_POLICY, *TWINS)
 DEMO_SEEDS, FULL_SEEDS = (0,), (0, 1, 2)
 
 

@@ -24,6 +24,7 @@ BEFORE, SFT, TEACHER, TWIN = train_arm.WARM, "more_sft", "teacher", "twin_teache
 LABELS = {
     "warm_sft": "warm SFT (before)",
     "more_sft": "more SFT",
+    "seq_kd": "SeqKD",
     "alm": "ALM",
     "uld": "ULD",
     "gold_observed": "GOLD, observed",
@@ -36,7 +37,6 @@ LABELS = {
     "dskd_v2": "DSKD-v2",
     "multilevel_ot": "MultiLevelOT",
     "on_policy_alm": "on-policy ALM",
-    "on_policy_gold_hybrid": "on-policy GOLD, hybrid",
     "same_tokenizer": "twin, forward KL",
     "on_policy_same_tokenizer": "twin, on-policy reverse KL",
     "twin_teacher": "twin teacher",

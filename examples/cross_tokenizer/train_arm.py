@@ -29,8 +29,10 @@ ARMS = Path(__file__).parent / "arms"
 TEACHERS = ("teacher", "twin_teacher")
 WARM = "warm_sft"
 # texts: what the teacher learns from, how many of them the student has, and the held-out ones
-NUM_TEXTS, NUM_STUDENT_TEXTS, NUM_HELD_OUT = 2400, 800, 400
+NUM_TEXTS, NUM_STUDENT_TEXTS, NUM_HELD_OUT = 2400, 400, 400
 TEXTS, STUDENT_TEXTS, HELD_OUT = "teacher.jsonl", "student.jsonl", "held_out.jsonl"
+# what the teacher writes after the prompts of its texts
+WRITTEN = "written_by_teacher.jsonl"
 
 
 def write_texts(root: Path, seed: int) -> None:
@@ -47,6 +49,40 @@ def write_texts(root: Path, seed: int) -> None:
         write_whole(root / name, as_lines(those))
 
 
+def write_as_teacher(root: Path, seed: int) -> None:
+    """What the teacher samples at temperature 1 after each prompt of its texts, as text."""
+    import torch
+
+    from opd.data import read_rows, tokenize_rows
+    from opd.rollouts import Sampling, sample
+
+    model, tokenizer = load(root, "teacher")
+    rows = read_rows(str(root / TEXTS), TEXTS)
+    prompts = tokenize_rows(rows, tokenizer, add_special_tokens=True)
+    torch.manual_seed(seed)
+    sampling = Sampling(temperature=1.0, max_completion_length=100, generation_batch_size=300)
+    written = sample(model, tokenizer, prompts, sampling)
+    texts = [
+        {
+            "prompt": row["prompt"],
+            "completion": tokenizer.decode(one.completion_ids.tolist(), skip_special_tokens=True),
+        }
+        for row, one in zip(rows, written, strict=True)
+    ]
+    write_whole(root / WRITTEN, as_lines(texts))
+
+
+def load(root: Path, arm: str) -> tuple[Any, Any]:
+    """A trained model, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from opd.model import LanguageModel, resolve_model_path
+
+    path = resolve_model_path(str(arm_dir(root, arm)))
+    model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).eval()
+    return LanguageModel(model), AutoTokenizer.from_pretrained(path)
+
+
 def tokenizer_of(arm: str) -> str:
     """Whose tokenizer an arm's model has."""
     return "teacher" if arm == "teacher" else "student"
@@ -58,12 +94,10 @@ def arm_config(root: Path, arm: str, seed: int) -> Any:
 
     path = ARMS / f"{arm}.yaml"
     plain = load_config(path)
-    # a teacher learns from all texts; a student that writes itself needs the prompts alone
-    has_all = arm in TEACHERS or plain.rollouts.kind == "hf"
     overrides = [
         f"output_dir={arm_dir(root, arm)}",
         f"seed={seed}",
-        f"data.train_file={root / (TEXTS if has_all else STUDENT_TEXTS)}",
+        f"data.train_file={root / Path(plain.data.train_file).name}",
         f"student.tokenizer_name_or_path={root / 'tokenizers' / tokenizer_of(arm)}",
     ]
     if plain.student.model_name_or_path is not None:
@@ -111,16 +145,12 @@ def bits_per_byte(root: Path, arm: str) -> dict[str, float]:
         `all`, and each kind of text by the first word of its prompts.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from opd.batch import collate
     from opd.data import read_rows, tokenize_rows
-    from opd.model import LanguageModel, resolve_model_path
     from opd.rollouts import DatasetRollouts
 
-    path = resolve_model_path(str(arm_dir(root, arm)))
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = LanguageModel(AutoModelForCausalLM.from_pretrained(path, use_safetensors=True).eval())
+    model, tokenizer = load(root, arm)
     rows = read_rows(str(root / HELD_OUT), "held_out")
     prompts = tokenize_rows(rows, tokenizer, add_special_tokens=True)
     nats: dict[str, float] = defaultdict(float)
@@ -174,6 +204,9 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
     start, key = time.perf_counter(), job_key(root, arm, seed)
     ledger = train(claim(root, arm, key, arm_config(root, arm, seed))).ledger
     trained = time.perf_counter()
+    if arm == "teacher":
+        say("the teacher writes")
+        write_as_teacher(root, seed)
     say("measuring")
     result = {
         "key": key,

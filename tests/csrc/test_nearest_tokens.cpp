@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// opd_nearest_tokens_cpu against the textbook's whole table, and what it refuses.
+// opd_nearest_tokens against the textbook's whole table, and what it refuses.
 #include <algorithm>
 #include <cstring>
 #include <random>
@@ -19,9 +19,9 @@ struct Strings {
     data += text;
     offsets.push_back(static_cast<int64_t>(data.size()));
   }
-  opd_byte_strings_t view() const {
-    return {reinterpret_cast<const uint8_t*>(data.data()), offsets.data(),
-            static_cast<int64_t>(offsets.size()) - 1};
+  opd_token_table_t view(const uint8_t* symbols = nullptr) const {
+    return {reinterpret_cast<const uint8_t*>(data.data()), static_cast<int64_t>(data.size()),
+            offsets.data(), symbols, static_cast<int64_t>(offsets.size()) - 1};
   }
   std::string at(size_t i) const { return data.substr(offsets[i], offsets[i + 1] - offsets[i]); }
   size_t size() const { return offsets.size() - 1; }
@@ -72,8 +72,8 @@ void compare_with_the_table(size_t longest, int letters, unsigned seed) {
   }
   std::vector<int64_t> nearest, distances;
   opd_nearest_tokens_args_t args = arguments(queries, vocabulary, nearest, distances);
-  args.is_special = is_special.data();
-  expect::that(opd_nearest_tokens_cpu(&args) == OPD_OK, "it runs");
+  args.vocabulary = vocabulary.view(is_special.data());
+  expect::that(opd_nearest_tokens(&args) == OPD_OK, "it runs");
   for (size_t i = 0; i < queries.size(); ++i) {
     int64_t id = -1, least = -1;
     for (size_t j = 0; !queries.at(i).empty() && j < vocabulary.size(); ++j) {
@@ -91,18 +91,21 @@ void refusals() {
   queries.add("a");
   std::vector<int64_t> nearest, distances;
   opd_nearest_tokens_args_t args = arguments(queries, vocabulary, nearest, distances);
-  expect::that(opd_nearest_tokens_cpu(&args) == OPD_OK, "an empty vocabulary is one");
+  expect::that(opd_nearest_tokens(&args) == OPD_OK, "an empty vocabulary is one");
   expect::that(nearest[0] == -1 && distances[0] == -1, "and has nothing near");
-  expect::that(opd_nearest_tokens_cpu(nullptr) == OPD_INVALID_ARGUMENT, "no arguments");
+  expect::that(opd_nearest_tokens(nullptr) == OPD_INVALID_ARGUMENT, "no arguments");
   args.struct_size = 8;
-  expect::that(opd_nearest_tokens_cpu(&args) == OPD_INVALID_ARGUMENT, "another header's struct");
+  expect::that(opd_nearest_tokens(&args) == OPD_INVALID_ARGUMENT, "another header's struct");
   args = arguments(queries, vocabulary, nearest, distances);
   const int64_t falling[] = {0, 3, 2};
-  args.vocabulary = {reinterpret_cast<const uint8_t*>("abc"), falling, 2};
-  expect::that(opd_nearest_tokens_cpu(&args) == OPD_INVALID_ARGUMENT, "offsets that fall");
+  args.vocabulary = {reinterpret_cast<const uint8_t*>("abc"), 3, falling, nullptr, 2};
+  expect::that(opd_nearest_tokens(&args) == OPD_INVALID_ARGUMENT, "offsets that fall");
+  args = arguments(queries, vocabulary, nearest, distances);
+  args.queries.data_size = 0;
+  expect::that(opd_nearest_tokens(&args) == OPD_INVALID_ARGUMENT, "fewer bytes than offsets say");
   args = arguments(queries, vocabulary, nearest, distances);
   args.nearest = nullptr;
-  expect::that(opd_nearest_tokens_cpu(&args) == OPD_INVALID_ARGUMENT, "nowhere to write");
+  expect::that(opd_nearest_tokens(&args) == OPD_INVALID_ARGUMENT, "nowhere to write");
 }
 
 }  // namespace

@@ -51,6 +51,16 @@ def test_explain_counts_the_reference_model():
     assert "path A: 5 chunk(s) of up to 20 of 100 tokens" in text
 
 
+def test_explain_of_two_vocabularies_counts_both_and_what_picks_their_cells():
+    tensors = (torch.zeros(100, 8), torch.zeros(50, 8), torch.zeros(100, 6), torch.zeros(70, 6))
+    ids = torch.arange(40), torch.arange(40)
+    op = "fused_linear_overlap_divergence"
+    assert "path A: 1 chunk(s) of up to 100" in opk.explain(op, *tensors, *ids)
+    text = opk.explain(op, *tensors, *ids, workspace_bytes=30_000)
+    # 8 x 3 x 120 bytes of ids; a row has 4 bytes x (120 logits + 124 cells and others + 28) + 64
+    assert "path A: 5 chunk(s) of up to 20 of 100 tokens" in text
+
+
 def test_explain_accepts_meta_tensors():
     head = torch.empty(151936, 4096, device="meta", dtype=torch.bfloat16)
     hidden = torch.empty(8192, 4096, device="meta", dtype=torch.bfloat16)

@@ -18,6 +18,7 @@ from tests.tolerance import assert_within_eager
 NAN = float("nan")
 ROWS, STUDENT, TEACHER = 19, (211, 16), (340, 12)
 NAMES = ("loss", "student_hidden", "student_lm_head_weight", "student_bias", "student_log_scales")
+NAMES_OF_A_MODEL = ("hidden", "lm_head_weight")
 # a chunk of a few rows; the sort's own memory is the larger part
 SMALL = 40_000
 
@@ -109,6 +110,9 @@ def test_small_budgets_are_kept():
     # 1.8 MB of whole logits; a scratch of which no more than one lives at a time
     assert scratch.per_call < budget
     assert peak <= budget + outputs + 2048, (peak, budget)
+    four = [tensors[f"{side}_{x}"] for side in ("student", "teacher") for x in NAMES_OF_A_MODEL]
+    told = opk.explain("fused_linear_sorted_l1", *four, workspace_bytes=budget)
+    assert "backend 'cpu'" in told and "of 400 tokens" in told and "path A: 1 chunk" not in told
     with pytest.raises(ValueError, match="workspace_bytes must be at least"):
         opk.fused_linear_sorted_l1(**tensors, workspace_bytes=scratch.per_call)
 

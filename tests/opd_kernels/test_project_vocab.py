@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import opd_kernels as opk
-from opd_kernels._nearest_tokens import nearest_tokens
+from opd_kernels.project_vocab import _packed, nearest_tokens
 
 BOS, EOS, EOT, PAD, UNK = 1, 2, 4, 8, 16
 
@@ -53,6 +53,21 @@ def test_pairs_have_the_same_bytes_or_the_same_role(form):
     assert found.student_coverage == pytest.approx(5 / 9)
     assert found.teacher_coverage == pytest.approx(5 / 11)
     assert "5 pairs" in repr(found)
+
+
+def test_letters_are_paired_with_letters_and_not_with_byte_pieces():
+    """SentencePiece has <0x41> before A: no text becomes the first."""
+    student = opk.TokenBytes.from_bytes([b"A", b"b", b"A"])
+    student_pieces = Tokens([b"A", b"b", b"A"])
+    student_pieces.text_ids = {b"A": 2, b"b": 1}
+    teacher = Tokens([b"b", b"A", b"Ax"])
+    assert student.text_ids[b"A"] == 0
+    found = opk.project_vocab(student_pieces, teacher)
+    assert found.student_ids.tolist() == [1, 2]
+    assert found.teacher_ids.tolist() == [0, 1]
+    assert found.map_ids(torch.tensor([0, 1, 2])).tolist() == [1, 2, -1]
+    assert found.nearest(torch.tensor([2])).tolist() == [2]
+    assert opk.project_vocab(teacher, student_pieces).teacher_ids.tolist() == [1, 2]
 
 
 def test_ids_are_mapped_with_duplicates_and_shared_roles():
@@ -136,14 +151,15 @@ def test_nearest_tokens_are_those_of_the_whole_table(longest):
     make = [bytes(source.choices(b"ab \xf0", k=source.randrange(longest + 1))) for _ in range(40)]
     queries, vocabulary = make[:10], make[10:]
     special = [int(source.random() < 0.2) for _ in vocabulary]
-    ids, distances = nearest_tokens(queries, vocabulary, special)
-    for query, found, distance in zip(queries, ids, distances, strict=True):
-        table = [
+    table = (*_packed(vocabulary), bytes(special))
+    ids, distances = nearest_tokens((*_packed(queries), None), table)
+    for query, found, distance in zip(queries, ids.tolist(), distances.tolist(), strict=True):
+        edits = [
             (_edits(query, token), i)
             for i, (token, skip) in enumerate(zip(vocabulary, special, strict=True))
             if token and not skip
         ]
-        assert (distance, found) == (min(table) if query else (-1, -1))
+        assert (distance, found) == (min(edits) if query else (-1, -1))
 
 
 def test_a_large_vocabulary_takes_seconds_not_minutes():

@@ -76,7 +76,8 @@ def test_a_text_may_begin_in_a_word_or_with_a_space(name, monkeypatch):
         assert token_bytes.join(ids) == text
 
 
-def test_added_tokens_that_are_not_special_are_text():
+def test_added_tokens_that_are_not_special_are_text(monkeypatch):
+    monkeypatch.delattr(ExactEncoder, "_around_lost")
     token_bytes = opk.TokenBytes(zoo("byte_level_llama3"))
     think = zoo("byte_level_llama3").convert_tokens_to_ids("<think>")
     assert think in token_bytes.encode(b"so <think> it")
@@ -86,13 +87,14 @@ def test_added_tokens_that_are_not_special_are_text():
 def test_written_specials_stay_text():
     """A Unigram vocabulary has them among its pieces, with a score that always wins."""
     token_bytes = opk.TokenBytes(zoo("unigram"))
-    text = "the model <|tool|> reads<s> a <|tool|>"
-    assert {1, 5} <= set(own_ids("unigram", text))
-    ids = token_bytes.encode(text.encode())
-    assert token_bytes.join(ids) == text.encode()
-    assert set(range(6)).isdisjoint(ids)
-    # around them the tokenizer's own tokens are kept
-    assert ids[:2] == token_bytes.encode(b"the model")
+    for special, written in ((5, "<|tool|>"), (1, "<s>")):
+        text = f"the model {written} reads {written}"
+        assert special in own_ids("unigram", text)
+        ids = token_bytes.encode(text.encode())
+        assert token_bytes.join(ids) == text.encode()
+        assert set(range(6)).isdisjoint(ids)
+        # around them the tokenizer's own tokens are kept
+        assert ids[:2] == token_bytes.encode(b"the model")
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -321,6 +323,23 @@ def test_normalizer_is_left_out_where_all_bytes_have_tokens():
     assert token_bytes.join(own_ids("byte_level_llama3", "e\u0301")) == "é".encode()
     assert token_bytes.join(token_bytes.encode(data)) == data
     assert token_bytes.losses == ("its normalizer brings characters to NFC",)
+
+
+def test_splitting_at_whitespace_is_left_out_where_metaspace_follows(monkeypatch):
+    """As in mT5: spaces are dropped before Metaspace, which needs no help."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = tokenizer_of(
+        models.BPE(numbered(*pieces, "▁", "a"), [], byte_fallback=True),
+        decoder=decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()]),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        ),
+    )
+    token_bytes = opk.TokenBytes(tokenizer)
+    assert token_bytes.is_exact
+    assert token_bytes.losses == ("its pre-tokenizer WhitespaceSplit drops whitespace",)
+    monkeypatch.delattr(ExactEncoder, "_around_lost")
+    assert token_bytes.encode(b"a  a\n") == [257, 256, 256, 257, 10]
 
 
 def test_normalizer_is_a_loss_where_a_byte_has_no_token():

@@ -10,29 +10,20 @@
 extern "C" {
 #endif
 
-/* String i is data[offsets[i]] to data[offsets[i + 1] - 1]; offsets hold num_strings + 1 values from
- * 0, never decreasing. */
-typedef struct opd_byte_strings_t {
-  const uint8_t* data;
-  const int64_t* offsets;
-  int64_t num_strings;
-} opd_byte_strings_t;
-
 /* nearest[i] is the id in `vocabulary` with the fewest insertions, deletions and substitutions of
- * bytes from queries' string i, the lowest of equally near ones; distances[i] how many. Both -1 for
- * an empty query, and where the vocabulary has no token with bytes that counts.
- * Allocates 16 bytes per token of the vocabulary for the time of the call. */
+ * bytes from those of id i in `queries`, the lowest of equally near ones; distances[i] how many. Ids
+ * with a symbol or without bytes are near nothing: both are -1 for such a query, and where no id of
+ * the vocabulary is left. Allocates 16 bytes per id of the vocabulary for the time of the call. */
 typedef struct opd_nearest_tokens_args_t {
   uint32_t struct_size;
-  opd_byte_strings_t queries;
-  opd_byte_strings_t vocabulary;
-  const uint8_t* is_special; /* [vocabulary.num_strings], not 0: never near anything; or NULL */
-  int64_t* nearest;          /* [queries.num_strings] */
-  int64_t* distances;        /* the same, or NULL */
-  opd_parallel_for_fn parallel_for; /* NULL: OpenMP's threads */
+  opd_token_table_t queries;
+  opd_token_table_t vocabulary;
+  int64_t* nearest;                 /* [queries.vocab_size] */
+  int64_t* distances;               /* the same, or NULL */
+  opd_parallel_for_fn parallel_for; /* NULL: OpenMP if built with it, else one thread */
 } opd_nearest_tokens_args_t;
 
-OPD_API opd_status_t opd_nearest_tokens_cpu(const opd_nearest_tokens_args_t* args);
+OPD_API opd_status_t opd_nearest_tokens(const opd_nearest_tokens_args_t* args);
 
 #ifdef __cplusplus
 }

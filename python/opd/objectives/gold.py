@@ -19,9 +19,9 @@ class Gold(ObjectiveSection):
     """loss = (1 / C) sum over aligned chunks of D(p, q), of laws that are times a probability:
 
     merge "observed": q = Q(. | before the chunk) * probability of the chunk's later tokens, each
-    where it is predicted. merge "bayesian": q = Q(. | all but its last token) * probability of those
-    before the last. p likewise of the teacher. D = sum_i |p_(i) - q_(i)|, sorted; or, if hybrid,
-    D = w JSD_beta(p, q on the shared tokens) + (1 - w) sum_i |p_(i) - q_(i)| on the others.
+    where it is predicted. merge "bayesian": q = Q(. | all but its last token) * probability of
+    those before the last. p likewise of the teacher. D = sum_i |p_(i) - q_(i)|, sorted; or, if
+    hybrid, D = w JSD_beta(p, q on the shared tokens) + (1 - w) sum_i |p_(i) - q_(i)| on the others.
 
     The gradient reaches the student's rows through both factors. With one tokenizer all chunks are
     one token and all tokens are shared: hybrid is the mean of JSD_beta, and the other form ULD.

@@ -244,7 +244,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   const int32_t max_edits = kind & 4 ? 1 + reader.byte() % 8 : 1024;
   const size_t at = reader.byte();
-  std::string text = reader.bytes(reader.byte());
+  std::string text = reader.bytes(reader.byte() % 80);
   // of few letters, what differs is ambiguous
   if (kind & 8) {
     for (char& letter : text) letter = static_cast<char>('a' + (letter & 1));
