@@ -33,6 +33,7 @@ NUM_TEXTS, NUM_STUDENT_TEXTS, NUM_HELD_OUT = 2400, 400, 400
 TEXTS, STUDENT_TEXTS, HELD_OUT = "teacher.jsonl", "student.jsonl", "held_out.jsonl"
 # what the teacher writes after the prompts of its texts
 WRITTEN = "written_by_teacher.jsonl"
+MAX_WRITTEN = 100
 
 
 def write_texts(root: Path, seed: int) -> None:
@@ -60,7 +61,9 @@ def write_as_teacher(root: Path, seed: int) -> None:
     rows = read_rows(str(root / TEXTS), TEXTS)
     prompts = tokenize_rows(rows, tokenizer, add_special_tokens=True)
     torch.manual_seed(seed)
-    sampling = Sampling(temperature=1.0, max_completion_length=100, generation_batch_size=300)
+    sampling = Sampling(
+        temperature=1.0, max_completion_length=MAX_WRITTEN, generation_batch_size=300
+    )
     written = sample(model, tokenizer, prompts, sampling)
     texts = [
         {
