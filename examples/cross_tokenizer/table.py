@@ -240,8 +240,16 @@ def document(
         "`benchmarks/results/cross_tokenizer.json`, which has every number of every seed.\n\n"
         "![Bits per byte of every arm](cross_tokenizer_example.png)\n\n"
         f"{said}\n\n```text\n{text}\n```\n\n{chunks}"
-        f"Means of {len(seeds)} seeds: other texts, other initial weights, other samples; the\n"
-        f"facts are the same. {seconds / 60:.0f} minutes of a process in all.\n"
+        f"{_of_seeds(seeds)} {seconds / 60:.0f} minutes of a process in all.\n"
+    )
+
+
+def _of_seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"One seed, {seeds[0]}: how far seeds differ is not in these numbers."
+    return (
+        f"Means of {len(seeds)} seeds: other texts, other initial weights, other samples;\n"
+        "the facts are the same."
     )
 
 
