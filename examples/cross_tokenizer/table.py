@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from records import REPOSITORY, Results, aligned, mean, result_path, spread, write_record
 
 WIDTH = 115
-BEFORE, SFT, TEACHER, TWIN = train_arm.WARM, "more_sft", "teacher", "twin_teacher"
+BEFORE, SFT, TEXT, TEACHER = train_arm.WARM, "more_sft", "seq_kd", "teacher"
 LABELS = {
     "warm_sft": "warm SFT (before)",
     "more_sft": "more SFT",
@@ -122,7 +122,7 @@ def words(results: Results) -> str:
     if SFT not in results:
         return f"No summary: it compares with {SFT}, which did not run."
     plain = min((BEFORE, SFT), key=lambda arm: mean(results, arm, "all"))
-    others = [arm for arm in results if arm not in (BEFORE, SFT, *train_arm.TEACHERS)]
+    others = [arm for arm in results if arm not in (BEFORE, SFT, TEXT, *train_arm.TEACHERS)]
     crossing = [arm for arm in others if "same_tokenizer" not in arm]
     crossing.sort(key=lambda arm: mean(results, arm, "all"))
     better = [arm for arm in crossing if min(gains(results, arm, plain)) > 0]
@@ -140,6 +140,16 @@ def words(results: Results) -> str:
         sentences.append(f"In some seeds and not in others: {_listed(results, mixed, plain)}.")
     if worse:
         sentences.append(f"In {seeds} no better than no teacher: {_listed(results, worse, plain)}.")
+    if TEXT in results:
+        further = [arm for arm in crossing if min(gains(results, arm, TEXT)) > 0]
+        sentences.append(
+            f"The teacher's text without its laws, SeqKD, has {mean(results, TEXT, 'all'):.3f}; "
+            + (
+                f"below that in {seeds}: {_listed(results, further, TEXT)}."
+                if further
+                else f"no objective is below that in {seeds}."
+            )
+        )
     twins = [arm for arm in others if arm not in crossing]
     if twins:
         sentences.append(

@@ -202,6 +202,13 @@ def test_words_compare_with_the_better_of_warm_and_more_sft_seed_by_seed():
     assert "With a teacher that has the student's tokenizer: twin, forward KL 0.450" in words
 
 
+def test_words_say_which_objectives_add_to_the_text_itself():
+    words = table.words(_results(seq_kd=(0.55, 0.55), alm=(0.5, 0.5), uld=(0.5, 0.6)))
+    assert "SeqKD, has 0.550; below that in each of 2 seeds: ALM 0.500 (-0.050)." in words
+    words = table.words(_results(seq_kd=(0.4, 0.4), alm=(0.5, 0.5)))
+    assert "SeqKD, has 0.400; no objective is below that in each of 2 seeds." in words
+
+
 def test_table_tells_the_share_of_the_gap_that_is_closed():
     lines = table.table(_results(alm=(0.5, 0.6))).splitlines()
     assert lines[0].split() == ["bits/byte", "closed", *table.KINDS, "cost", "seconds"]
