@@ -214,8 +214,8 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _color(arm: str) -> str:
-    """By who writes the text, and grey where no tokenizers are crossed."""
-    if arm == SFT or "same_tokenizer" in arm:
+    """By who writes the text, and grey where no law crosses tokenizers."""
+    if arm in (SFT, TEXT) or "same_tokenizer" in arm:
         return "0.45"
     return "#c44e52" if arm.startswith("on_policy") else "#4c72b0"
 
@@ -248,6 +248,7 @@ def document(
         "`make demo-cross-tokenizer-full` wrote this page and\n"
         "`benchmarks/results/cross_tokenizer.json`, which has every number of every seed.\n\n"
         "![Bits per byte of every arm](cross_tokenizer_example.png)\n\n"
+        "Blue: on the teacher's text; red: half on the student's own; grey: no law crosses.\n\n"
         f"{said}\n\n```text\n{text}\n```\n\n{chunks}"
         f"{_of_seeds(seeds)} {seconds / 60:.0f} minutes of a process in all.\n"
     )
