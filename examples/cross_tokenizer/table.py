@@ -158,7 +158,7 @@ def words(results: Results) -> str:
         sentences[-1] += "."
     sentences.append(
         "This is one made-up world and students of a hundred thousand weights; it orders nothing "
-        "but itself, and no objective was tuned beyond what the README says."
+        "but itself; the README has the settings that were tried before."
     )
     return " ".join(sentences)
 
