@@ -7,8 +7,8 @@
 #   benchmarks/gpu.sh --budget 300 --out DIR   another time limit (s) and directory
 #   benchmarks/gpu.sh --dry-run                the same code at tiny sizes on a CPU
 # PYTHON=python3.12 picks an interpreter: it needs torch >= 2.11 with CUDA, triton, pytest, cmake, ninja,
-# pybind11.
-# Wheels of the peers go on PYTHONPATH: benchmarks/gpu_peers.md.
+# pybind11 and Python's headers.
+# pybind11 and the peers may come as wheels on PYTHONPATH: benchmarks/gpu_peers.md.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$root:$root/python${PYTHONPATH:+:$PYTHONPATH}"

@@ -146,6 +146,36 @@ QUESTIONS = {
         "How long does `sample_tokens` take from logits?",
         "In times of one copy of the logits. `eager`: log_softmax, cumsum and searchsorted.",
     ),
+    "fused_linear_speculative_verify": (
+        "How long does verification take from hidden states?",
+        "8 sequences of 8 drafts, V = 151,936; over both models' logits as our own GEMM forms "
+        "them. `eager` forms both laws whole: softmax, the coins, a draw from what is left.",
+    ),
+    "speculative_verify": (
+        "How long does verification take from logits?",
+        "The same drafts, in times of one copy of all logits. `eager` never cuts a law, ours and "
+        "`block` do in the second row.",
+    ),
+    "sorted_l1": (
+        "How long does `sorted_l1` take from logits?",
+        "Forward and backward over the library's sort of both laws, which it is given. `eager`: "
+        "softmax, sort, pad, subtract.",
+    ),
+    "fused_linear_sorted_l1": (
+        "How long does `fused_linear_sorted_l1` take?",
+        "Over the four GEMMs; what comes on top is the sorting.",
+    ),
+    "fused_linear_sorted_l1 peak memory": (
+        "How much memory does `fused_linear_sorted_l1` take?",
+        "Peak resident memory of a step on top of inputs and heads, dX and dW included; in "
+        "brackets as a multiple of ours.",
+    ),
+    "fused_linear_overlap_divergence": (
+        "What does a vocabulary that is shared in part cost?",
+        "Reverse KL on the tokens that both have, with a bucket for the others, over "
+        "`fused_linear_divergence` of one vocabulary of the same sizes. `eager`: whole logits, the "
+        "shared cells, the log-sum-exp of the others, autograd.",
+    ),
     "topk_codec": (
         "How much quicker is the codec than one in Python?",
         "Laws of K tokens of V = 151,936, the others' time over ours. `DistillKit` stands for "

@@ -8,7 +8,7 @@ import argparse
 import torch
 
 import opd_kernels as opk
-from benchmarks.gpu import cases, cross_vocabulary, device, sparse_teacher, verification
+from benchmarks.gpu import cases, device, sparse_teacher, two_vocabularies, verification
 from benchmarks.shapes import Shape
 from opd_kernels import divergences as D
 from opd_kernels import targets
@@ -154,17 +154,17 @@ def sorted_l1(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype
     """From logits and from hidden states, with pairs and without; Triton has none."""
     if backend == "triton":
         return
-    pair = cross_vocabulary.pair_of(dev, shape, dtype)
-    student, teacher = cross_vocabulary.logits_of(dev, pair)
+    pair = two_vocabularies.pair_of(dev, shape, dtype)
+    student, teacher = two_vocabularies.logits_of(dev, pair)
     for pairs in (None, (pair.student_ids, pair.teacher_ids)):
         options = {"pairs": pairs, "pair_weight": 0.5 if pairs else 0.0, "backend": backend}
         opk.sorted_l1(student, teacher, **options).sum().backward()
-        cross_vocabulary.sorted_loss(**options)(*pair.inputs).backward()
+        two_vocabularies.sorted_loss(**options)(*pair.inputs).backward()
 
 
 def overlap_divergence(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
     """Every tail and one more cell; both reductions."""
-    pair = cross_vocabulary.pair_of(dev, shape, dtype)
+    pair = two_vocabularies.pair_of(dev, shape, dtype)
     more = torch.zeros(shape.num_tokens, device=dev.kind)
     options = (
         {"tail": "bucket", "student_extra_logits": more, "teacher_extra_logits": more},
@@ -172,7 +172,7 @@ def overlap_divergence(shape: Shape, dev: device.Device, backend: str, dtype: to
         {"tail": "renormalize_teacher", "divergence": "forward_kl", "reduction": "none"},
     )
     for option in options:
-        loss = cross_vocabulary.overlap_loss(pair, backend=backend, **option)
+        loss = two_vocabularies.overlap_loss(pair, backend=backend, **option)
         loss(*pair.inputs).sum().backward()
 
 

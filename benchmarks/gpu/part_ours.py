@@ -11,7 +11,7 @@ from torch import Tensor
 
 import opd_kernels as opk
 from benchmarks import laws
-from benchmarks.gpu import cases, cross_vocabulary, part_ceilings, sparse_teacher, verification
+from benchmarks.gpu import cases, part_ceilings, sparse_teacher, two_vocabularies, verification
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.device import Device, Run, Time
 from benchmarks.gpu.goals import EAGER, FUSED_TOPK, ONE_VOCABULARY, SPARSE, TOLERANT, TOPK, VERIFY
@@ -358,23 +358,23 @@ def across(device: Device, context: Context, shape: cases.Shape) -> None:
     over the loss of one vocabulary; of as many tokens as eager torch has room for."""
     sizes = context.sizes
     shape = shape._replace(num_tokens=min(shape.num_tokens, sizes.row_tokens))
-    pair = cross_vocabulary.pair_of(device, shape, sizes.dtype)
+    pair = two_vocabularies.pair_of(device, shape, sizes.dtype)
     whole = cases.inputs_of(device, shape, sizes.dtype)
     cut = cases.cut_of(whole, sizes.workspace_bytes, context.lead)
     gemms = cases.Gemms(device, pair.inputs, cut)
     floor = gemms.all_of("trained", gemms.best_split())
     options = {"workspace_bytes": sizes.workspace_bytes, "backend": context.lead}
     losses = {
-        cross_vocabulary.OVERLAP: (
-            cross_vocabulary.overlap_loss(pair, **options),
-            cross_vocabulary.eager_overlap(pair),
+        two_vocabularies.OVERLAP: (
+            two_vocabularies.overlap_loss(pair, **options),
+            two_vocabularies.eager_overlap(pair),
         )
     }
     # the library's sort, which Triton has not
-    for backend in context.backends(cross_vocabulary.SORTED)[:1]:
-        losses[cross_vocabulary.SORTED] = (
-            cross_vocabulary.sorted_loss(**options | {"backend": backend}),
-            cross_vocabulary.eager_sorted,
+    for backend in context.backends(two_vocabularies.SORTED)[:1]:
+        losses[two_vocabularies.SORTED] = (
+            two_vocabularies.sorted_loss(**options | {"backend": backend}),
+            two_vocabularies.eager_sorted,
         )
     variants: dict[tuple[str, str], Run] = {("", "floor"): floor}
     for op, (ours, eager) in losses.items():
@@ -389,8 +389,8 @@ def across(device: Device, context: Context, shape: cases.Shape) -> None:
         context.row(timing(str(shape), op, "", "trained", time, times["", "floor"]))
         label = f"{op} over {EAGER}"
         context.row(timing(str(shape), label, "", "trained", time, times[op, EAGER]))
-    label = f"{cross_vocabulary.OVERLAP} over {ONE_VOCABULARY}"
-    time = times[cross_vocabulary.OVERLAP, "ours"]
+    label = f"{two_vocabularies.OVERLAP} over {ONE_VOCABULARY}"
+    time = times[two_vocabularies.OVERLAP, "ours"]
     context.row(timing(str(shape), label, "", "trained", time, times["", ONE_VOCABULARY]))
 
 
@@ -398,10 +398,10 @@ def sorted_rows(device: Device, context: Context, shape: cases.Shape) -> None:
     """`sorted_l1` from logits over the library's two sorts alone, and over eager torch."""
     sizes = context.sizes
     shape = shape._replace(num_tokens=min(shape.num_tokens, sizes.row_tokens))
-    pair = cross_vocabulary.pair_of(device, shape, sizes.dtype)
-    student, teacher = cross_vocabulary.logits_of(device, pair)
+    pair = two_vocabularies.pair_of(device, shape, sizes.dtype)
+    student, teacher = two_vocabularies.logits_of(device, pair)
     found = [logits.detach().softmax(1) for logits in (student, teacher)]
-    for backend in context.backends(cross_vocabulary.ROWS)[:1]:
+    for backend in context.backends(two_vocabularies.ROWS)[:1]:
 
         def loss(student: Tensor, teacher: Tensor, backend: str = backend) -> Tensor:
             return opk.sorted_l1(student, teacher, backend=backend).sum()
@@ -409,16 +409,16 @@ def sorted_rows(device: Device, context: Context, shape: cases.Shape) -> None:
         times = device.turns(
             {
                 "two sorts": lambda: [law.sort(dim=1, descending=True) for law in found],
-                "ours": cross_vocabulary.rows_step(loss, student, teacher),
-                EAGER: cross_vocabulary.rows_step(
-                    cross_vocabulary.eager_sorted_rows, student, teacher
+                "ours": two_vocabularies.rows_step(loss, student, teacher),
+                EAGER: two_vocabularies.rows_step(
+                    two_vocabularies.eager_sorted_rows, student, teacher
                 ),
             },
             sizes.rounds,
             context.seconds_left(),
         )
         for name in ("two sorts", EAGER):
-            label = f"{cross_vocabulary.ROWS} over {name}"
+            label = f"{two_vocabularies.ROWS} over {name}"
             context.row(timing(str(shape), label, "", "", times["ours"], times[name]))
 
 

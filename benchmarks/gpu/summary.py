@@ -27,7 +27,7 @@ def _line(row: dict) -> str:
             versus = "" if row["ratio_ours"] is None else f", {row['ratio_ours']:.2f}x ours"
             return (
                 f"{row['case']} {row['divergence']} {row['head']}: {row['contestant']} "
-                f"{row['ms']:.2f} ms, {row['ratio_to_floor']:.3f} of the GEMMs{versus}{peak}"
+                f"{row['ms']:.2f} ms, {row['ratio_to_floor']:.3f} of its floor{versus}{peak}"
             )
         case "Ceiling":
             return f"{row['name']} ({row['shape']}): {row['rate']:.0f} {row['unit']}"

@@ -25,6 +25,7 @@ from benchmarks.gpu import (
     part_peers,
     part_sanitizer,
     report,
+    two_vocabularies,
 )
 from benchmarks.gpu import context as context_module
 from benchmarks.gpu import results as schema
@@ -108,6 +109,13 @@ def test_every_part_measures_what_it_is_for(whole):
     assert [row.case for row in ours if row.contestant == "fused_linear_topk K=64"] == [
         str(shape) for shape in cases.DRY_SHAPES
     ]
+    over = {row.contestant for row in ours if " over " in row.contestant}
+    assert over == {
+        *(f"{op} over {goals.EAGER}" for op in ("sorted_l1", *two_vocabularies.OPS)),
+        "sorted_l1 over two sorts",
+        f"{two_vocabularies.OVERLAP} over {goals.ONE_VOCABULARY}",
+    }
+    assert set(two_vocabularies.OPS) <= {row.contestant for row in ours}
     peers = rows_of(results, "peers", Timing)
     eager = [row for row in peers if row.contestant == "eager"]
     assert len(eager) == len(cases.DRY_SHAPES) * len(cases.HEADS) * len(cases.DIVERGENCES)

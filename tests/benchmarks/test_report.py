@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from benchmarks import report
 
 RUN = {
@@ -74,3 +77,11 @@ def test_groups_find_their_question():
     assert report.question_of("peers float32 frozen head X") == "peers float32 frozen head"
     assert report.question_of("peers float32 X") == "peers float32"
     assert report.question_of("nothing known") == "nothing known"
+
+
+def test_every_benchmark_has_a_question():
+    folder = Path(report.__file__).parent
+    text = "".join(path.read_text() for path in sorted(folder.glob("bench_*.py")))
+    groups = re.findall(r'benchmark\.group = f?"([^"{]+)', text)
+    assert len(groups) > 20
+    assert [group for group in groups if report.question_of(group) not in report.QUESTIONS] == []

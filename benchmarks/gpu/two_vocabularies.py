@@ -13,6 +13,7 @@ from benchmarks.gpu.device import Device, Run
 from benchmarks.shapes import Shape
 
 SORTED, OVERLAP = "fused_linear_sorted_l1", "fused_linear_overlap_divergence"
+OPS = SORTED, OVERLAP
 ROWS = "sorted_l1"
 # of the student's tokens: how many the teacher has, and how many both share
 TEACHER_SHARE, SHARED = 27 / 32, 0.7
@@ -68,9 +69,16 @@ def overlap_loss(pair: Pair, **options):
     return lambda *tensors: opk.fused_linear_overlap_divergence(*tensors, *ids, **options).loss
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def eager_sorted_rows(student: Tensor, teacher: Tensor) -> Tensor:
     """Softmax, sort, pad, subtract; the teacher has no more tokens than the student."""
-    q, p = (x.float().softmax(1).sort(dim=1, descending=True).values for x in (student, teacher))
+    q, p = (
+        _at_least_float32(x).softmax(1).sort(dim=1, descending=True).values
+        for x in (student, teacher)
+    )
     return (torch.nn.functional.pad(p, (0, q.shape[1] - p.shape[1])) - q).abs().sum()
 
 
@@ -88,7 +96,7 @@ def eager_overlap(pair: Pair):
             (hidden, head, pair.student_ids),
             (teacher, teacher_head, pair.teacher_ids),
         ):
-            logits = (states @ weight.t()).float()
+            logits = _at_least_float32(states @ weight.t())
             rest = logits.index_fill(1, own, -torch.inf).logsumexp(1, keepdim=True)
             laws.append(torch.cat([logits[:, own], rest], 1).log_softmax(1))
         return (laws[0].exp() * (laws[0] - laws[1].detach())).sum()
