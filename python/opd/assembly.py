@@ -420,7 +420,18 @@ def load_teacher_side(
         _check_told(config, teacher)
         _check_temperature(config, getattr(teacher, "temperature", None))
     translator = load_translator(config, tokenizer, theirs, student, teacher, crosses=crosses)
+    if translator is not None:
+        _sample_texts(student, len(translator.student_bytes))
+        if translator.has_one_vocabulary and isinstance(teacher, LanguageModel):
+            _sample_texts(teacher, len(translator.teacher_bytes))
     return teacher, translator
+
+
+def _sample_texts(model: LanguageModel, num_tokens: int) -> None:
+    """Draw none of the ids beyond the tokenizer's, which a padded head has too."""
+    size = model.lm_head_weight.shape[0] if model.vocab_size is None else model.vocab_size
+    if num_tokens < size:
+        model.sampled_size = num_tokens
 
 
 def _check_head(

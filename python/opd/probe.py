@@ -114,12 +114,14 @@ def probe(
 
 
 def _of_the_teacher_alone(section: Any, size: int) -> tuple[Any, list[str]]:
-    """The objective with all tokens of the teacher's law and without terms that do not vanish where
-    both laws are one, and the names of such terms."""
+    """The objective with all tokens of the teacher's law, at the temperature of the student's, and
+    without terms that do not vanish where both laws are one; and the names of such terms."""
     dropped = [name for name in _OTHER_TERMS if getattr(section, name, 0)]
     changes: dict[str, Any] = dict.fromkeys(dropped, 0.0)
     if hasattr(section, "teacher_top_k"):
         changes["teacher_top_k"] = min(size, _MOST_TOKENS)
+    if hasattr(section, "teacher_temperature"):
+        changes["teacher_temperature"] = None
     return section.model_copy(update=changes), dropped
 
 

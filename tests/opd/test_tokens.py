@@ -16,6 +16,7 @@ from opd.config import parse_config
 from opd.metrics import read_jsonl
 from opd.schema import ConfigError
 from opd.train import Interrupted, train
+from tests.opd.conftest import make_hf_model
 from tests.opd.crossing import byte_level, pieces, save_pair
 
 
@@ -60,6 +61,14 @@ def test_the_teachers_law_is_over_its_own_tokens_whatever_its_padding(values):
     assert run.teacher.lm_head_weight.shape[0] == len(pieces()) + 12
     assert run.teacher.vocab_size == len(pieces())
     assert not run.translator.has_one_vocabulary
+
+
+@pytest.mark.parametrize("teacher", ["teacher", "student"])
+def test_ids_of_a_padded_head_are_not_sampled(values, teacher):
+    path = values["student"]["model_name_or_path"]
+    make_hf_model(vocab_size=len(byte_level()) + 200).save_pretrained(path)
+    values["teacher"] = values[teacher]
+    assert _run(values, max_steps=1).step == 1
 
 
 def test_evaluation_is_the_same_in_batches_of_any_size(values):
