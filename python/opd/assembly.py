@@ -177,7 +177,7 @@ def open_run(config: TrainConfig) -> Run:
         ),
         objective=objective,
         translator=translator,
-        student_bytes=load_student_bytes(config, tokenizer),
+        student_bytes=None if held_out is None else load_student_bytes(config, tokenizer),
     )
     (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     # last, so that nothing above can move the random numbers
@@ -464,7 +464,7 @@ def _check_head(
 def load_student_bytes(config: TrainConfig, tokenizer: Any) -> opk.TokenBytes | None:
     """Of the student's tokens, for an evaluation that counts in bytes; None where these mean
     nothing."""
-    if config.evaluation is None or (config.task and not config.student.tokenizer_name_or_path):
+    if config.task and not config.student.tokenizer_name_or_path:
         return None
     return load_bytes(tokenizer, name="student")
 

@@ -12,6 +12,7 @@ import torch
 
 from opd.assembly import open_run
 from opd.checkpoint import newest_checkpoint
+from opd.cli import main
 from opd.config import parse_config
 from opd.metrics import read_jsonl
 from opd.schema import ConfigError
@@ -95,7 +96,8 @@ def test_bits_per_byte_are_the_nats_of_all_tokens_over_the_bytes_of_the_text(val
         run.tokenizer,
         held_out,
         config,
-        max_completion_length=64,
+        # of samples only
+        max_completion_length=3,
         student_bytes=run.student_bytes,
         translator=run.translator,
     ).metrics
@@ -103,6 +105,27 @@ def test_bits_per_byte_are_the_nats_of_all_tokens_over_the_bytes_of_the_text(val
     num_tokens = sum(len(prompt.completion_ids) for prompt in held_out.prompts)
     expected = found["eval/data_states/nll"] * num_tokens / (math.log(2) * num_bytes)
     assert found["eval/data_states/bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_rows_beyond_the_positions_are_counted(values, tmp_path):
+    row = {"prompt": "apple", "completion": "apple and " * 100}
+    with open(values["data"]["eval_file"], "a") as file:
+        file.write(json.dumps(row) + "\n")
+    values["data"] = {**values["data"], "train_file": str(tmp_path / "train.jsonl")}
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "apple", "completion": "b"}))
+    evaluation = {"num_prompts": 64, "temperature": [0.0], "num_samples": 0}
+    found = _run(values, evaluation=evaluation, max_steps=1).metrics
+    assert found["eval/data_states/dropped_rows"] == 1
+    assert found["eval/data_states/bits_per_byte"] > 0
+
+
+def test_eval_counts_in_bytes_without_a_section_of_its_own(values, tmp_path):
+    _run(values, max_steps=1)
+    config, output = tmp_path / "run.yaml", tmp_path / "eval.json"
+    config.write_text(json.dumps({**values, "max_steps": 1}))
+    assert main(["eval", "--config", str(config), "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["eval/data_states/bits_per_byte"] > 0
 
 
 def test_an_objective_of_one_vocabulary_names_those_that_cross(values):
