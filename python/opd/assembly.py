@@ -132,10 +132,11 @@ def open_run(config: TrainConfig) -> Run:
         add_special_tokens=config.task is None,
         max_prompt_length=config.data.max_prompt_length,
     )
-    _check_completions(config, prompts)
+    check_completions(config, student, prompts)
     held_out = None
     if config.evaluation is not None:
         held_out = load_held_out(config.evaluation, config.task, config.data, tokenizer)
+        check_completions(config, student, held_out=held_out)
         if config.rollouts.needs_evaluation and not held_out.with_completion:
             raise ConfigError(
                 "data.eval_file: must have completions for rollouts.kind "
@@ -551,15 +552,33 @@ def check_positions(
                 )
 
 
-def _check_completions(config: TrainConfig, prompts: Sequence[Prompt]) -> None:
-    if not config.rollouts.needs_completions:
-        return
-    for prompt in prompts:
-        if prompt.completion_ids is None:
-            raise ConfigError(
-                f"data.train_file: row {prompt.group_id + 1} has no completion, which "
-                f"rollouts.kind {config.rollouts.kind!r} trains on"
-            )
+def check_completions(
+    config: TrainConfig,
+    student: LanguageModel,
+    prompts: Sequence[Prompt] = (),
+    held_out: HeldOut | None = None,
+) -> None:
+    """Refuse rows without the completion that is trained on, and tokens without a probability.
+
+    Raises:
+        ConfigError: the first such row.
+    """
+    size = config.vocab_size or student.lm_head_weight.shape[0]
+    trained = prompts if config.rollouts.needs_completions else ()
+    evaluated = () if held_out is None else held_out.with_completion
+    for source, those in (("data.train_file", trained), ("data.eval_file", evaluated)):
+        for prompt in those:
+            if prompt.completion_ids is None:
+                raise ConfigError(
+                    f"{source}: row {prompt.group_id + 1} has no completion, which "
+                    f"rollouts.kind {config.rollouts.kind!r} trains on"
+                )
+            ids = prompt.completion_ids[prompt.completion_mask]
+            if len(ids) and int(ids.max()) >= size:
+                raise ConfigError(
+                    f"{source}: row {prompt.group_id + 1} has token {int(ids.max())} in its "
+                    f"completion, the student's law is over {size}; set vocab_size above it"
+                )
 
 
 def _check_rows(model: LanguageModel, num_tokens: int) -> None:

@@ -69,7 +69,8 @@ def probe(
         )
     twins.append(("the same tokens", _Twin(student), own))
     if crosses:
-        numbers = renumbering(student_bytes, student.lm_head_weight.shape[0])
+        rows = student.lm_head_weight.shape[0]
+        numbers = renumbering(student_bytes, rows, vocab_size=size)
         twins.append(
             (
                 "the same tokens, renumbered",
@@ -230,12 +231,14 @@ class _Renumbered(Translator):
         return int(self._numbers[ids[-1]]) if is_end else None
 
 
-def renumbering(token_bytes: opk.TokenBytes, num_rows: int) -> Tensor:
-    """[num_rows] int64, a permutation of the tokens that have bytes; of tokens with the same bytes
-    the order stays, for the first of them stands for all."""
+def renumbering(
+    token_bytes: opk.TokenBytes, num_rows: int, *, vocab_size: int | None = None
+) -> Tensor:
+    """[num_rows] int64, a permutation of the tokens that have bytes, below `vocab_size`; of tokens
+    with the same bytes the order stays, for the first of them stands for all."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.arange(num_rows)
-    size = len(token_bytes)
+    size = min(len(token_bytes), num_rows if vocab_size is None else vocab_size)
     numbers[:size] = torch.randperm(size, generator=generator)
     same: dict[bytes, list[int]] = {}
     for i in range(size):
