@@ -25,11 +25,16 @@ from opd.probe import probe
 from opd.rollouts import DatasetRollouts, Sampling, sample
 from opd.rollouts.hf import end_token_ids
 from opd.tokens import load_bytes, load_teacher_tokenizer
-from opd.translation import Translated, Translator, end_ids_of, text_behind_a_turn, turn_end_id
+from opd.translation import (
+    LEAST_ALIGNED,
+    Translated,
+    Translator,
+    end_ids_of,
+    text_behind_a_turn,
+    turn_end_id,
+)
 
 ROLES = ("bos", "eos", "eot", "pad", "unk")
-# fewer bytes in aligned chunks than this, and the loss is of another text than the student's
-_LEAST_ALIGNED = 0.9
 _PROBE_TRAJECTORIES = 4
 _PROBE_TOKENS = 32
 # of special tokens without a role; some tokenizers reserve hundreds
@@ -339,7 +344,7 @@ class _View:
         self.findings.add("alignment", header, rows)
         if not bool(aligned.any()):
             self.findings.wrong.append("no chunk is aligned: the loss would be 0")
-        elif total and share < _LEAST_ALIGNED:
+        elif total and share < LEAST_ALIGNED:
             self.findings.wrong.append(
                 f"only {share:.1%} of the bytes are in aligned chunks; the rest has no loss"
             )

@@ -161,10 +161,10 @@ def evaluate(
         `eval/student_states/*` on what the student wrote at it, `eval/data_states/*` on the
         held-out completions; `<temperature>` reads t1, t0.7 or greedy. Nats per token.
         `eval/data_states/bits_per_byte` is the nats of all trained tokens, the end token among
-        them, over ln 2 and the bytes of their text, in which special tokens have none; so it
-        compares models of any tokenizer: completions are read whole, those that with their prompts
-        are beyond a model's positions are left out and counted as `eval/data_states/dropped_rows`.
-        A teacher with other tokens has in place of entropies
+        them, over ln 2 and the bytes of their text, in which special tokens with a role have none;
+        so it compares models of any tokenizer: completions are read whole, those that with their
+        prompts are beyond a model's positions are left out and counted as
+        `eval/data_states/dropped_rows`. A teacher with other tokens has in place of entropies
         and KLs the `chunk_gap`, log p_student - log p_teacher of an aligned chunk, a mean in nats
         (on the student's own states a one-sample estimate of the reverse KL of a chunk), the mean
         `chunk_gap_abs` of its absolute values, and `teacher_bits_per_byte` over aligned chunks.

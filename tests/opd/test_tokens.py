@@ -128,6 +128,19 @@ def test_eval_counts_in_bytes_without_a_section_of_its_own(values, tmp_path):
     assert found["eval/data_states/bits_per_byte"] > 0
 
 
+def test_a_step_that_hardly_aligns_is_told_once(values, caplog):
+    ids = byte_level()("apple and 1234")["input_ids"]
+    # a chunk with a part of its tokens trained is not aligned
+    row = {"prompt": "x", "completion": "apple and 1234"}
+    row["completion_mask"] = [i % 2 for i in range(len(ids) + 1)]
+    with open(values["data"]["train_file"], "w") as file:
+        file.write(json.dumps(row))
+    rollouts = {"kind": "dataset", "max_completion_length": 64}
+    _run(values, max_steps=2, rollouts=rollouts)
+    said = [line for line in caplog.messages if "of the chunks are aligned" in line]
+    assert len(said) == 1 and said[0].startswith("step 1: only")
+
+
 def test_an_objective_of_one_vocabulary_names_those_that_cross(values):
     values["objective"] = {"kind": "full_vocab"}
     with pytest.raises(ConfigError, match=r"token 0 is '<unk>' there and '<\|end\|>'.*alm.*cross"):
