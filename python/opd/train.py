@@ -126,7 +126,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             run.mark()
 
             is_logged = is_last or _is_due(run.step, config.logging_steps)
-            display.step(run.step, _log(run, writer, meter) if is_logged else {})
+            display.step(run.step, _write(run, writer, meter) if is_logged else {})
             if run.owes_evaluation:
                 evaluated = _evaluate(run, writer, display)
                 # rollouts may follow what was found, and nobody evaluates this step twice
@@ -232,7 +232,7 @@ def _account(
     )
 
 
-def _log(run: Run, writer: MetricsWriter, meter: Meter) -> dict[str, float]:
+def _write(run: Run, writer: MetricsWriter, meter: Meter) -> dict[str, float]:
     values = meter.flush() | run.ledger.metrics() | memory_metrics(run.student.device)
     writer.write(run.step, values)
     return values
