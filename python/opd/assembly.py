@@ -132,10 +132,11 @@ def open_run(config: TrainConfig) -> Run:
         add_special_tokens=config.task is None,
         max_prompt_length=config.data.max_prompt_length,
     )
-    _check_completions(config, prompts)
+    check_completions(config, student, prompts)
     held_out = None
     if config.evaluation is not None:
         held_out = load_held_out(config.evaluation, config.task, config.data, tokenizer)
+        check_completions(config, student, held_out=held_out)
         if config.rollouts.needs_evaluation and not held_out.with_completion:
             raise ConfigError(
                 "data.eval_file: must have completions for rollouts.kind "
@@ -177,7 +178,7 @@ def open_run(config: TrainConfig) -> Run:
         ),
         objective=objective,
         translator=translator,
-        student_bytes=load_student_bytes(config, tokenizer),
+        student_bytes=None if held_out is None else load_student_bytes(config, tokenizer),
     )
     (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     # last, so that nothing above can move the random numbers
@@ -420,7 +421,18 @@ def load_teacher_side(
         _check_told(config, teacher)
         _check_temperature(config, getattr(teacher, "temperature", None))
     translator = load_translator(config, tokenizer, theirs, student, teacher, crosses=crosses)
+    if translator is not None:
+        _sample_texts(student, len(translator.student_bytes))
+        if translator.has_one_vocabulary and isinstance(teacher, LanguageModel):
+            _sample_texts(teacher, len(translator.teacher_bytes))
     return teacher, translator
+
+
+def _sample_texts(model: LanguageModel, num_tokens: int) -> None:
+    """Draw none of the ids beyond the tokenizer's, which a padded head has too."""
+    size = model.lm_head_weight.shape[0] if model.vocab_size is None else model.vocab_size
+    if num_tokens < size:
+        model.sampled_size = num_tokens
 
 
 def _check_head(
@@ -453,7 +465,7 @@ def _check_head(
 def load_student_bytes(config: TrainConfig, tokenizer: Any) -> opk.TokenBytes | None:
     """Of the student's tokens, for an evaluation that counts in bytes; None where these mean
     nothing."""
-    if config.evaluation is None or (config.task and not config.student.tokenizer_name_or_path):
+    if config.task and not config.student.tokenizer_name_or_path:
         return None
     return load_bytes(tokenizer, name="student")
 
@@ -540,15 +552,33 @@ def check_positions(
                 )
 
 
-def _check_completions(config: TrainConfig, prompts: Sequence[Prompt]) -> None:
-    if not config.rollouts.needs_completions:
-        return
-    for prompt in prompts:
-        if prompt.completion_ids is None:
-            raise ConfigError(
-                f"data.train_file: row {prompt.group_id + 1} has no completion, which "
-                f"rollouts.kind {config.rollouts.kind!r} trains on"
-            )
+def check_completions(
+    config: TrainConfig,
+    student: LanguageModel,
+    prompts: Sequence[Prompt] = (),
+    held_out: HeldOut | None = None,
+) -> None:
+    """Refuse rows without the completion that is trained on, and tokens without a probability.
+
+    Raises:
+        ConfigError: the first such row.
+    """
+    size = config.vocab_size or student.lm_head_weight.shape[0]
+    trained = prompts if config.rollouts.needs_completions else ()
+    evaluated = () if held_out is None else held_out.with_completion
+    for source, those in (("data.train_file", trained), ("data.eval_file", evaluated)):
+        for prompt in those:
+            if prompt.completion_ids is None:
+                raise ConfigError(
+                    f"{source}: row {prompt.group_id + 1} has no completion, which "
+                    f"rollouts.kind {config.rollouts.kind!r} trains on"
+                )
+            ids = prompt.completion_ids[prompt.completion_mask]
+            if len(ids) and int(ids.max()) >= size:
+                raise ConfigError(
+                    f"{source}: row {prompt.group_id + 1} has token {int(ids.max())} in its "
+                    f"completion, the student's law is over {size}; set vocab_size above it"
+                )
 
 
 def _check_rows(model: LanguageModel, num_tokens: int) -> None:

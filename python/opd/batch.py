@@ -169,7 +169,7 @@ class Translation:
         batch: the teacher's side: row t of the teacher's law predicts `batch.token_ids[t]`.
         student_offsets, teacher_offsets: [C + 1] int64.
         is_aligned: [C] bool, both sides have tokens, and the same bytes. What is not is in no loss.
-        num_bytes: [C] int64, of the student's tokens; 0 for special tokens.
+        num_bytes: [C] int64, of the student's tokens; 0 for special tokens with a role.
         chunk_ends: [B] int64 on the CPU, the end of each trajectory's chunks within C.
         num_step_chunks: aligned chunks of the whole optimizer step, what losses are divided by.
     """
@@ -327,7 +327,7 @@ class Signal:
 
     Attributes:
         loss: scalar, this batch's share of the step's mean over trained tokens, nats.
-        statistics: name -> [T] float, no gradient.
+        statistics: name -> [T] or [rows that are compared] float, no gradient.
     """
 
     loss: Tensor

@@ -11,6 +11,7 @@ import torch
 
 import opd_kernels as opk
 from opd.assembly import (
+    check_completions,
     close_teacher,
     load_run_tokenizer,
     load_student,
@@ -24,13 +25,20 @@ from opd.probe import probe
 from opd.rollouts import DatasetRollouts, Sampling, sample
 from opd.rollouts.hf import end_token_ids
 from opd.tokens import load_bytes, load_teacher_tokenizer
-from opd.translation import Translator, end_ids_of, text_behind_a_turn, turn_end_id
+from opd.translation import (
+    LEAST_ALIGNED,
+    Translated,
+    Translator,
+    end_ids_of,
+    text_behind_a_turn,
+    turn_end_id,
+)
 
 ROLES = ("bos", "eos", "eot", "pad", "unk")
-# fewer bytes in aligned chunks than this, and the loss is of another text than the student's
-_LEAST_ALIGNED = 0.9
 _PROBE_TRAJECTORIES = 4
 _PROBE_TOKENS = 32
+# of special tokens without a role; some tokenizers reserve hundreds
+_MOST_NAMES = 8
 STAGES = ("student and tokenizers", "teacher", "data", "vocabularies", "alignment", "probe")
 
 
@@ -101,7 +109,8 @@ def check(
         add_special_tokens=config.task is None,
         max_prompt_length=config.data.max_prompt_length,
     )
-    trajectories, source = _texts(config, tokenizer, student, prompts)
+    check_completions(config, student, prompts)
+    trajectories, source = _texts(config, tokenizer, student, teacher, translator, prompts)
     findings = Findings()
     on_stage(STAGES[3])
     theirs = translator.teacher if translator else teacher and load_teacher_tokenizer(config)
@@ -110,13 +119,20 @@ def check(
         if translator
         else load_bytes(tokenizer, name="student", lossy=True)
     )
-    view = _View(config, tokenizer, student, teacher, translator, ours, theirs, findings)
+    their_bytes = translator and translator.teacher_bytes
+    if theirs is not None and theirs is not tokenizer and their_bytes in (None, ours):
+        # of one vocabulary the roles may still differ
+        their_bytes = load_bytes(theirs, name="teacher", lossy=True) or their_bytes
+    view = _View(
+        config, tokenizer, student, teacher, translator, ours, theirs, their_bytes, findings
+    )
     view.tokenizers()
     view.specials(prompts[0].row)
     view.prompts(prompts)
-    view.vocabularies(trajectories)
+    translated = translator and translator(trajectories)
+    view.vocabularies(trajectories, translated)
     on_stage(STAGES[4])
-    view.alignment(trajectories, source)
+    view.alignment(trajectories, translated, source)
     on_stage(STAGES[5])
     view.probe(trajectories)
     close_teacher(teacher)
@@ -124,21 +140,32 @@ def check(
 
 
 def _texts(
-    config: TrainConfig, tokenizer: Any, student: Any, prompts: Sequence[Prompt]
+    config: TrainConfig,
+    tokenizer: Any,
+    student: Any,
+    teacher: Any,
+    translator: Translator | None,
+    prompts: Sequence[Prompt],
 ) -> tuple[list[Trajectory], str]:
-    """Completions to look at: the data's own, or the student's."""
-    limit = config.rollouts.max_completion_length
-    given = [prompt for prompt in prompts if prompt.completion_ids is not None]
-    if given and not config.objective.needs_behaviour_logprobs:
-        return DatasetRollouts(limit).collect(given, 0), "completions of the data"
+    """Completions to look at, by who writes those that are trained on: the data, a teacher that
+    writes whole texts, else the student."""
+    rollouts = config.rollouts
+    limit = rollouts.max_completion_length
+    if rollouts.needs_completions and not config.objective.needs_behaviour_logprobs:
+        return DatasetRollouts(limit).collect(prompts, 0), "completions of the data"
+    few = prompts[: 2 * _PROBE_TRAJECTORIES]
     sampling = Sampling(
         max_completion_length=min(limit, _PROBE_TOKENS),
         temperature=getattr(config.objective, "temperature", 1.0),
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        written = sample(student, tokenizer, prompts[: 2 * _PROBE_TRAJECTORIES], sampling)
-    return written, "completions of the student"
+        if rollouts.kind == "dataset" and rollouts.seq_kd:
+            changes = {"max_completion_length": sampling.max_completion_length}
+            writing = rollouts.model_copy(update=changes)
+            engine = writing.build(student, teacher, tokenizer, translator=translator)
+            return engine.collect(few, 0), "completions of the teacher"
+        return sample(student, tokenizer, few, sampling), "completions of the student"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,16 +177,17 @@ class _View:
     student: Any
     teacher: Any
     translator: Translator | None
-    # the student's bytes and the teacher's tokenizer, None where nobody knows them
+    # the student's bytes, the teacher's tokenizer and its bytes, None where nobody knows them
     ours: opk.TokenBytes | None
     theirs: Any
+    their_bytes: opk.TokenBytes | None
     findings: Findings
 
     def sides(self) -> Iterator[tuple[str, Any, opk.TokenBytes | None]]:
         """Name, tokenizer and bytes of the student and of a teacher that reads its own tokens."""
         yield "student", self.tokenizer, self.ours
         if self.translator is not None:
-            yield "teacher", self.theirs, self.translator.teacher_bytes
+            yield "teacher", self.theirs, self.their_bytes
 
     @property
     def crosses(self) -> bool:
@@ -190,6 +218,9 @@ class _View:
             ]
             if any(cells):
                 rows.append([role, *(cell or "none" for cell in cells)])
+        others = [_without_role(tokenizer, found) for _, tokenizer, found in sides]
+        if any(others):
+            rows.append(["no role: text", *(cell or "none" for cell in others)])
         self.findings.add("special tokens by role", ["", *(name for name, *_ in sides)], rows)
         for name, tokenizer, found in sides:
             if not end_ids_of(tokenizer, found):
@@ -223,7 +254,7 @@ class _View:
             return
         end = self.theirs.eos_token_id
         if in_chats:
-            end = turn_end_id(self.theirs, self.ours)
+            end = turn_end_id(self.theirs, self.their_bytes or self.ours)
         if end not in ends["student"]:
             words = self.tokenizer.convert_ids_to_tokens([end, *ends["student"]])
             self.findings.wrong.append(
@@ -234,15 +265,22 @@ class _View:
     def prompts(self, prompts: Sequence[Prompt]) -> None:
         """The first row as both models read it."""
         first = prompts[0]
-        self._check_end_of_prompt("student", self.tokenizer, first.ids.tolist())
+        ids = {"student": first.ids.tolist()}
         if self.translator is not None:
-            self._check_end_of_prompt("teacher", self.theirs, self.translator.prompt(first.row))
-        elif not is_chat(first.row) or getattr(self.theirs, "chat_template", None) is None:
+            ids["teacher"] = self.translator.prompt(first.row)
+        for name, tokenizer in (("student", self.tokenizer), ("teacher", self.theirs)):
+            if name in ids:
+                self._check_end_of_prompt(name, tokenizer, ids[name])
+        if self.translator is None and (not is_chat(first.row) or _template(self.theirs) is None):
             return
         rows = []
         for name, tokenizer in (("student", self.tokenizer), ("teacher", self.theirs)):
             tail = text_behind_a_turn(tokenizer) if is_chat(first.row) else None
-            text = render_prompt(first.row, tokenizer, name)[0]
+            if self.translator is None:
+                # by the template that nobody applies, to see what it would change
+                text = render_prompt(first.row, tokenizer, name)[0]
+            else:
+                text = tokenizer.decode(ids[name])
             rows.append([name, repr(text), "" if tail is None else repr(tail)])
         self.findings.add("the first prompt", ["", "as text", "behind a turn"], rows)
         if self.translator is None and rows[0][1:] != rows[1][1:]:
@@ -258,11 +296,12 @@ class _View:
                 "model continues a text that has ended"
             )
 
-    def vocabularies(self, trajectories: Sequence[Trajectory]) -> None:
+    def vocabularies(
+        self, trajectories: Sequence[Trajectory], translated: Translated | None
+    ) -> None:
         """How many tokens both have, and how much of the texts they are."""
-        if not self.crosses:
+        if translated is None or not self.crosses:
             return
-        translated = self.translator(trajectories)
         shared = opk.project_vocab(self.translator.student_bytes, self.translator.teacher_bytes)
         rows = []
         for name, ids, known, coverage in (
@@ -281,11 +320,12 @@ class _View:
         if not len(shared.student_ids):
             self.findings.wrong.append("the two vocabularies have no token in common")
 
-    def alignment(self, trajectories: Sequence[Trajectory], source: str) -> None:
+    def alignment(
+        self, trajectories: Sequence[Trajectory], translated: Translated | None, source: str
+    ) -> None:
         """Bytes in aligned chunks, tokens in a chunk."""
-        if self.translator is None:
+        if translated is None:
             return
-        translated = self.translator(trajectories)
         aligned, num_bytes = translated.is_aligned, translated.num_bytes
         total = int(num_bytes.sum())
         share = float(num_bytes[aligned].sum()) / max(1, total)
@@ -304,7 +344,7 @@ class _View:
         self.findings.add("alignment", header, rows)
         if not bool(aligned.any()):
             self.findings.wrong.append("no chunk is aligned: the loss would be 0")
-        elif total and share < _LEAST_ALIGNED:
+        elif total and share < LEAST_ALIGNED:
             self.findings.wrong.append(
                 f"only {share:.1%} of the bytes are in aligned chunks; the rest has no loss"
             )
@@ -334,6 +374,19 @@ class _View:
                 )
         header = ["the student as its own teacher", "loss, nats", "gradient", "verdict"]
         self.findings.add("probe of zero", header, rows)
+
+
+def _without_role(tokenizer: Any, found: opk.TokenBytes) -> str:
+    """Special tokens that are read as the text of their names."""
+    known = {i for ids in found.roles.values() for i in ids}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    names = [str(token) for i, token in added.items() if token.special and i not in known]
+    rest = len(names) - _MOST_NAMES
+    return " ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _template(tokenizer: Any) -> str | None:
+    return getattr(tokenizer, "chat_template", None)
 
 
 def _trained(trajectories: Sequence[Trajectory]) -> torch.Tensor:

@@ -344,6 +344,7 @@ def _eval(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from opd.assembly import (
+        check_completions,
         check_positions,
         close_teacher,
         load_run_tokenizer,
@@ -376,6 +377,7 @@ def _eval(options: argparse.Namespace) -> int:
         student = load_student(config, tokenizer, path)
         teacher, translator = load_teacher_side(config, tokenizer, student)
         held_out = load_held_out(settings, config.task, config.data, tokenizer)
+        check_completions(config, student, held_out=held_out)
         check_positions(config, student, teacher, held_out=held_out, translator=translator)
         found = evaluate(
             student,

@@ -35,7 +35,8 @@ class EvaluationConfig(Section):
         num_prompts: held-out prompts of each length, or in all.
         lengths: difficulties of the task to report one by one.
         temperature: of sampling, each reported on its own; 0 is greedy.
-        max_completion_length: default: that of the rollouts.
+        max_completion_length: of samples; held-out completions are read whole. Default: that of the
+            rollouts.
         batch_size: completions generated, or read, at a time.
         num_samples: completions of each temperature to keep for the report.
         seed: of the held-out rows and the sampling.
@@ -160,8 +161,10 @@ def evaluate(
         `eval/student_states/*` on what the student wrote at it, `eval/data_states/*` on the
         held-out completions; `<temperature>` reads t1, t0.7 or greedy. Nats per token.
         `eval/data_states/bits_per_byte` is the nats of all trained tokens, the end token among
-        them, over ln 2 and the bytes of their text, in which special tokens have none; so it
-        compares models of any tokenizer. A teacher with other tokens has in place of entropies
+        them, over ln 2 and the bytes of their text, in which special tokens with a role have none;
+        so it compares models of any tokenizer: completions are read whole, those that with their
+        prompts are beyond a model's positions are left out and counted as
+        `eval/data_states/dropped_rows`. A teacher with other tokens has in place of entropies
         and KLs the `chunk_gap`, log p_student - log p_teacher of an aligned chunk, a mean in nats
         (on the student's own states a one-sample estimate of the reverse KL of a chunk), the mean
         `chunk_gap_abs` of its absolute values, and `teacher_bits_per_byte` over aligned chunks.
@@ -190,10 +193,19 @@ def evaluate(
                 metrics |= _lengths(written)
                 metrics |= reader.compare(written, "student_states")
         if held_out.with_completion:
-            given = DatasetRollouts(length_limit).collect(held_out.with_completion, 0)
-            metrics |= reader.compare(given, "data_states")
+            given = _whole(held_out.with_completion)
+            read = [trajectory for trajectory in given if reader.has_room(trajectory)]
+            metrics |= reader.compare(read, "data_states")
+            if len(read) < len(given):
+                metrics["eval/data_states/dropped_rows"] = float(len(given) - len(read))
     student.model.train(was_training)
     return Evaluation(metrics=metrics, samples=samples)
+
+
+def _whole(prompts: Sequence[Prompt]) -> list[Trajectory]:
+    """Completions of the data, uncut: a number of tokens is another text for every tokenizer."""
+    longest = max(len(prompt.completion_ids) for prompt in prompts)
+    return DatasetRollouts(longest).collect(prompts, 0)
 
 
 def _verify(
@@ -259,6 +271,16 @@ class _Reader:
     student_bytes: opk.TokenBytes | None
     translator: Translator | None
 
+    @property
+    def _crosses(self) -> bool:
+        return self.translator is not None and not self.translator.has_one_vocabulary
+
+    def has_room(self, trajectory: Trajectory) -> bool:
+        """Whether the models that read these tokens have positions for all of them."""
+        models = [self.student, None if self._crosses else self.teacher]
+        limits = [getattr(model, "max_positions", None) for model in models]
+        return all(limit is None or len(trajectory.ids) <= limit for limit in limits)
+
     def compare(self, trajectories: Sequence[Trajectory], states: str) -> dict[str, float]:
         """The student's negative log-likelihood, and how far it is from the teacher: means over
         tokens, chunks or bytes."""
@@ -290,7 +312,7 @@ class _Reader:
             yield "bits_per_byte", -float(logprobs.sum()), bits
         if self.teacher is None or not self.teacher.judges_any_state:
             return
-        if self.translator is not None and not self.translator.has_one_vocabulary:
+        if self._crosses:
             translated = self.translator(trajectories)
             translation = translated.part(0, len(trajectories), device=self.student.device)
             yield from self._gaps(logprobs, translation, in_bytes)

@@ -50,7 +50,8 @@ def _named_range(name: str, is_cuda: bool) -> AbstractContextManager:
 
 
 class Meter:
-    """Means since the last `flush`: per trained token for statistics, per step for the rest."""
+    """Means since the last `flush`: per row of a statistic (a trained token, or what the objective
+    compares in its place, a chunk say), per step for the rest."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor | float] = {}

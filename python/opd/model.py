@@ -93,6 +93,9 @@ class LanguageModel:
         vocab_size: the prefix of the vocabulary that its laws are over. Default: all of it.
         workspace_bytes: scratch memory of the fused kernels.
 
+    `sampled_size`: the prefix that completions are drawn from, None for all; smaller where the head
+    has rows of padding, whose ids have no text that a teacher with other tokens could read.
+
     Raises:
         ConfigError: the model's logits are not those of a `Head` on its hidden states.
     """
@@ -108,6 +111,7 @@ class LanguageModel:
         self.model = model
         self.name = name
         self.vocab_size = vocab_size
+        self.sampled_size = vocab_size
         self.workspace_bytes = workspace_bytes
         self._takes_positions = (
             "position_ids" in inspect.signature(model.base_model.forward).parameters

@@ -69,7 +69,8 @@ def probe(
         )
     twins.append(("the same tokens", _Twin(student), own))
     if crosses:
-        numbers = renumbering(student_bytes, student.lm_head_weight.shape[0])
+        rows = student.lm_head_weight.shape[0]
+        numbers = renumbering(student_bytes, rows, vocab_size=size)
         twins.append(
             (
                 "the same tokens, renumbered",
@@ -114,12 +115,14 @@ def probe(
 
 
 def _of_the_teacher_alone(section: Any, size: int) -> tuple[Any, list[str]]:
-    """The objective with all tokens of the teacher's law and without terms that do not vanish where
-    both laws are one, and the names of such terms."""
+    """The objective with all tokens of the teacher's law, at the temperature of the student's, and
+    without terms that do not vanish where both laws are one; and the names of such terms."""
     dropped = [name for name in _OTHER_TERMS if getattr(section, name, 0)]
     changes: dict[str, Any] = dict.fromkeys(dropped, 0.0)
     if hasattr(section, "teacher_top_k"):
         changes["teacher_top_k"] = min(size, _MOST_TOKENS)
+    if hasattr(section, "teacher_temperature"):
+        changes["teacher_temperature"] = None
     return section.model_copy(update=changes), dropped
 
 
@@ -228,12 +231,14 @@ class _Renumbered(Translator):
         return int(self._numbers[ids[-1]]) if is_end else None
 
 
-def renumbering(token_bytes: opk.TokenBytes, num_rows: int) -> Tensor:
-    """[num_rows] int64, a permutation of the tokens that have bytes; of tokens with the same bytes
-    the order stays, for the first of them stands for all."""
+def renumbering(
+    token_bytes: opk.TokenBytes, num_rows: int, *, vocab_size: int | None = None
+) -> Tensor:
+    """[num_rows] int64, a permutation of the tokens that have bytes, below `vocab_size`; of tokens
+    with the same bytes the order stays, for the first of them stands for all."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.arange(num_rows)
-    size = len(token_bytes)
+    size = min(len(token_bytes), num_rows if vocab_size is None else vocab_size)
     numbers[:size] = torch.randperm(size, generator=generator)
     same: dict[bytes, list[int]] = {}
     for i in range(size):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -21,7 +22,9 @@ from opd.metrics import Clock, Meter, MetricsWriter, last_evaluation, memory_met
 from opd.optim import apply_gradients, learning_rate, num_weights
 from opd.progress import Display
 from opd.teachers import ServerTeacher
+from opd.translation import LEAST_ALIGNED, Translated
 
+_log = logging.getLogger(__name__)
 # after a signal a teacher has so long to answer, so that the step can be finished
 _GRACE_S = 0.5
 
@@ -82,7 +85,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             if run.step:
                 # or a death before the next checkpoint would bring it again
                 run.save()
-        saved_step = run.step
+        saved_step, has_told = run.step, False
         run.mark()
         while run.step < config.max_steps and not stop:
             with clock("rollout"):
@@ -93,6 +96,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
                 with clock("translate"):
                     translated = run.translator(trajectories)
                 meter.add(translated.metrics())
+                if not has_told:
+                    has_told = _tell_of_alignment(run.step, translated)
             batches, num_step_tokens = collate_step(
                 trajectories,
                 batch_size=config.per_device_train_batch_size,
@@ -121,7 +126,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             run.mark()
 
             is_logged = is_last or _is_due(run.step, config.logging_steps)
-            display.step(run.step, _log(run, writer, meter) if is_logged else {})
+            display.step(run.step, _write(run, writer, meter) if is_logged else {})
             if run.owes_evaluation:
                 evaluated = _evaluate(run, writer, display)
                 # rollouts may follow what was found, and nobody evaluates this step twice
@@ -149,6 +154,20 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         metrics=evaluated,
         ledger=run.ledger.state_dict(),
     )
+
+
+def _tell_of_alignment(step: int, translated: Translated) -> bool:
+    """Whether a line was due: of text outside of aligned chunks nothing is learned."""
+    ratio = translated.metrics()["chunks/aligned_ratio"]
+    if not len(translated.is_aligned) or ratio >= LEAST_ALIGNED:
+        return False
+    _log.warning(
+        "step %d: only %.1f%% of the chunks are aligned, the rest has no loss; see "
+        "chunks/aligned_ratio, and what `opd check` says",
+        step + 1,
+        100 * ratio,
+    )
+    return True
 
 
 @contextmanager
@@ -213,7 +232,7 @@ def _account(
     )
 
 
-def _log(run: Run, writer: MetricsWriter, meter: Meter) -> dict[str, float]:
+def _write(run: Run, writer: MetricsWriter, meter: Meter) -> dict[str, float]:
     values = meter.flush() | run.ledger.metrics() | memory_metrics(run.student.device)
     writer.write(run.step, values)
     return values

@@ -18,6 +18,8 @@ from opd.schema import ConfigError
 
 # bits of `TokenBytes.symbols`
 _BOS, _END = 1, 2 | 4
+# a smaller share in aligned chunks, and the loss is of another text than the student's
+LEAST_ALIGNED = 0.9
 # prompts whose tokens are kept; more are encoded anew
 _KEPT_PROMPTS = 1 << 16
 
@@ -288,10 +290,12 @@ class Translator:
     ) -> tuple[Trajectory, Tensor, Tensor, Tensor, Tensor]:
         """The teacher's trajectory, and the chunks of the trained tokens."""
         prompt = self.prompt(trajectory.row)
+        is_terminated = trajectory.is_terminated
         if self.max_positions is not None:
             fits = teacher.cumsum(0) + len(prompt) <= self.max_positions
             teacher, is_aligned = teacher * fits, is_aligned & fits
             ids = ids[: int(teacher.sum())]
+            is_terminated = is_terminated and bool(fits.all())
         trained = trajectory.loss_mask[trajectory.prompt_length :]
         bounds = student.cumsum(0)
         num_trained = _sums(trained.long(), bounds)
@@ -307,7 +311,7 @@ class Translator:
             prompt_length=len(prompt),
             loss_mask=loss_mask,
             origin=trajectory.origin,
-            is_terminated=trajectory.is_terminated,
+            is_terminated=is_terminated,
             step=trajectory.step,
             row=trajectory.row,
             group_id=trajectory.group_id,

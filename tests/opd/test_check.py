@@ -13,6 +13,7 @@ import opd_kernels as opk
 from opd.check import STAGES, check
 from opd.cli import main
 from opd.config import parse_config
+from opd.schema import ConfigError
 from tests.opd.crossing import byte_level, checked, pieces, save_pair, table
 
 
@@ -105,7 +106,7 @@ def test_the_command_prints_tables_or_json_and_says_by_its_code_what_it_found(
     path.write_text(yaml.safe_dump(values))
     assert main(["check", "--config", str(path), "--num-rows", "4"]) == 0
     printed = capsys.readouterr().out
-    assert "4 completions of the data" in printed
+    assert "4 completions of the student" in printed
     assert printed.rstrip().endswith("nothing found that would train wrongly")
     settings = tmp_path / "student" / "tokenizer_config.json"
     data = tmp_path / "rows.jsonl"
@@ -120,6 +121,55 @@ def test_the_command_prints_tables_or_json_and_says_by_its_code_what_it_found(
     assert main(["check", "--config", str(path), "--num-rows", "0"]) == 2
     assert main(["check", "--config", str(path), "objective.kind=alme"]) == 2
     assert "did you mean 'alm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "writer"),
+    [
+        ({}, "student"),
+        ({"kind": "dataset"}, "data"),
+        ({"kind": "dataset", "seq_kd": True}, "teacher"),
+    ],
+)
+def test_the_texts_are_those_that_the_rollouts_would_train_on(values, rollouts, writer):
+    found = checked(values, rollouts={**values["rollouts"], **rollouts})
+    (name,) = table(found, "alignment")
+    assert name.endswith(f"completions of the {writer}")
+    assert found.wrong == []
+
+
+def test_a_law_over_fewer_tokens_than_the_tokenizer_has(values):
+    assert checked(values, vocab_size=290).wrong == []
+    rollouts = {"kind": "dataset", "max_completion_length": 8}
+    with pytest.raises(ConfigError, match=r"data.train_file: row \d+ has token 29\d .* over 290"):
+        checked(values, vocab_size=290, rollouts=rollouts)
+
+
+def test_tokens_that_prompts_begin_with_and_special_ones_without_a_role_are_shown(values, tmp_path):
+    from tokenizers import processors
+
+    beginning = copy.deepcopy(byte_level())
+    beginning.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    beginning.save_pretrained(tmp_path / "student")
+    found = checked(values)
+    assert table(found, "the first prompt")["student"]["as text"].startswith("'<|im_start|>")
+    names = table(found, "special tokens by role")["no role: text"]
+    assert names == {"student": "<|im_start|>", "teacher": "none"}
+
+
+def test_the_roles_of_a_teacher_with_the_same_tokens_are_its_own(values, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "student", other)
+    ending = copy.deepcopy(byte_level())
+    ending.eos_token = "<|im_end|>"
+    ending.save_pretrained(other)
+    found = checked(values, teacher={"model_name_or_path": str(other)})
+    assert table(found, "special tokens by role")["eos"] == {
+        "student": "<|end|>",
+        "teacher": "<|im_end|>",
+    }
 
 
 def test_texts_without_trained_tokens_are_wrong(values, tmp_path):

@@ -28,6 +28,11 @@ def test_the_student_has_nothing_to_learn_from_itself(values, kind):
         assert row["verdict"].startswith(("as it should be", "not probed"))
 
 
+def test_a_temperature_of_the_teachers_own_is_not_wrong(values):
+    config = parse_config({**values, "objective": {"kind": "uld", "teacher_temperature": 2.0}})
+    assert check(config, num_rows=4).wrong == []
+
+
 class _Shifted(Alm):
     """Reads the teacher's rows one late, as a path with an off-by-one would."""
 

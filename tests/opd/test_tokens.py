@@ -12,10 +12,12 @@ import torch
 
 from opd.assembly import open_run
 from opd.checkpoint import newest_checkpoint
+from opd.cli import main
 from opd.config import parse_config
 from opd.metrics import read_jsonl
 from opd.schema import ConfigError
 from opd.train import Interrupted, train
+from tests.opd.conftest import make_hf_model
 from tests.opd.crossing import byte_level, pieces, save_pair
 
 
@@ -62,6 +64,14 @@ def test_the_teachers_law_is_over_its_own_tokens_whatever_its_padding(values):
     assert not run.translator.has_one_vocabulary
 
 
+@pytest.mark.parametrize("teacher", ["teacher", "student"])
+def test_ids_of_a_padded_head_are_not_sampled(values, teacher):
+    path = values["student"]["model_name_or_path"]
+    make_hf_model(vocab_size=len(byte_level()) + 200).save_pretrained(path)
+    values["teacher"] = values[teacher]
+    assert _run(values, max_steps=1).step == 1
+
+
 def test_evaluation_is_the_same_in_batches_of_any_size(values):
     evaluation = {"num_prompts": 5, "temperature": [0.0], "num_samples": 0}
     found = []
@@ -86,7 +96,8 @@ def test_bits_per_byte_are_the_nats_of_all_tokens_over_the_bytes_of_the_text(val
         run.tokenizer,
         held_out,
         config,
-        max_completion_length=64,
+        # of samples only
+        max_completion_length=3,
         student_bytes=run.student_bytes,
         translator=run.translator,
     ).metrics
@@ -94,6 +105,40 @@ def test_bits_per_byte_are_the_nats_of_all_tokens_over_the_bytes_of_the_text(val
     num_tokens = sum(len(prompt.completion_ids) for prompt in held_out.prompts)
     expected = found["eval/data_states/nll"] * num_tokens / (math.log(2) * num_bytes)
     assert found["eval/data_states/bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_rows_beyond_the_positions_are_counted(values, tmp_path):
+    row = {"prompt": "apple", "completion": "apple and " * 100}
+    with open(values["data"]["eval_file"], "a") as file:
+        file.write(json.dumps(row) + "\n")
+    values["data"] = {**values["data"], "train_file": str(tmp_path / "train.jsonl")}
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "apple", "completion": "b"}))
+    evaluation = {"num_prompts": 64, "temperature": [0.0], "num_samples": 0}
+    found = _run(values, evaluation=evaluation, max_steps=1).metrics
+    assert found["eval/data_states/dropped_rows"] == 1
+    assert found["eval/data_states/bits_per_byte"] > 0
+
+
+def test_eval_counts_in_bytes_without_a_section_of_its_own(values, tmp_path):
+    _run(values, max_steps=1)
+    config, output = tmp_path / "run.yaml", tmp_path / "eval.json"
+    config.write_text(json.dumps({**values, "max_steps": 1}))
+    assert main(["eval", "--config", str(config), "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["eval/data_states/bits_per_byte"] > 0
+
+
+def test_a_step_that_hardly_aligns_is_told_once(values, caplog):
+    ids = byte_level()("apple and 1234")["input_ids"]
+    # a chunk with a part of its tokens trained is not aligned
+    row = {"prompt": "x", "completion": "apple and 1234"}
+    row["completion_mask"] = [i % 2 for i in range(len(ids) + 1)]
+    with open(values["data"]["train_file"], "w") as file:
+        file.write(json.dumps(row))
+    rollouts = {"kind": "dataset", "max_completion_length": 64}
+    _run(values, max_steps=2, rollouts=rollouts)
+    said = [line for line in caplog.messages if "of the chunks are aligned" in line]
+    assert len(said) == 1 and said[0].startswith("step 1: only")
 
 
 def test_an_objective_of_one_vocabulary_names_those_that_cross(values):

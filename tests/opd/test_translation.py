@@ -191,6 +191,7 @@ def test_what_is_beyond_the_teachers_positions_is_not_aligned():
     assert int(translated.teacher_lengths.sum()) == int(side.loss_mask.sum())
     assert int(translated.student_lengths.sum()) == len(ids)
     assert not translated.is_aligned[-1] and translated.is_aligned[0]
+    assert free.trajectories[0].is_terminated and not side.is_terminated
     assert translated.metrics()["chunks/unaligned_bytes"] > 0
 
 

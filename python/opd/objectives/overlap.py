@@ -6,6 +6,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, PrivateAttr, model_validator
 
 import opd_kernels as opk
@@ -54,6 +55,17 @@ class Overlap(ObjectiveSection):
     def _check_divergence(self) -> Self:
         if self._divergence.name == "cross_entropy":
             raise ValueError("divergence: cross_entropy has no teacher; use kind: token_nll")
+        # what the op refuses, before anything is loaded
+        nothing = [torch.zeros(1, 2), torch.zeros(3, 2)] * 2
+        ids = torch.zeros(1, dtype=torch.int64)
+        with torch.no_grad():
+            opk.fused_linear_overlap_divergence(
+                *nothing,
+                student_ids=ids,
+                teacher_ids=ids,
+                divergence=self._divergence,
+                tail=self.tail,
+            )
         return self
 
     @cached_property

@@ -129,6 +129,6 @@ class TranslatedRollouts(Rollouts):
             side,
             ids=side.ids[:length],
             loss_mask=side.loss_mask[:length],
-            is_terminated=written.is_terminated and len(side.ids) <= length,
+            is_terminated=side.is_terminated and len(side.ids) <= length,
             tokens_read={"teacher": len(written.ids)},
         )

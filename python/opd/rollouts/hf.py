@@ -179,8 +179,8 @@ def _generate(
     recorder = BehaviourRecorder()
     # the warping is done here, so that the recorder sees the law that is really drawn from
     processors = LogitsProcessorList()
-    if model.vocab_size is not None:
-        processors.append(SharedVocabulary(model.vocab_size))
+    if model.sampled_size is not None:
+        processors.append(SharedVocabulary(model.sampled_size))
     if not is_greedy:
         if sampling.temperature != 1.0:
             processors.append(warpers.TemperatureLogitsWarper(float(sampling.temperature)))

@@ -62,7 +62,7 @@ def verify(
         student_top_p=student.top_p,
         **student.model.head.options("student"),
         **teacher.model.head.options("teacher"),
-        vocab_size=student.model.vocab_size,
+        vocab_size=student.model.sampled_size,
         workspace_bytes=student.model.workspace_bytes,
         mode=mode,
         **settings,
@@ -94,7 +94,7 @@ def judge(writer: Writer, hidden: Tensor, token_ids: Tensor) -> Tensor:
 
     -inf for what a law never draws. A broken law gives NaN, also to others of the call.
     """
-    size = writer.model.vocab_size or len(writer.model.lm_head_weight)
+    size = writer.model.sampled_size or len(writer.model.lm_head_weight)
     # tokens as drafts of a few sequences, as each takes one more place, and the heads' rows are
     # what is dear; not of one, as a GPU has the logits of a whole sequence at a time
     num_rows = max(1, math.ceil(len(token_ids) / _JUDGED_TOGETHER))

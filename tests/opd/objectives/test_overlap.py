@@ -72,6 +72,12 @@ def test_overlap_refuses_what_compares_no_laws():
         Overlap(divergence="cross_entropy")
 
 
+def test_what_the_op_refuses_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValidationError, match="renormalize_teacher"):
+        Overlap(tail="renormalize_teacher", divergence="reverse_kl")
+    assert Overlap(tail="renormalize_teacher", divergence="forward_kl").tail
+
+
 def test_vocabularies_are_those_of_the_run():
     case = Case()
     unbound = Overlap()
