@@ -395,7 +395,19 @@ def token_ids_in_range(
         raise ValueError(
             f"{op}: {name} must be {'below' if padding else 'in [0,'} {vocab_size}"
             f"{'' if padding else ')'}, got {int(value[position])} at position {where}."
-            + ("" if padding else " Drop ignored positions (-100) before the call.")
+            + (" Drop ignored positions (-100) before the call." if name == "token_ids" else "")
+        )
+
+
+def distinct_ids(op: str, value: Tensor, vocab_size: int, name: str) -> None:
+    """Ids [M] of a vocabulary, none of them twice. On CPU and not in a trace, as above."""
+    if torch.compiler.is_compiling() or value.device.type != "cpu" or isinstance(value, FakeTensor):
+        return
+    token_ids_in_range(op, value, vocab_size, name)
+    counts = torch.bincount(value, minlength=vocab_size)
+    if bool((counts > 1).any()):
+        raise ValueError(
+            f"{op}: {name} must hold every id once, got {int(counts.argmax())} more often."
         )
 
 

@@ -23,7 +23,8 @@ _HEADS = {
     "fused_linear_sorted_l1": (1, 3),
     "fused_linear_speculative_verify": (2, 4),
 }
-_TWO_VOCABULARIES = ("fused_linear_overlap_divergence", "fused_linear_sorted_l1")
+_OVERLAP = "fused_linear_overlap_divergence"
+_TWO_VOCABULARIES = (_OVERLAP, "fused_linear_sorted_l1")
 # the tensor whose dtype and device the choice depends on, where it is not the first
 _MODEL = {"speculative_verify": 2, "fused_linear_speculative_verify": 3}
 
@@ -74,7 +75,7 @@ def explain(op: str, *tensors: Tensor, **options: object) -> str:
     if op == "fused_linear_speculative_verify" and chosen != "reference":
         lines.append(f"  {_verification(module, tensors, options)}")
     elif op in _TWO_VOCABULARIES and chosen != "reference":
-        lines.append(f"  {module.cut(tensors, options)}")
+        lines.append(f"  {_two_vocabularies(op, module, tensors, options)}")
     elif heads and chosen != "reference":
         lines.append(f"  {_plan_of(op, tensors, heads, options)}")
     return "\n".join(lines)
@@ -120,6 +121,14 @@ def _plan_of(
         frozen_head=tensors[0].requires_grad and not tensors[1].requires_grad,
         trained=trained,
     )
+
+
+def _two_vocabularies(op: str, module, tensors: tuple[Tensor, ...], options: dict) -> str:
+    one = module.as_one_vocabulary(tensors, options) if op == _OVERLAP else None
+    if one is None:
+        return str(module.cut(tensors, options))
+    inner = "fused_linear_divergence"
+    return f"{inner}: {_plan_of(inner, tuple(one[0]), _HEADS[inner], one[1])}"
 
 
 def _verification(module, tensors: tuple[Tensor, ...], options: dict) -> _plan.Plan:

@@ -87,7 +87,7 @@ def scratch(cells: Cells, student: Law, teacher: Law, real: torch.dtype) -> Scra
     """What `Rows` allocates: cells of both sides, the other tokens, and slopes of a softcap."""
     shared = num_shared(cells, student.vocab_size)
     numbers = 2 * (shared + 2) + student.vocab_size + teacher.vocab_size - 2 * shared
-    numbers += (student.vocab_size + teacher.vocab_size) * (student.numbers[1] != 0)
+    numbers += student.vocab_size * (student.numbers[1] != 0)
     # shared and other tokens of both sides, and what sorts them
     ids = 8 * (3 * student.vocab_size + 3 * teacher.vocab_size)
     return Scratch(per_row=real.itemsize * numbers + 64, per_call=ids)
@@ -101,12 +101,10 @@ def others(op: str, name: str, ids: Tensor | None, vocab_size: int) -> Tensor | 
     """
     if ids is None or (ids.is_cuda and ids.shape[0] == vocab_size):
         return None
-    _checks.token_ids_in_range(op, ids, vocab_size, name)
+    _checks.distinct_ids(op, ids, vocab_size, name)
     is_shared = ids.new_zeros(vocab_size, dtype=torch.uint8).index_fill_(0, ids, 1)
     # as many as there are without waiting for their number
     rest = torch.sort(is_shared, stable=True).indices[: vocab_size - ids.shape[0]]
-    if not ids.is_cuda and int(is_shared.sum()) != ids.shape[0]:
-        raise ValueError(f"{op}: {name} must hold every id once, got some more often.")
     return rest if rest.shape[0] else None
 
 
@@ -121,21 +119,25 @@ class _Side:
         ids: tuple[Tensor | None, Tensor | None],
         extra: Tensor | None,
         with_rest: bool,
+        with_grad: bool,
     ) -> None:
-        """Fills `cells`: the shared ones, then the rest's with `with_rest`, then the given one."""
+        """Fills `cells`: the shared ones, then the rest's with `with_rest`, then the given one.
+
+        `with_grad`: `spread` will be called.
+        """
         self.logits, self.law = logits, law
         self.shared_ids, self.rest_ids = ids
         width = cells.shape[1] - with_rest - (extra is not None)
         self.width, self.with_rest, self.with_extra = width, with_rest, extra is not None
         _select(logits, self.shared_ids, cells[:, :width])
-        self.slope = _bend_(cells[:, :width], law, self.shared_ids)
+        self.slope = _bend_(cells[:, :width], law, self.shared_ids, with_grad)
         self.rest_slope = None
         if with_rest and self.rest_ids is None:
             cells[:, width] = -torch.inf
         elif with_rest:
             rest = logits.new_empty(logits.shape[0], self.rest_ids.shape[0])
             _select(logits, self.rest_ids, rest)
-            self.rest_slope = _bend_(rest, law, self.rest_ids)
+            self.rest_slope = _bend_(rest, law, self.rest_ids, with_grad)
             largest = rest.amax(1, keepdim=True)
             # of a rest that is -inf whole nothing is left to divide
             largest.masked_fill_(largest == -torch.inf, 0.0)
@@ -198,7 +200,8 @@ class Rows:
         ):
             table = logits.new_empty(logits.shape[0], width)
             given = None if extra is None else extra[chunk.rows].detach().to(table.dtype)
-            sides.append(_Side(table, logits, law, ids, given, self.with_rest))
+            is_trained = chunk.with_grad and not sides
+            sides.append(_Side(table, logits, law, ids, given, self.with_rest, is_trained))
             tables.append(table)
         student, teacher = tables
         wants = self.statistics.shape[1] > 0
@@ -254,7 +257,7 @@ def _temperature(law: Law) -> float | Tensor:
     return law.numbers[2] if law.temperatures is None else law.temperatures
 
 
-def _bend_(values: Tensor, law: Law, ids: Tensor | None) -> float | Tensor:
+def _bend_(values: Tensor, law: Law, ids: Tensor | None, with_slope: bool) -> float | Tensor | None:
     """values [C, n] := cap(scale * (values + bias)) / temperature; returns the derivative."""
     scale, cap, _ = law.numbers
     temperature = _temperature(law)
@@ -265,10 +268,11 @@ def _bend_(values: Tensor, law: Law, ids: Tensor | None) -> float | Tensor:
         values.add_(bias if ids is None else bias[ids])
     if scale != 1.0:
         values.mul_(scale)
-    slope: float | Tensor = scale / temperature
+    slope: float | Tensor | None = scale / temperature if with_slope else None
     if cap != 0.0:
         values.div_(cap).tanh_()
-        slope = (1.0 - values.square()).mul_(slope)
+        if with_slope:
+            slope = values.square().neg_().add_(1.0).mul_(slope)
         values.mul_(cap)
     if isinstance(temperature, Tensor) or temperature != 1.0:
         values.div_(temperature)

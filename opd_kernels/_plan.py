@@ -125,6 +125,7 @@ def plan(
     low_rank: int = 0,
     per_token: int = 0,
     packs_columns: bool = False,
+    per_call: int = 0,
     frozen_head: bool = False,
     trained: bool = True,
 ) -> Plan:
@@ -139,6 +140,7 @@ def plan(
         in_parts: on a GPU, the other models may have fewer tokens at a time than the student.
         low_rank: r of a low-rank pair; counted on a GPU.
         per_token: bytes that the caller holds per token of a chunk besides.
+        per_call: bytes that it holds whatever the chunk; the default budget is beside them.
         frozen_head: gradients are formed, but not the student head's.
         packs_columns: a gradient_tolerance lists the columns that count; counted on a GPU.
         trained: a gradient of the first head is formed; counted on a CPU.
@@ -146,8 +148,11 @@ def plan(
     Raises:
         ValueError: the workspace does not even hold one token.
     """
+    if workspace_bytes == _checks.DEFAULT_WORKSPACE_BYTES:
+        per_call = 0
     if _gemms.on_gpu(heads[0]):
         costs = _costs(vocab_size, heads, low_rank, per_token, packs_columns)
+        costs = dataclasses.replace(costs, call=costs.call + per_call)
         fewest = _FEWEST_TOKENS_FROZEN if frozen_head else _FEWEST_TOKENS_GPU
         return _gpu_plan(op, num_tokens, costs, workspace_bytes, whole_rows, in_parts, fewest)
     _checks.byte_count(op, workspace_bytes)
@@ -161,7 +166,8 @@ def plan(
         workspace_bytes = _default_on_cpu(vocab_size, heads, token_bytes + row_bytes, trained)
     # what a call that cannot cut the vocabulary needs at least
     one_token = 0 if whole_rows is None else token_bytes + row_bytes
-    workspace_bytes = min(workspace_bytes, max(_buffers.KEPT_BYTES, one_token))
+    workspace_bytes = min(workspace_bytes, per_call + max(_buffers.KEPT_BYTES, one_token))
+    workspace_bytes -= per_call
     reserved = 0
     if gemm.is_own(heads[0]):
         most_tokens = min(num_tokens, workspace_bytes // token_bytes)
@@ -172,12 +178,15 @@ def plan(
     workspace_bytes -= reserved
     fits = (workspace_bytes - row_bytes) // token_bytes
     if whole_rows is not None or fits >= max(1, fewest):
-        _checks.workspace(op, workspace_bytes, token_bytes + row_bytes, whole_rows)
+        _checks.workspace(
+            op, per_call + workspace_bytes, per_call + token_bytes + row_bytes, whole_rows
+        )
         columns = vocab_size
         why = "" if fits >= max(1, fewest) else f"short chunks: {whole_rows}"
     else:
         least = min(vocab_size, _FEWEST_COLUMNS)
-        _checks.workspace(op, workspace_bytes, fixed_bytes + column_bytes * least + row_bytes)
+        smallest = per_call + fixed_bytes + column_bytes * least + row_bytes
+        _checks.workspace(op, per_call + workspace_bytes, smallest)
         columns = _slice_columns(
             num_tokens, vocab_size, least, workspace_bytes - row_bytes, fixed_bytes, column_bytes
         )
@@ -192,7 +201,7 @@ def plan(
     if num_tokens:
         # equal chunks: a short last one would run its GEMMs at a worse shape
         chunk_tokens = -(-num_tokens // -(-num_tokens // chunk_tokens))
-    used = chunk_tokens * token_bytes + slice_bytes + reserved
+    used = per_call + chunk_tokens * token_bytes + slice_bytes + reserved
     return Plan(num_tokens, chunk_tokens, vocab_size, columns, slice_rows, used, why, chunk_tokens)
 
 
@@ -204,6 +213,7 @@ def check(
     *,
     whole_rows: str | None = None,
     per_token: int = 0,
+    per_call: int = 0,
 ) -> None:
     """Of `plan`, what can be refused before the op runs, for any number of tokens.
 
@@ -218,7 +228,9 @@ def check(
     smallest = (
         fixed_bytes + per_token + _checks.real_dtype(heads[0]).itemsize * len(heads) * columns
     )
-    _checks.workspace(op, workspace_bytes, smallest + row_bytes, whole_rows)
+    if workspace_bytes == _checks.DEFAULT_WORKSPACE_BYTES:
+        per_call = 0
+    _checks.workspace(op, workspace_bytes, per_call + smallest + row_bytes, whole_rows)
 
 
 def _cpu_bytes(heads: Sequence[Tensor]) -> tuple[int, int]:

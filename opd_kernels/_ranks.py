@@ -142,9 +142,8 @@ def _tables(
             raise TypeError(f"{rows.op}: {name} must be int64 or int32, got {ids.dtype}.")
         if ids.device != rows.device:
             raise ValueError(f"{rows.op}: {name} must be on {rows.device}, got {ids.device}.")
-        if not torch.compiler.is_compiling():
-            _checks.token_ids_in_range(rows.op, ids, size, name)
         checked.append(ids.to(torch.int64))
+        _checks.distinct_ids(rows.op, checked[-1], size, name)
     student_ids, teacher_ids = checked
     student_size, teacher_size = vocab_sizes
     partner = torch.full((student_size,), -1, dtype=torch.int64, device=rows.device)
@@ -153,7 +152,8 @@ def _tables(
 
 
 def check_values(op: str, ranks: Ranks) -> None:
-    """What is read of numbers of rows, on a CPU. For the body of an op."""
+    """What is read of numbers of rows and of ids, on a CPU. For the body of an op."""
+    _check_pairs(op, ranks)
     largest = torch.finfo(torch.float32)
     for name, values, bounds in (
         ("student temperature", ranks.student_temperatures, _positive(largest)),
@@ -163,6 +163,21 @@ def check_values(op: str, ranks: Ranks) -> None:
     ):
         if values is not None:
             _checks.values_in_range(op, name, values, ranks.token_weights, *bounds)
+
+
+def _check_pairs(op: str, ranks: Ranks) -> None:
+    """What `_tables` could not see in a trace: ids of -1, or more than once, leave other counts."""
+    partner = ranks.student_pairs
+    if partner is None or partner.device.type != "cpu":
+        return
+    partner = partner[partner >= 0]
+    counts = torch.bincount(partner, minlength=ranks.teacher_vocab_size)
+    if not torch.equal(counts, ranks.teacher_paired.to(counts.dtype)):
+        raise ValueError(
+            f"{op}: pairs must hold every id of both vocabularies once at most, and none outside "
+            f"of them, got {partner.numel()} of the student for {int(ranks.teacher_paired.sum())} "
+            "of the teacher."
+        )
 
 
 # log-probabilities, whose rounding may be above 0

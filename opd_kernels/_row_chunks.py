@@ -7,8 +7,7 @@ gradient dZ where the student's logits were, then dX and dW. No [T, V] is ever f
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,9 +106,10 @@ def check(op: str, student: Side, teacher: Side, workspace_bytes: int, scratch: 
         op,
         student.law.vocab_size,
         (student.lm_head_weight, teacher.lm_head_weight),
-        _budget(workspace_bytes, scratch),
+        workspace_bytes,
         whole_rows=WHOLE_ROWS,
         per_token=_more_per_row(student, teacher, scratch),
+        per_call=scratch.per_call,
     )
 
 
@@ -123,10 +123,11 @@ def plan_of(
         num_rows,
         student.law.vocab_size,
         (student.lm_head_weight, teacher.lm_head_weight),
-        _budget(options.workspace_bytes, scratch),
+        options.workspace_bytes,
         whole_rows=WHOLE_ROWS,
         in_parts=False,
         per_token=_more_per_row(student, teacher, scratch),
+        per_call=scratch.per_call,
         frozen_head=any(options.with_grads) and not trained,
         trained=trained,
     )
@@ -138,13 +139,6 @@ def _teacher_width(student: Side, teacher: Side) -> int:
     if _gemms.grad_dtype(student.lm_head_weight) != _gemms.AS_LOGITS:
         widths.append(-(-student.law.vocab_size // 2))
     return max(widths)
-
-
-def _budget(workspace_bytes: int, scratch: Scratch) -> int:
-    """What is left for the chunks; of the default, which a CPU does not use up, all of it."""
-    if workspace_bytes == _checks.DEFAULT_WORKSPACE_BYTES:
-        return workspace_bytes
-    return workspace_bytes - scratch.per_call
 
 
 def _more_per_row(student: Side, teacher: Side, scratch: Scratch) -> int:
@@ -291,37 +285,6 @@ class _Run:
                 )
 
 
-def by_autograd(function: Callable[..., Tensor], *row_inputs: Tensor) -> Rows:
-    """A callback out of torch operations, whose gradients are autograd's, a chunk at a time.
-
-    Args:
-        function: (student z [C, Vs], teacher z [C, Vt], rows, *row_inputs of the chunk) -> loss
-            [C], z = cap(scale * (logits + bias)) / temperature; it knows nothing of weights.
-        row_inputs: [T] each, of the call; differentiable.
-    """
-
-    def rows(chunk: Chunk) -> tuple[Tensor, Sequence[Tensor]]:
-        taken = [values[chunk.rows].detach() for values in row_inputs]
-        leaves = [chunk.student_logits.detach(), *taken]
-        with _recorded(chunk.with_grad):
-            leaves = [leaf.requires_grad_(chunk.with_grad) for leaf in leaves]
-            loss = function(
-                law_logits(leaves[0], chunk.student_law),
-                law_logits(chunk.teacher_logits, chunk.teacher_law),
-                chunk.rows,
-                *leaves[1:],
-            )
-            if chunk.weights is not None:
-                loss = torch.where(chunk.weights == 0, 0.0, loss * chunk.weights)
-            if not chunk.with_grad:
-                return loss, ()
-            grads = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
-        chunk.student_logits.copy_(grads[0])
-        return loss.detach(), grads[1:]
-
-    return rows
-
-
 def law_logits(logits: Tensor, law: Law) -> Tensor:
     """cap(scale * (logits + bias)) / temperature, [C, V]."""
     scale, cap, temperature = law.numbers
@@ -334,21 +297,3 @@ def law_logits(logits: Tensor, law: Law) -> Tensor:
     if law.temperatures is not None:
         return logits / law.temperatures.unsqueeze(1)
     return logits if temperature == 1.0 else logits / temperature
-
-
-@contextlib.contextmanager
-def _recorded(with_grad: bool) -> Iterator[None]:
-    """Autograd also inside an op, whose body runs below it; without `with_grad` none at all."""
-    included = torch._C._dispatch_tls_local_include_set()
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (_KEYS.AutogradFunctionality, _KEYS.ADInplaceOrView):
-        excluded = excluded.remove(key)
-    with torch.set_grad_enabled(with_grad):
-        if not with_grad:
-            yield
-            return
-        with torch._C._ForceDispatchKeyGuard(included, excluded):
-            yield
-
-
-_KEYS = torch._C.DispatchKey

@@ -186,10 +186,10 @@ def _run(
         num_threads,
     )
     dtypes = (torch.int64, torch.int64, torch.bool, torch.int64, torch.int64)
-    return tuple(_tensor(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True))
+    return tuple(buffer_tensor(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True))
 
 
-def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
+def buffer_tensor(array: Any, dtype: torch.dtype) -> Tensor:
     """A tensor over the array's own memory."""
     return torch.frombuffer(array, dtype=dtype) if len(array) else torch.empty(0, dtype=dtype)
 

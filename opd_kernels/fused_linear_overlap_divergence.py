@@ -179,6 +179,8 @@ def fused_linear_overlap_divergence(
     _checks.no_forward_mode(_OP, hidden, head, other_hidden, other_head)
     biases = [student_bias, teacher_bias]
     if tail == "renormalize_both" and ids[0] is not None:
+        for name, side_ids, size in zip(Cells._fields[:2], ids, sizes, strict=True):
+            _checks.distinct_ids(_OP, side_ids, size, name)
         # the tokens that are not shared have neither a share in the loss nor a gradient: no GEMM
         heads = [head.index_select(0, ids[0]), other_head.index_select(0, ids[1])]
         for i, side in enumerate(("student", "teacher")):
@@ -338,8 +340,8 @@ def _check_sizes(tail: str, student_ids: Tensor | None, sizes: Sequence[int]) ->
         )
 
 
-def cut(tensors: Sequence[Tensor], options: dict) -> _plan.Plan:
-    """How a call with these tensors and keyword arguments is cut, all of whose rows count."""
+def _planned(tensors: Sequence[Tensor], options: dict) -> tuple[list[Tensor], list[int]]:
+    """(ids of the cells, none for every token; the vocabulary of each side's GEMMs)"""
     sizes = [
         _checks.vocab_prefix(
             _OP, options.get(f"{side}_vocab_size"), **{f"{side}_lm_head_weight": head.shape[0]}
@@ -348,7 +350,26 @@ def cut(tensors: Sequence[Tensor], options: dict) -> _plan.Plan:
     ]
     ids = [tensor for tensor in tensors[4:6] if tensor is not None]
     if options.get("tail") == "renormalize_both" and ids:
-        sizes = [ids[0].shape[0]] * 2
+        return [], [ids[0].shape[0]] * 2
+    return ids, sizes
+
+
+def as_one_vocabulary(tensors: Sequence[Tensor], options: dict) -> tuple[list[Tensor], dict] | None:
+    """Tensors and options for `fused_linear_divergence`, if it is what such a call comes to."""
+    ids, sizes = _planned(tensors, options)
+    if ids or options.get("student_extra_logits") is not None:
+        return None
+    kept = {
+        name: value
+        for name, value in options.items()
+        if name in ("divergence", "workspace_bytes", "compact_tokens", "reduction")
+    }
+    return [tensors[0], tensors[1][: sizes[0]], tensors[2], tensors[3][: sizes[1]]], kept
+
+
+def cut(tensors: Sequence[Tensor], options: dict) -> _plan.Plan:
+    """How a call with these tensors and keyword arguments is cut, all of whose rows count."""
+    ids, sizes = _planned(tensors, options)
     laws = [
         Law(None, None, [1.0, options.get(f"{side}_softcap") or 0.0, 1.0], size)
         for side, size in zip(("student", "teacher"), sizes, strict=True)
@@ -476,19 +497,14 @@ def _fwd_fake(*arguments):
 
 def _fwd_setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    ctx.rest = [value for value in inputs if not isinstance(value, Tensor)]
+    _formed.save_inputs(ctx, inputs)
 
 
 def _fwd_backward(_):
     def backward(ctx, grad_loss, __):
         if grad_loss is None:
             return (None,) * len(ctx.is_tensor)
-        tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
-        inputs = [next(tensors) if is_tensor else next(rest) for is_tensor in ctx.is_tensor]
-        *arguments, _, compact_tokens, backend = inputs
+        *arguments, _, compact_tokens, backend = _formed.saved_inputs(ctx)
         wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
         formed = torch.ops.opd.fused_linear_overlap_divergence_bwd(
             grad_loss.contiguous(), *arguments, wanted, compact_tokens, backend

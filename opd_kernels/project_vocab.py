@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # with its words where the module was not built
-from .align_tokens import _align
+from .align_tokens import _align, buffer_tensor
 
 _OP = "project_vocab"
 # bits of TokenBytes.symbols in the order in which roles are paired; a token that ends a text is
@@ -302,12 +302,7 @@ def nearest_tokens(queries: tuple, vocabulary: tuple) -> tuple[Tensor, Tensor]:
         queries, vocabulary: (data, offsets, symbols or None), as in a TokenBytes.
     """
     arrays = _align.nearest(queries, vocabulary, torch.get_num_threads())
-    ids, distances = (
-        torch.frombuffer(array, dtype=torch.int64)
-        if len(array)
-        else torch.empty(0, dtype=torch.int64)
-        for array in arrays
-    )
+    ids, distances = (buffer_tensor(array, torch.int64) for array in arrays)
     return ids, distances
 
 

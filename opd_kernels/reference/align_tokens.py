@@ -13,6 +13,8 @@ _UNK = 16
 # a symbol is a byte, or the roles of a special token as ("special", roles); an empty token is that
 # of a role which only empty tokens have
 _EMPTY_ROLE = 32
+# of the edit graph: symbols of both sides before it
+Node = tuple[int, int]
 
 
 class Alignment(NamedTuple):
@@ -63,44 +65,84 @@ def _symbols(ids: Any, token_bytes: Any) -> tuple[list[Any], list[int]]:
     return stream, ends
 
 
-def _shared_nodes(x: list[Any], y: list[Any], max_edits: int) -> list[tuple[int, int]]:
-    """Nodes of the edit graph on every path of minimum cost."""
+def _edges(x: list[Any], y: list[Any], i: int, j: int) -> list[tuple[int, int, int]]:
+    """(i, j, cost) of what node (i, j) of the edit graph leads to."""
+    found = [(i + 1, j, 1)] if i < len(x) else []
+    found += [(i, j + 1, 1)] if j < len(y) else []
+    if i < len(x) and j < len(y):
+        if _match(x[i], y[j]):
+            found.append((i + 1, j + 1, 0))
+        elif not _is_special(x[i]) and not _is_special(y[j]):
+            found.append((i + 1, j + 1, 1))
+    return found
+
+
+def _costs(x: list[Any], y: list[Any]) -> tuple[dict[Node, int], dict[Node, int]]:
+    """Of each node: the cost to the end, and the number of ways that have it."""
     n, m = len(x), len(y)
-
-    def edges(i: int, j: int) -> list[tuple[int, int, int]]:
-        """(i, j, cost) of what node (i, j) leads to."""
-        found = [(i + 1, j, 1)] if i < n else []
-        found += [(i, j + 1, 1)] if j < m else []
-        if i < n and j < m:
-            if _match(x[i], y[j]):
-                found.append((i + 1, j + 1, 0))
-            elif not _is_special(x[i]) and not _is_special(y[j]):
-                found.append((i + 1, j + 1, 1))
-        return found
-
-    # cost to the end, and the number of ways that have it
-    cost: dict[tuple[int, int], int] = {(n, m): 0}
-    ways: dict[tuple[int, int], int] = {(n, m): 1}
-    order = [(i, j) for i in range(n, -1, -1) for j in range(m, -1, -1)]
-    for node in order[1:]:
-        options = [((i, j), price + cost[i, j]) for i, j, price in edges(*node)]
+    cost, ways = {(n, m): 0}, {(n, m): 1}
+    for node in [(i, j) for i in range(n, -1, -1) for j in range(m, -1, -1)][1:]:
+        options = [((i, j), price + cost[i, j]) for i, j, price in _edges(x, y, *node)]
         cost[node] = min(total for _, total in options)
         ways[node] = sum(ways[to] for to, total in options if total == cost[node])
-    if cost[0, 0] > max_edits and n > 0 and m > 0:
-        front = back = 0
-        while front < min(n, m) and _match(x[front], y[front]):
-            front += 1
-        while back < min(n, m) - front and _match(x[n - 1 - back], y[m - 1 - back]):
-            back += 1
-        return [(i, i) for i in range(front + 1)] + [(n - i, m - i) for i in range(back, -1, -1)]
+    return cost, ways
+
+
+def _on_every_path(x: list[Any], y: list[Any]) -> list[Node]:
+    """Nodes of the edit graph on every path of minimum cost."""
+    cost, ways = _costs(x, y)
     # ways from the start to a node, along cheapest edges alone
-    reached = dict.fromkeys(order, 0)
+    reached = dict.fromkeys(cost, 0)
     reached[0, 0] = 1
-    for node in reversed(order):
-        for i, j, price in edges(*node):
+    for node in sorted(cost):
+        for i, j, price in _edges(x, y, *node):
             if price + cost[i, j] == cost[node]:
                 reached[i, j] += reached[node]
-    return [node for node in reversed(order) if reached[node] * ways[node] == ways[0, 0]]
+    return [node for node in sorted(cost) if reached[node] * ways[node] == ways[0, 0]]
+
+
+def _walk(x: list[Any], y: list[Any], max_edits: int) -> list[Node]:
+    """Nodes from (0, 0) on, one problem of at most max_edits after the other, as far as it goes."""
+    nodes = [(0, 0)]
+    while True:
+        begin_i, begin_j = nodes[-1]
+        rest_x, rest_y = x[begin_i:], y[begin_j:]
+        n, m = len(rest_x), len(rest_y)
+        if n == 0 or m == 0:
+            found = _on_every_path(rest_x, rest_y)
+            return nodes + [(begin_i + i, begin_j + j) for i, j in found[1:]]
+        # from the start: those to the end of what is read backwards
+        cost = {(n - i, m - j): c for (i, j), c in _costs(rest_x[::-1], rest_y[::-1])[0].items()}
+        is_whole = cost[n, m] <= max_edits
+        near = [node for node, total in cost.items() if total <= max_edits]
+        length = max(sum(node) for node in near)
+        ends = [(n, m)] if is_whole else sorted(node for node in near if sum(node) == length)
+        # of several furthest nodes those on the outermost diagonals
+        found = set.intersection(
+            *(set(_on_every_path(rest_x[:i], rest_y[:j])) for i, j in (ends[0], ends[-1]))
+        )
+        kept = [node for node in sorted(found)[1:] if is_whole or 2 * sum(node) <= length]
+        nodes += [(begin_i + i, begin_j + j) for i, j in kept]
+        if is_whole or not kept or 4 * sum(kept[-1]) < length:
+            return nodes
+
+
+def _shared_nodes(x: list[Any], y: list[Any], max_edits: int) -> list[Node]:
+    """From the front and from the end; between what both begin with there, and end with."""
+    n, m = len(x), len(y)
+    nodes = _walk(x, y, max_edits)
+    if nodes[-1] == (n, m):
+        return nodes
+    i, j = nodes[-1]
+    behind = [(n - a, m - b) for a, b in _walk(x[i:][::-1], y[j:][::-1], max_edits)][::-1]
+    end_i, end_j = behind[0]
+    while i < end_i and j < end_j and _match(x[i], y[j]):
+        i, j = i + 1, j + 1
+        nodes.append((i, j))
+    while i < end_i and j < end_j and _match(x[end_i - 1], y[end_j - 1]):
+        end_i, end_j = end_i - 1, end_j - 1
+        behind.insert(0, (end_i, end_j))
+    return nodes + [node for node in behind if node != nodes[-1]]
 
 
 def _gaps(stream: list[Any]) -> list[list[Any]]:
@@ -146,7 +188,7 @@ def align_tokens(
         student_ids, teacher_ids: [T], [T'] integers.
         student_bytes, teacher_bytes: [id] -> bytes; `symbols`, where it has any, are roles.
         mode: "strict" or "repair".
-        max_edits: of a stretch of both sides; above it, only what they begin and end with.
+        max_edits: sides further apart are cut, see `_walk`.
 
     Returns:
         Alignment; memory and time grow with the product of both lengths.

@@ -239,8 +239,29 @@ def test_more_edits_than_allowed_leave_the_stretch_unaligned():
     teacher = Pieces([b"x", b"ef", b"m", b"gh", b"y"])
     free = align(student, teacher, mode="repair", max_edits=4)
     assert chunks(free) == [(1, 1, is_aligned) for is_aligned in (True, False, True, False, True)]
-    tight = align(student, teacher, mode="repair", max_edits=3)
+    tight = align(student, teacher, mode="repair", max_edits=1)
     assert chunks(tight) == [(1, 1, True), (3, 3, False), (1, 1, True)]
+
+
+@pytest.mark.parametrize("garbage", [0, 3000])
+def test_differences_apart_from_each_other_never_exhaust_max_edits(garbage):
+    """Of a sequence with more edits than max_edits only what is beside them is lost; also before
+    and behind a stretch that has nothing in common."""
+    generator = random.Random(1)
+    text = generator.randbytes(4000)
+    other = bytearray(text)
+    for place in range(9, len(text), 18):
+        other[place] ^= 255
+    middle = [generator.randbytes(garbage) for _ in range(2)]
+    sides = [
+        Pieces([bytes([byte]) for byte in part[:2000] + between + part[2000:]])
+        for part, between in zip((text, other), middle, strict=True)
+    ]
+    got = align(*sides, mode="repair", max_edits=64)
+    assert_tiles(got, *sides)
+    assert_swapped(*sides, got, mode="repair", max_edits=64)
+    changed = len(range(9, len(text), 18))
+    assert int(got.is_aligned.sum()) >= len(text) - changed - (80 if garbage else 0)
 
 
 @pytest.mark.parametrize("text", [b"a" * (1 << 20), NUL_TO_FF * 4096], ids=["one", "all"])

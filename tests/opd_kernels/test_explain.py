@@ -61,6 +61,20 @@ def test_explain_of_two_vocabularies_counts_both_and_what_picks_their_cells():
     assert "path A: 5 chunk(s) of up to 20 of 100 tokens" in text
 
 
+def test_explain_of_shared_rows_alone_is_that_of_one_vocabulary():
+    """Which takes less than what picks cells would: 24 bytes for each token."""
+    tensors = (torch.zeros(9, 8), torch.zeros(6000, 8), torch.zeros(9, 6), torch.zeros(6500, 6))
+    ids = torch.arange(5000)
+    options = {"workspace_bytes": 60_000, "tail": "renormalize_both"}
+    text = opk.explain("fused_linear_overlap_divergence", *tensors, ids, ids, **options)
+    heads = tensors[0], tensors[1][:5000], tensors[2], tensors[3][:5000]
+    one = opk.explain("fused_linear_divergence", *heads, workspace_bytes=60_000)
+    assert one.splitlines()[-1].strip() in text
+    opk.fused_linear_overlap_divergence(*tensors, ids, ids, **options)
+    with pytest.raises(ValueError, match=r"must be at least 4\d{5} .*got 60000"):
+        opk.explain("fused_linear_overlap_divergence", *tensors, ids, ids, workspace_bytes=60_000)
+
+
 def test_explain_accepts_meta_tensors():
     head = torch.empty(151936, 4096, device="meta", dtype=torch.bfloat16)
     hidden = torch.empty(8192, 4096, device="meta", dtype=torch.bfloat16)

@@ -277,6 +277,25 @@ def test_an_extra_cell_is_one_more_token_of_both():
 # -- memory, graphs, frozen sides ----------------------------------------------------------------
 
 
+def test_overlap_divergence_of_few_shared_tokens_with_softcaps_stays_within_its_workspace():
+    pair = Pair(F32, num_tokens=128, sizes=(1000, 6000), num_shared=300, masked=False)
+    pair.options |= {"student_softcap": 5.0, "teacher_softcap": 7.0}
+    hidden, head = (leaf(x) for x in pair.tensors[:2])
+    workspace = 2 << 20
+
+    def step():
+        pair.call(
+            opk.fused_linear_overlap_divergence,
+            (hidden, head, None, None),
+            workspace_bytes=workspace,
+        ).loss.backward()
+
+    step()
+    hidden.grad = head.grad = None
+    peak = peak_bytes(step)
+    assert peak <= workspace + 1.05 * (hidden.nbytes + head.nbytes) + (64 << 10), f"{peak} bytes"
+
+
 @every_reduction
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
 def test_overlap_divergence_stays_within_its_workspace(dtype, reduction):
@@ -405,7 +424,11 @@ def test_overlap_divergence_opcheck(reduction, monkeypatch):
             {"statistics": ("student_mass",), "tail": "renormalize_both"},
             "statistics must be one of 'student_entropy'",
         ),
-        ({"workspace_bytes": 1000}, "workspace_bytes"),
+        # 24 bytes of ids for each of 94 tokens
+        (
+            {"workspace_bytes": 1000},
+            r"workspace_bytes must be at least 3\d{3} \(one token .*, got 1000\.$",
+        ),
         ({"teacher_extra_logits": torch.zeros(13)}, "must be given together, got only teacher"),
     ],
 )
@@ -420,17 +443,36 @@ def test_overlap_divergence_says_what_is_wrong(changes, words):
     [
         (([0, 1], [1]), ValueError, "teacher_ids must have"),
         (([], []), ValueError, "at least one shared token"),
-        (([0, 0], [1, 2]), ValueError, "student_ids must hold every id once"),
-        (([0, 41], [1, 2]), Exception, "student_ids"),
+        (([0, 0], [1, 2]), ValueError, "student_ids must hold every id once, got 0 more often"),
+        (([1, 2], [3, 3]), ValueError, "teacher_ids must hold every id once, got 3 more often"),
+        (
+            ([0, 41], [1, 2]),
+            ValueError,
+            r"student_ids must be in \[0, 41\), got 41 at position 1.$",
+        ),
+        (
+            ([0, 1], [-1, 2]),
+            ValueError,
+            r"teacher_ids must be in \[0, 53\), got -1 at position 0.$",
+        ),
         (([0.5], [1.0]), TypeError, "student_ids must be int64 or int32"),
-        ((range(41), range(41)), ValueError, "every token of the student is shared"),
         (None, ValueError, "must be given for vocabularies of 41 and 53 tokens"),
     ],
 )
-def test_overlap_divergence_refuses_ids_that_pair_nothing(ids, kind, words):
+@pytest.mark.parametrize("tail", TAILS)
+def test_overlap_divergence_refuses_ids_that_pair_nothing(tail, ids, kind, words):
     pair = Pair(F32)
     pair.ids = [None if ids is None else torch.tensor(list(side)) for side in ids or (0, 0)]
     if ids == ([], []):
         pair.ids = [side.long() for side in pair.ids]
     with pytest.raises(kind, match=words):
+        pair.call(
+            opk.fused_linear_overlap_divergence, pair.tensors, tail=tail, divergence="forward_kl"
+        )
+
+
+def test_overlap_divergence_refuses_a_bucket_that_one_side_alone_has():
+    pair = Pair(F32)
+    pair.ids = [torch.arange(41)] * 2
+    with pytest.raises(ValueError, match="every token of the student is shared"):
         pair.call(opk.fused_linear_overlap_divergence, pair.tensors)

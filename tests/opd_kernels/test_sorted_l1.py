@@ -302,6 +302,15 @@ def test_compiles_whole_and_has_no_second_derivative():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("ids", [([0], [-1]), ([0, 0], [1, 2]), ([0, 0, 1], [5, 6, 6])])
+def test_a_compiled_call_refuses_pairs_too(ids):
+    student, teacher = logits_of(F32)
+    pairs = tuple(map(torch.tensor, ids))
+    compiled = torch.compile(lambda z: opk.sorted_l1(z, teacher, pairs=pairs), backend="eager")
+    with pytest.raises(ValueError, match="pairs must hold every id of both vocabularies once"):
+        compiled(student)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -311,6 +320,8 @@ def test_compiles_whole_and_has_no_second_derivative():
         ({"pairs": (torch.arange(3), torch.arange(2))}, ValueError, "teacher_ids of pairs"),
         ({"pairs": (torch.arange(3), torch.tensor([0, 1, 130]))}, ValueError, "teacher_ids"),
         ({"pairs": (torch.tensor([-1]), torch.tensor([0]))}, ValueError, "student_ids of pairs"),
+        ({"pairs": (torch.tensor([4, 4]), torch.tensor([0, 1]))}, ValueError, "got 4 more often"),
+        ({"pairs": (torch.tensor([0, 1]), torch.tensor([5, 5]))}, ValueError, "got 5 more often"),
         ({"pairs": (torch.ones(1), torch.tensor([0]))}, TypeError, "int64 or int32"),
         ({"student_log_scales": torch.ones(ROWS)}, ValueError, "at most 0"),
         ({"teacher_log_scales": torch.zeros(ROWS - 1)}, ValueError, "teacher_log_scales"),

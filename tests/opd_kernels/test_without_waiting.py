@@ -115,7 +115,8 @@ def as_on_a_gpu(monkeypatch, interpreted_triton):
     """The loops' own calls: what looks at values on CPU alone, and returns at once elsewhere, is
     out of them."""
     monkeypatch.setattr(_gemms, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(_checks, "token_ids_in_range", lambda *_, **__: None)
+    for name in ("token_ids_in_range", "distinct_ids"):
+        monkeypatch.setattr(_checks, name, lambda *_, **__: None)
     for name in ("token_ids_in_range", "values_in_range"):
         monkeypatch.setattr(_divergence_paths, name, lambda *_, **__: None)
     # a launch under the interpreter reads its pointers
