@@ -85,8 +85,8 @@ struct Workspace {
   T* summands;  // u
 };
 
-// A law's log-sum-exp, for logits as they are and, for pairs, for logits less an origin: the largest
-// where its size leaves a double no room for log V. Differences of such logits are exact.
+// A law's log-sum-exp, for logits as they are and, for pairs, for logits less an origin: the
+// largest where its size leaves a double no room for log V. Differences of such logits are exact.
 template <class T>
 struct Normalizer {
   static constexpr T kHuge = T(1 << 24);
