@@ -286,11 +286,11 @@ template <class T, class Shift>
 OPD_HD T geometric_mean(const Entry<T>& e, double alpha, Shift shift) {
   const T a = T(alpha), c = T(1 - alpha);
   const T a_low = low_part<T>(alpha), c_low = low_part<T>(1 - alpha);
-  T first_lost, second_lost;
-  const T first = exact_product(a, e.lp, &first_lost);
-  const T second = exact_product(c, e.lq, &second_lost);
-  const T low = (a * e.lp_low + a_low * e.lp) + (c * e.lq_low + c_low * e.lq) + first_lost;
-  const T r = exp_of_parts(first, second, shift, low + second_lost);
+  // neither factor is 0
+  const T first = product(a, e.lp), second = product(c, e.lq);
+  const T lost = beyond(a, e.lp, first) + beyond(c, e.lq, second);
+  const T low = (a * e.lp_low + a_low * e.lp) + (c * e.lq_low + c_low * e.lq);
+  const T r = exp_of_parts(first, second, shift, low + lost);
   return select(e.absent(), T(0), r);
 }
 

@@ -289,15 +289,21 @@ OPD_HD T shifted(T sum, Unshifted, T*) {
   return sum;
 }
 
+// a * x - value in one rounding.
+template <class T>
+OPD_HD T beyond(T a, T x, T value) {
+#if defined(__CUDA_ARCH__)
+  return fma(a, x, -value);
+#else
+  return std::fma(a, x, -value);
+#endif
+}
+
 // a * x and, in `lost`, what rounding it has lost. A factor of 0 leaves its side out, infinite or not.
 template <class T>
 OPD_HD T exact_product(T a, T x, T* lost) {
   const T value = select(a == T(0), T(0), product(a, x));
-#if defined(__CUDA_ARCH__)
-  *lost = fma(a, x, -value);
-#else
-  *lost = std::fma(a, x, -value);
-#endif
+  *lost = beyond(a, x, value);
   return value;
 }
 
