@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,3 +51,26 @@ def test_readme_loss_is_the_masked_mean_divergence_and_trains_the_student():
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def byte_level(num_tokens: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=num_tokens, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(
+        ["the cat sat on the mat, and the hat sat on the cat"] * 4, trainer
+    )
+    return tokenizer
+
+
+def test_readme_alignment_is_of_the_same_bytes():
+    student, teacher = byte_level(262), byte_level(280)
+    ids = student.encode("the cat and the \U0001f600").ids[:-1]  # half an emoji
+    teacher_ids, chunks = readme_function("aligned")(student, teacher, ids)
+    assert len(teacher_ids) < len(ids)
+    assert chunks.is_aligned.all()
+    assert int(chunks.num_bytes.sum()) == len("the cat and the ") + 3
+    assert chunks.student_offsets[-1] == len(ids)
+    assert chunks.teacher_offsets[-1] == len(teacher_ids)

@@ -162,7 +162,10 @@ class Gemms:
             self._logits(self.inputs.teacher_hidden[part], self.inputs.teacher_lm_head_weight)
 
     def _logits(self, hidden: Tensor, weight: Tensor) -> None:
-        self.device.mm(hidden, weight.t(), self.logits[: hidden.shape[0]])
+        # a vocabulary may be smaller than the student's
+        size = hidden.shape[0] * weight.shape[0]
+        logits = self.logits.view(-1)[:size].view(hidden.shape[0], weight.shape[0])
+        self.device.mm(hidden, weight.t(), logits)
 
     def grad_of_hidden(self, rows: slice, split: int = 1) -> None:
         count = rows.stop - rows.start

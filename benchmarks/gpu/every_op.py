@@ -8,7 +8,7 @@ import argparse
 import torch
 
 import opd_kernels as opk
-from benchmarks.gpu import cases, device, sparse_teacher, verification
+from benchmarks.gpu import cases, cross_vocabulary, device, sparse_teacher, verification
 from benchmarks.shapes import Shape
 from opd_kernels import divergences as D
 from opd_kernels import targets
@@ -26,6 +26,8 @@ OPS = (
     "sample_tokens",
     "speculative_verify",
     "segment_scan",
+    "sorted_l1",
+    "overlap_divergence",
 )
 
 
@@ -146,6 +148,32 @@ def segment_scan(shape: Shape, dev: device.Device, backend: str, dtype: torch.dt
     values = torch.randn(1003, generator=dev.generator(0), device=dev.kind).requires_grad_()
     opk.segment_scan(values, offsets, discount=0.9, backend=backend).sum().backward()
     opk.segment_reduce(values, offsets, backend=backend).sum().backward()
+
+
+def sorted_l1(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """From logits and from hidden states, with pairs and without; Triton has none."""
+    if backend == "triton":
+        return
+    pair = cross_vocabulary.pair_of(dev, shape, dtype)
+    student, teacher = cross_vocabulary.logits_of(dev, pair)
+    for pairs in (None, (pair.student_ids, pair.teacher_ids)):
+        options = {"pairs": pairs, "pair_weight": 0.5 if pairs else 0.0, "backend": backend}
+        opk.sorted_l1(student, teacher, **options).sum().backward()
+        cross_vocabulary.sorted_loss(**options)(*pair.inputs).backward()
+
+
+def overlap_divergence(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """Every tail and one more cell; both reductions."""
+    pair = cross_vocabulary.pair_of(dev, shape, dtype)
+    more = torch.zeros(shape.num_tokens, device=dev.kind)
+    options = (
+        {"tail": "bucket", "student_extra_logits": more, "teacher_extra_logits": more},
+        {"tail": "renormalize_both", "divergence": "jsd"},
+        {"tail": "renormalize_teacher", "divergence": "forward_kl", "reduction": "none"},
+    )
+    for option in options:
+        loss = cross_vocabulary.overlap_loss(pair, backend=backend, **option)
+        loss(*pair.inputs).sum().backward()
 
 
 def main() -> int:

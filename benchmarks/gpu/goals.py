@@ -16,6 +16,7 @@ SPARSE = "fused_linear_topk_divergence"
 TOPK = "topk_logprobs"
 FUSED_TOPK = "fused_linear_topk"
 VERIFY = "fused_linear_speculative_verify"
+EAGER, ONE_VOCABULARY = "eager torch", "one vocabulary"
 # the two whose lead is promised in numbers
 NAMED = ("trl", "liger")
 
@@ -100,6 +101,19 @@ def _verify(results: dict) -> Worst | None:
     return _largest([Worst(row.ratio_to_floor, f"{row.contestant}: {row.case}") for row in rows])
 
 
+def _over(rest: str) -> Callable[[dict], Worst | None]:
+    """Of what is timed over `rest` in place of the GEMMs."""
+
+    def worst(results: dict) -> Worst | None:
+        rows = rows_of(results, "ours", Timing)
+        rows = [row for row in rows if row.contestant.endswith(f" over {rest}")]
+        return _largest(
+            [Worst(row.ratio_to_floor, f"{row.contestant}: {row.case}") for row in rows]
+        )
+
+    return worst
+
+
 def _is_peer(row: Timing) -> bool:
     return not row.contestant.startswith(OURS) and row.ratio_ours is not None
 
@@ -164,6 +178,10 @@ PROMISES = (
     Promise("top-k, lse, tail and entropy, of the copy's bandwidth", "at least", 0.80, _topk),
     Promise("fused_linear_topk over the teacher's GEMM", "at most", 1.15, _fused_topk),
     Promise("verification from hidden states over its two GEMMs", "at most", 1.15, _verify),
+    Promise("two vocabularies: time over eager torch", "at most", 1.0, _over(EAGER)),
+    Promise(
+        "shared tokens: over the loss of one vocabulary", "at most", 1.3, _over(ONE_VOCABULARY)
+    ),
     Promise("time of every peer over ours", "at least", 1.0, _every_peer),
     Promise("time of TRL and Liger over ours", "at least", 1.5, _named_peers),
     Promise("gradient error over that of eager float32 logits", "at most", 1.0, _precision),

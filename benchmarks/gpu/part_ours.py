@@ -11,10 +11,10 @@ from torch import Tensor
 
 import opd_kernels as opk
 from benchmarks import laws
-from benchmarks.gpu import cases, part_ceilings, sparse_teacher, verification
+from benchmarks.gpu import cases, cross_vocabulary, part_ceilings, sparse_teacher, verification
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.device import Device, Run, Time
-from benchmarks.gpu.goals import FUSED_TOPK, SPARSE, TOLERANT, TOPK, VERIFY
+from benchmarks.gpu.goals import EAGER, FUSED_TOPK, ONE_VOCABULARY, SPARSE, TOLERANT, TOPK, VERIFY
 from benchmarks.gpu.results import RowKernel, Timing
 from opd_kernels import _dispatch, _gemms, _laws
 
@@ -353,6 +353,75 @@ def verify(device: Device, context: Context, shape: cases.Shape) -> None:
                 context.row(timing(case, label, "", "frozen", time, bare))
 
 
+def across(device: Device, context: Context, shape: cases.Shape) -> None:
+    """The losses of two vocabularies over their four GEMMs, over eager torch on whole logits, and
+    over the loss of one vocabulary; of as many tokens as eager torch has room for."""
+    sizes = context.sizes
+    shape = shape._replace(num_tokens=min(shape.num_tokens, sizes.row_tokens))
+    pair = cross_vocabulary.pair_of(device, shape, sizes.dtype)
+    whole = cases.inputs_of(device, shape, sizes.dtype)
+    cut = cases.cut_of(whole, sizes.workspace_bytes, context.lead)
+    gemms = cases.Gemms(device, pair.inputs, cut)
+    floor = gemms.all_of("trained", gemms.best_split())
+    options = {"workspace_bytes": sizes.workspace_bytes, "backend": context.lead}
+    losses = {
+        cross_vocabulary.OVERLAP: (
+            cross_vocabulary.overlap_loss(pair, **options),
+            cross_vocabulary.eager_overlap(pair),
+        )
+    }
+    # the library's sort, which Triton has not
+    for backend in context.backends(cross_vocabulary.SORTED)[:1]:
+        losses[cross_vocabulary.SORTED] = (
+            cross_vocabulary.sorted_loss(**options | {"backend": backend}),
+            cross_vocabulary.eager_sorted,
+        )
+    variants: dict[tuple[str, str], Run] = {("", "floor"): floor}
+    for op, (ours, eager) in losses.items():
+        variants[op, "ours"] = cases.step(ours, pair.inputs)
+        variants[op, EAGER] = cases.step(eager, pair.inputs)
+    variants["", ONE_VOCABULARY] = cases.step(
+        cases.loss_of("reverse_kl", **options), whole.with_head("trained")
+    )
+    times = device.turns(variants, sizes.rounds, context.seconds_left())
+    for op in losses:
+        time = times[op, "ours"]
+        context.row(timing(str(shape), op, "", "trained", time, times["", "floor"]))
+        label = f"{op} over {EAGER}"
+        context.row(timing(str(shape), label, "", "trained", time, times[op, EAGER]))
+    label = f"{cross_vocabulary.OVERLAP} over {ONE_VOCABULARY}"
+    time = times[cross_vocabulary.OVERLAP, "ours"]
+    context.row(timing(str(shape), label, "", "trained", time, times["", ONE_VOCABULARY]))
+
+
+def sorted_rows(device: Device, context: Context, shape: cases.Shape) -> None:
+    """`sorted_l1` from logits over the library's two sorts alone, and over eager torch."""
+    sizes = context.sizes
+    shape = shape._replace(num_tokens=min(shape.num_tokens, sizes.row_tokens))
+    pair = cross_vocabulary.pair_of(device, shape, sizes.dtype)
+    student, teacher = cross_vocabulary.logits_of(device, pair)
+    found = [logits.detach().softmax(1) for logits in (student, teacher)]
+    for backend in context.backends(cross_vocabulary.ROWS)[:1]:
+
+        def loss(student: Tensor, teacher: Tensor, backend: str = backend) -> Tensor:
+            return opk.sorted_l1(student, teacher, backend=backend).sum()
+
+        times = device.turns(
+            {
+                "two sorts": lambda: [law.sort(dim=1, descending=True) for law in found],
+                "ours": cross_vocabulary.rows_step(loss, student, teacher),
+                EAGER: cross_vocabulary.rows_step(
+                    cross_vocabulary.eager_sorted_rows, student, teacher
+                ),
+            },
+            sizes.rounds,
+            context.seconds_left(),
+        )
+        for name in ("two sorts", EAGER):
+            label = f"{cross_vocabulary.ROWS} over {name}"
+            context.row(timing(str(shape), label, "", "", times["ours"], times[name]))
+
+
 def each(context: Context, what: str, shapes: tuple, case: Callable[[cases.Shape], None]) -> None:
     """A case after the other while there is time; one that fails does not stop the rest."""
     device = context.device()
@@ -379,6 +448,8 @@ def run(context: Context) -> None:
     each(context, "sparse teacher", some, lambda shape: sparse(device, context, shape))
     each(context, "top-k", some, lambda shape: topk(device, context, shape))
     each(context, "verification", some[:1], lambda shape: verify(device, context, shape))
+    each(context, "two vocabularies", some[:1], lambda shape: across(device, context, shape))
+    each(context, "sorted rows", some[:1], lambda shape: sorted_rows(device, context, shape))
     for backend in others:
         if backend != "reference" and context.has_time(f"row kernels, {backend}", 1.0):
             with context.attempt(f"row kernels, {backend}"):

@@ -217,10 +217,11 @@ _TABLES: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
         _row_kernels,
     ),
     (
-        "Small gradients left out, log-probabilities of tokens, sparse teachers",
+        "Small gradients left out, log-probabilities of tokens, sparse teachers, two vocabularies",
         f"`{TOLERANT}` on peaked laws (`benchmarks/laws.py`), over the dense GEMMs of the exact "
         "loss; `fused_linear_token_logprobs` over its four GEMMs; `fused_linear_topk_divergence` "
-        "over its three, two with the head frozen.",
+        "over its three, two with the head frozen; the losses of two vocabularies over their four, "
+        "or over what a row names in place of the GEMMs.",
         _others_of_ours,
     ),
     ("How long do others take?", "The same inputs, in turns with ours.", _peers),

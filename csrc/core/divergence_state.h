@@ -46,14 +46,24 @@ struct Shifts {
   Shift<T> student, teacher, gap;
 };
 
+// logit - shift in one rounding and, in `low`, what that has lost: 0 where nothing is finite.
+template <class T>
+OPD_HD T log_probability(T logit, const Shift<T>& shift, T* low) {
+  T lost;
+  const T below = difference(logit, shift.high, &lost);
+  const T rest = shift.low - lost;
+  const T value = below - rest;
+  // exact while the rest is the smaller; where it is not, both are far below anything that counts
+  *low = select(below - below == T(0), (below - value) - rest, T(0));
+  return value;
+}
+
 template <class T>
 OPD_HD Entry<T> entry_of(T student, T teacher, const Shifts<T>& shifts) {
+  T lq_low, lp_low, lost;
+  const T lq = log_probability(student, shifts.student, &lq_low);
+  const T lp = log_probability(teacher, shifts.teacher, &lp_low);
   // what a difference has lost goes with the low part of the shift: one rounding in all
-  T lost, lq_low, lp_low;
-  const T below = difference(student, shifts.student.high, &lost);
-  const T lq = difference(below, shifts.student.low - lost, &lq_low);
-  const T under = difference(teacher, shifts.teacher.high, &lost);
-  const T lp = difference(under, shifts.teacher.low - lost, &lp_low);
   const T apart = difference(student, teacher, &lost);
   const T gap = (apart - shifts.gap.high) - (shifts.gap.low - lost);
   return {lp, lq, exp_nonpositive(lp), exp_nonpositive(lq), gap, lp_low, lq_low};

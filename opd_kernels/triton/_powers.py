@@ -18,17 +18,13 @@ from ._math import (
 
 @triton.jit
 def geometric(e, alpha, rest, alpha_low, rest_low, shift):
-    """p^alpha q^rest e^-shift, rest = 1 - alpha: of two ways the one whose rounding is smaller.
+    """p^alpha q^rest e^-shift, rest = 1 - alpha.
 
-    The gap is more exact than the log-probabilities where the laws are close; where it is infinite,
-    one of them rules the token out. alpha_low and rest_low are what float32 loses of the exponents.
+    The low parts keep the exponent, which cancels where the laws are close, exact to the square of
+    a rounding. alpha_low and rest_low are what float32 loses of the exponents.
     """
-    by_gap = tl.abs(e.lp) + tl.abs(rest * e.gap) < tl.abs(alpha * e.lp) + tl.abs(rest * e.lq)
     low = (alpha * e.lp_low + alpha_low * e.lp) + (rest * e.lq_low + rest_low * e.lq)
-    low = tl.where(by_gap, e.lp_low + rest_low * e.gap, low)
-    factor = tl.where(by_gap, 1.0, alpha)
-    other = tl.where(by_gap, e.gap, e.lq)
-    return tl.where(absent(e), 0.0, exp_of_sum(factor, e.lp, rest, other, shift, low))
+    return tl.where(absent(e), 0.0, exp_of_sum(alpha, e.lp, rest, e.lq, shift, low))
 
 
 @triton.jit

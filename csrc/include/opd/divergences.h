@@ -279,21 +279,17 @@ struct TotalVariation : Separable {
   }
 };
 
-// p^alpha q^(1 - alpha) e^-shift, of two ways to form it the one whose rounding is smaller. The gap is
-// more exact than the log-probabilities where the laws are close; where it is infinite, one of them
-// rules the token out.
+// p^alpha q^(1 - alpha) e^-shift. With the low parts of the log-probabilities and of both products the
+// exponent is exact to the square of a rounding, so that it cancels without harm where the laws are
+// close.
 template <class T, class Shift>
 OPD_HD T geometric_mean(const Entry<T>& e, double alpha, Shift shift) {
   const T a = T(alpha), c = T(1 - alpha);
-  const auto size = [](T x) { return x < T(0) ? -x : x; };
-  const bool by_gap = size(e.lp) + size(c * e.gap) < size(a * e.lp) + size(c * e.lq);
   const T a_low = low_part<T>(alpha), c_low = low_part<T>(1 - alpha);
   T first_lost, second_lost;
-  const T weighted = exact_product(a, e.lp, &first_lost);
-  const T first = by_gap ? e.lp : weighted;
-  const T second = exact_product(c, by_gap ? e.gap : e.lq, &second_lost);
-  const T low = by_gap ? e.lp_low + c_low * e.gap
-                       : (a * e.lp_low + a_low * e.lp) + (c * e.lq_low + c_low * e.lq) + first_lost;
+  const T first = exact_product(a, e.lp, &first_lost);
+  const T second = exact_product(c, e.lq, &second_lost);
+  const T low = (a * e.lp_low + a_low * e.lp) + (c * e.lq_low + c_low * e.lq) + first_lost;
   const T r = exp_of_parts(first, second, shift, low + second_lost);
   return select(e.absent(), T(0), r);
 }
