@@ -73,6 +73,16 @@ def num_shared(cells: Cells, vocab_size: int) -> int:
     return vocab_size if cells.student_ids is None else cells.student_ids.shape[0]
 
 
+def counted(law: Law, weights: Tensor | None) -> Law:
+    """The law with a temperature of 1 where a row has weight 0, whatever it was given there.
+
+    The row kernel's gradient of such a row is 0, and 0 times 1 / temperature is to be as well.
+    """
+    if law.temperatures is None or weights is None:
+        return law
+    return law._replace(temperatures=law.temperatures.masked_fill(weights == 0, 1.0))
+
+
 def scratch(cells: Cells, student: Law, teacher: Law, real: torch.dtype) -> Scratch:
     """What `Rows` allocates: cells of both sides, the other tokens, and slopes of a softcap."""
     shared = num_shared(cells, student.vocab_size)

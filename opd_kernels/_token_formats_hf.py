@@ -59,30 +59,38 @@ def is_tokenizers(tokenizer: Any) -> bool:
 
 
 def content(backend: Any) -> bytes:
-    """All that the tokenizer is."""
+    """All that the tokenizer is, but for truncation and padding, which a call leaves behind."""
     try:
-        return backend.to_str().encode()
+        said = backend.to_str()
     except Exception as error:  # the extension module raises plain Exception
         raise TokenBytesError(
             "TokenBytes: a part of this tokenizer is custom Python code, which does not say what "
             "it does to bytes. Give the bytes to TokenBytes.from_bytes instead."
         ) from error
+    # both are written before this key, and inside of a string its quotes would be escaped
+    return said[max(0, said.find('"added_tokens":')) :].encode()
+
+
+def _uncut(backend: Any) -> Any:
+    """The tokenizer without truncation and padding: where it has one, a copy."""
+    if backend.truncation is None and backend.padding is None:
+        return backend
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def _written_tokens(backend: Any) -> list[str | None]:
     """Every id's token, as the vocabulary writes it; None for an id without one."""
-    size = backend.get_vocab_size()
-    tokens = list(map(backend.id_to_token, range(size)))
-    # ids need not be dense
-    missing = tokens.count(None)
-    while missing:
-        tokens.append(backend.id_to_token(len(tokens)))
-        missing -= tokens[-1] is not None
-    return tokens
+    # neither dense nor of one token each: their number says nothing of the highest
+    size = max(backend.get_vocab().values(), default=-1) + 1
+    return list(map(backend.id_to_token, range(size)))
 
 
 def read_tokenizers(backend: Any, tokenizer: Any) -> Reading:
     """tokenizers.Tokenizer; `tokenizer` is what wraps it, or the same."""
+    backend = _uncut(backend)
     written = _written_tokens(backend)
     parts = _Parts(backend)
     added = backend.get_added_tokens_decoder()
@@ -295,7 +303,14 @@ def _rewriter(rule: dict) -> Callable[[str], str]:
         kind, pattern = next(iter(rule["pattern"].items()))
         if kind == "String":
             return lambda token: token.replace(pattern, rule["content"])
-        compiled = re.compile(pattern)
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise TokenBytesError(
+                f"TokenBytes: the decoder replaces the regular expression {pattern!r}, which "
+                f"Python's re does not read ({error}). Give the bytes to TokenBytes.from_bytes "
+                "instead."
+            ) from error
         return lambda token: compiled.sub(lambda _: rule["content"], token)
     if name == "BPEDecoder":
         return lambda token: token.replace(rule["suffix"], " ")

@@ -201,7 +201,13 @@ def _table(name: str, token_bytes: Any, sequences: Sequence[Any]) -> tuple[Any, 
     occurring: set[int] = set()
     for sequence in sequences:
         distinct = torch.unique(sequence) if isinstance(sequence, Tensor) else sequence
-        occurring.update(int(token_id) for token_id in distinct)
+        try:
+            occurring.update(map(operator.index, distinct))
+        except TypeError as error:
+            raise TypeError(
+                f"align_tokens: {name.replace('bytes', 'ids')} must be a tensor, an array or a "
+                f"list of integers, got {type(sequence).__name__} ({error})."
+            ) from error
     ids = sorted(occurring)
     if ids and ids[0] < 0:
         raise ValueError(f"align_tokens: ids must not be negative, got {ids[0]} for {name}.")

@@ -405,14 +405,18 @@ def _run(
     """(loss [T], gradients, statistics)."""
     with_statistics, compact_tokens, backend = options
     statistics = _empty_statistics(student, with_statistics)
-    laws = (student.law, teacher.law)
     info = torch.finfo(torch.float32)
-    for side, law in zip(("student", "teacher"), laws, strict=True):
+    bounds = (info.tiny, info.max, "positive and finite")
+    for side, law in (("student", student.law), ("teacher", teacher.law)):
         if law.temperatures is not None:
-            bounds = (info.tiny, info.max, "positive and finite")
             _checks.values_in_range(
                 _OP, f"{side} temperature", law.temperatures, cells.token_weights, *bounds
             )
+    student, teacher = (
+        side._replace(law=_overlap_cells.counted(side.law, cells.token_weights))
+        for side in (student, teacher)
+    )
+    laws = (student.law, teacher.law)
     has_extra = cells.student_extra_logits is not None
     loss, sums, extra = _row_chunks.run(
         _OP,

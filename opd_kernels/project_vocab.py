@@ -31,7 +31,13 @@ class _Table:
             text, ends = data.cpu().contiguous().numpy().tobytes(), offsets.tolist()
             self.tokens = [text[begin:end] for begin, end in pairwise(ends)]
         else:
-            self.tokens = [tokens[i] for i in range(len(tokens))]
+            try:
+                self.tokens = [tokens[i] for i in range(len(tokens))]
+            except LookupError as error:
+                raise ValueError(
+                    f"{_OP}: {name} must have the bytes of every id from 0 to {len(tokens) - 1}, "
+                    f"as it has {len(tokens)}, has none for {error}."
+                ) from error
             for i, token in enumerate(self.tokens):
                 if not isinstance(token, bytes):
                     raise TypeError(
@@ -272,7 +278,7 @@ def project_vocab(
         tokens by edit distance and the sparse matrix when they are asked for.
 
     Raises:
-        TypeError: something that is not bytes.
+        TypeError: something that is not bytes. ValueError: ids that are not 0 .. V - 1.
 
     Notes:
         One dictionary per side: linear in the bytes of both. On the host; it is built once a run.

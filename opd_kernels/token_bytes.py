@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -98,16 +99,13 @@ class TokenBytes(Sequence[bytes]):
 
         Raises:
             ValueError: a role that there is not, or an id outside the vocabulary.
-            TypeError: a token that is not bytes.
+            TypeError: a token that is not bytes, a role's id that is no integer.
         """
         tokens = list(tokens)
         for i, token in enumerate(tokens):
             if not isinstance(token, bytes):
                 raise TypeError(f"from_bytes: tokens[{i}] must be bytes, got {type(token)}.")
-        given = {
-            role: (ids,) if isinstance(ids, int) else tuple(ids)
-            for role, ids in (roles or {}).items()
-        }
+        given = {role: _ids_of_role(role, ids) for role, ids in (roles or {}).items()}
         for role, ids in given.items():
             if role not in ROLES:
                 raise ValueError(f"from_bytes: roles must be of {tuple(ROLES)}, got {role!r}.")
@@ -261,6 +259,15 @@ class _Table:
             "their own, by which what was there could be said. To align what survives and be told "
             "what did not: TokenBytes(tokenizer, lossy=True) and align_tokens(..., mode='repair')."
         )
+
+
+def _ids_of_role(role: str, ids: Any) -> set[int]:
+    try:
+        return {int(operator.index(i)) for i in ([ids] if hasattr(ids, "__index__") else ids)}
+    except TypeError as error:
+        raise TypeError(
+            f"from_bytes: roles must give an id or several, got {ids!r} for {role}."
+        ) from error
 
 
 def _bytes_tensor(data: bytes) -> Tensor:

@@ -259,8 +259,9 @@ void for_each_block(int64_t vocab_size, Fn&& fn) {
 // lse to float32 does not scale a whole row of probabilities.
 template <class T>
 struct Shift {
-  OPD_HD explicit Shift(double lse)
-      : high(static_cast<T>(lse)), low(static_cast<T>(lse - static_cast<double>(high))) {
+  // lost: what lse is short of, see RunningLse
+  OPD_HD explicit Shift(double lse, double lost = 0.0)
+      : high(static_cast<T>(lse)), low(static_cast<T>(lse - static_cast<double>(high) + lost)) {
     // inf - inf would hide that the row has no finite logit
     constexpr T infinity = std::numeric_limits<T>::infinity();
     if (high == infinity || high == -infinity) low = T(0);
@@ -299,20 +300,32 @@ class RunningLse {
   T largest() const { return largest_; }
   double sum() const { return sum_; }
   double lse() const { return static_cast<double>(largest_) + std::log(sum_); }
+  // What lse() had to round away: beside a logit of 1e17 a double has no room for log V.
+  double lost() const {
+    const double largest = static_cast<double>(largest_), log_sum = std::log(sum_);
+    const double added = lse() - largest;
+    return (largest - (lse() - added)) + (log_sum - added);
+  }
 
  private:
   T largest_ = -std::numeric_limits<T>::infinity();
   double sum_ = 0.0;
 };
 
-template <class Row, class T>
-double row_lse(const Row& row, T* largest) {
+template <class T, class Row>
+RunningLse<T> running_lse(const Row& row) {
   Block<T> staged, scratch;
   RunningLse<T> running;
   for_each_block(row.vocab_size(), [&](int64_t begin, int count) {
     const T* block = row.block(begin, count, staged.values);
     running.add(block, round_up_to_lanes(count), scratch.values);
   });
+  return running;
+}
+
+template <class Row, class T>
+double row_lse(const Row& row, T* largest) {
+  const RunningLse<T> running = running_lse<T>(row);
   *largest = running.largest();
   return running.lse();
 }

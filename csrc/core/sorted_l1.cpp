@@ -85,6 +85,27 @@ struct Workspace {
   T* summands;  // u
 };
 
+// A law's log-sum-exp, for logits as they are and, for pairs, for logits less an origin: the largest
+// where its size leaves a double no room for log V. Differences of such logits are exact.
+template <class T>
+struct Normalizer {
+  static constexpr T kHuge = T(1 << 24);
+
+  Normalizer() : shift(0.0) {}
+  explicit Normalizer(const RunningLse<T>& row)
+      : lse(row.lse()), shift(lse, row.lost()), relative(lse) {
+    if (std::isfinite(lse) && std::fabs(row.largest()) >= kHuge) {
+      origin = row.largest();
+      relative = std::log(row.sum());
+    }
+  }
+
+  double lse = 0.0;
+  Shift<T> shift;
+  T origin = T(0);
+  double relative = 0.0;
+};
+
 template <class T>
 OPD_ELEMENTWISE void law_block(const T* __restrict__ block, Shift<T> shift, int padded,
                                T* __restrict__ out) {
@@ -151,18 +172,17 @@ class Row {
         teacher_(args.teacher, row, args.teacher_vocab_size) {}
 
   void run(T weight) {
-    T largest;
-    student_lse_ = row_lse(student_, &largest);
-    const double teacher_lse = row_lse(teacher_, &largest);
-    if (!std::isfinite(student_lse_) || !std::isfinite(teacher_lse)) {
+    of_student_ = Normalizer<T>(running_lse<T>(student_));
+    of_teacher_ = Normalizer<T>(running_lse<T>(teacher_));
+    if (!std::isfinite(of_student_.lse) || !std::isfinite(of_teacher_.lse)) {
       // no law: NaN, or nothing but -inf
       weight = std::numeric_limits<T>::quiet_NaN();
     }
     T* const summands = args_.grad.data ? workspace_.summands : nullptr;
     if (summands) std::fill(summands, summands + args_.student_vocab_size, T(0));
     double total = 0.0, loss = 0.0;
-    const int64_t num_teacher = take_teacher(teacher_lse);
-    const int64_t num_student = take_student(teacher_lse, summands, &loss, &total);
+    const int64_t num_teacher = take_teacher();
+    const int64_t num_student = take_student(summands, &loss, &total);
     if (args_.rest_weight != 0.0) {
       const auto* entries = sort_descending<Order<T>::kDigitBits, Order<T>::kPasses>(
           workspace_.entries[0], workspace_.entries[1], num_student, Order<T>::key);
@@ -184,13 +204,12 @@ class Row {
 
  private:
   // The keys of what is compared by rank, and the logits where pairs will look them up.
-  int64_t take_teacher(double lse) {
-    const Shift<T> shift(lse);
+  int64_t take_teacher() {
     Block<T> staged, law;
     int64_t count_kept = 0;
     for_each_block(args_.teacher_vocab_size, [&](int64_t begin, int count) {
       const T* block = teacher_.block(begin, count, staged.values);
-      law_block(block, shift, round_up_to_lanes(count), law.values);
+      law_block(block, of_teacher_.shift, round_up_to_lanes(count), law.values);
       if (args_.teacher_paired) std::copy(block, block + count, workspace_.teacher + begin);
       auto* const keys = workspace_.keys[0];
       for (int i = 0; i < count; ++i) {
@@ -203,13 +222,12 @@ class Row {
   }
 
   // The same of the student, and the loss of the pairs with its u.
-  int64_t take_student(double teacher_lse, T* summands, double* loss, double* total) {
-    const Shift<T> shift(student_lse_);
+  int64_t take_student(T* summands, double* loss, double* total) {
     Block<T> staged, law;
     int64_t count_kept = 0;
     for_each_block(args_.student_vocab_size, [&](int64_t begin, int count) {
       const T* block = student_.block(begin, count, staged.values);
-      law_block(block, shift, round_up_to_lanes(count), law.values);
+      law_block(block, of_student_.shift, round_up_to_lanes(count), law.values);
       auto* const entries = workspace_.entries[0];
       for (int i = 0; i < count; ++i) {
         const bool is_paired = args_.student_pairs && args_.student_pairs[begin + i] >= 0;
@@ -217,22 +235,22 @@ class Row {
         count_kept += law.values[i] > T(0) && !is_paired;
       }
       if (args_.student_pairs && args_.pair_weight != 0.0) {
-        add_pairs(begin, count, block, teacher_lse, summands, loss, total);
+        add_pairs(begin, count, block, summands, loss, total);
       }
     });
     return count_kept;
   }
 
-  void add_pairs(int64_t begin, int count, const T* block, double teacher_lse, T* summands,
-                 double* loss, double* total) const {
+  void add_pairs(int64_t begin, int count, const T* block, T* summands, double* loss,
+                 double* total) const {
     Block<T> student, teacher, term, dterm;
     int64_t ids[kBlock];
     int num_pairs = 0;
     for (int i = 0; i < count; ++i) {
       const int64_t pair = args_.student_pairs[begin + i];
       if (pair < 0) continue;
-      student.values[num_pairs] = block[i];
-      teacher.values[num_pairs] = workspace_.teacher[pair];
+      student.values[num_pairs] = block[i] - of_student_.origin;
+      teacher.values[num_pairs] = workspace_.teacher[pair] - of_teacher_.origin;
       ids[num_pairs++] = begin + i;
     }
     const int padded = round_up_to_lanes(num_pairs);
@@ -240,8 +258,8 @@ class Row {
       std::fill(values + num_pairs, values + padded, kMinusInfinity<T>);
     }
     double state[OPD_DIVERGENCE_STATE] = {};
-    state[kStudentLse] = student_lse_ - log_scale_of<T>(args_.student_log_scales, row_);
-    state[kTeacherLse] = teacher_lse - log_scale_of<T>(args_.teacher_log_scales, row_);
+    state[kStudentLse] = of_student_.relative - log_scale_of<T>(args_.student_log_scales, row_);
+    state[kTeacherLse] = of_teacher_.relative - log_scale_of<T>(args_.teacher_log_scales, row_);
     plain_term_block<false>(Jsd(args_.beta), student.values, teacher.values, Shifts<T>(state),
                             padded, term.values, dterm.values, static_cast<T*>(nullptr));
     // log 0 - log 0: a pair that neither side has
@@ -260,12 +278,11 @@ class Row {
 
   // A block is read whole before it is written: the gradient may take the place of the logits.
   void store_gradient(T weight, T total) const {
-    const Shift<T> shift(student_lse_);
     const T factor = weight * student_.slope();
     Block<T> staged, law, gradient, slope;
     for_each_block(args_.student_vocab_size, [&](int64_t begin, int count) {
       const T* block = student_.block(begin, count, staged.values);
-      law_block(block, shift, round_up_to_lanes(count), law.values);
+      law_block(block, of_student_.shift, round_up_to_lanes(count), law.values);
       gradient_block(law.values, workspace_.summands + begin, factor, total, count,
                      gradient.values);
       student_.times_softcap_slope(begin, count, gradient.values, slope.values);
@@ -278,7 +295,7 @@ class Row {
   int64_t row_;
   const Workspace<T>& workspace_;
   LogitsRow<T> student_, teacher_;
-  double student_lse_ = 0.0;
+  Normalizer<T> of_student_, of_teacher_;
 };
 
 template <class T>

@@ -60,7 +60,7 @@ class Vector {
     return *this;
   }
 
-  // name: for what is said of an object that is no vector of integers
+  // name: with the function's, for what is said of an object that is no vector of integers
   Vector(const py::handle& object, const std::string& name) {
     if (PyObject_CheckBuffer(object.ptr())) {
       auto view = std::make_shared<py::buffer_info>(
@@ -71,8 +71,7 @@ class Vector {
     } else if (py::hasattr(object, "__dlpack__")) {
       from_dlpack(object, name);
     } else {
-      throw py::type_error("align_tokens: " + name +
-                           " must be a tensor, an array or a list of integers, got " +
+      throw py::type_error(name + " must be a tensor, an array or a list of integers, got " +
                            std::string(py::str(py::type::of(object).attr("__name__"))) + ".");
     }
   }
@@ -95,14 +94,14 @@ class Vector {
   template <class T>
   const T* as(const std::string& name, const char* dtype) const {
     if (item_bytes_ != sizeof(T) || is_signed_ != std::is_signed_v<T> || !is_contiguous()) {
-      throw py::type_error("align_tokens: " + name + " must be contiguous and of " + dtype + ".");
+      throw py::type_error(name + " must be contiguous and of " + dtype + ".");
     }
     return reinterpret_cast<const T*>(data_);
   }
 
   void check_ids(const std::string& name) const {
     if (!is_signed_ || (item_bytes_ != 4 && item_bytes_ != 8)) {
-      throw py::type_error("align_tokens: " + name + " must be int32 or int64, got " +
+      throw py::type_error(name + " must be int32 or int64, got " +
                            (is_signed_ ? "int" : "uint") + std::to_string(8 * item_bytes_) + ".");
     }
   }
@@ -119,9 +118,8 @@ class Vector {
   void check(const std::string& name, int64_t ndim, char format) {
     const bool is_signed = std::string("bhilqn").find(format) != std::string::npos;
     if (ndim != 1 || (!is_signed && std::string("BHILQN").find(format) == std::string::npos)) {
-      throw py::type_error("align_tokens: " + name +
-                           " must be a vector of integers, got format '" + format + "' of " +
-                           std::to_string(ndim) + " dimension(s).");
+      throw py::type_error(name + " must be a vector of integers, got format '" + format +
+                           "' of " + std::to_string(ndim) + " dimension(s).");
     }
     is_signed_ = is_signed;
   }
@@ -138,7 +136,7 @@ class Vector {
     });
     const DlTensor& tensor = managed->tensor;
     if (tensor.device_type != kDlCpu && tensor.device_type != kDlCudaHost) {
-      throw std::invalid_argument("align_tokens: " + name +
+      throw std::invalid_argument(name +
                                   " must be on the CPU: text is aligned on the host. Pass a copy "
                                   "of it there.");
     }
@@ -167,7 +165,7 @@ class Ids {
       const std::string name = side + "_ids" + (count == 1 ? "" : "[" + std::to_string(b) + "]");
       const py::object sequence = sequences[b];
       if (PyList_Check(sequence.ptr()) || PyTuple_Check(sequence.ptr())) {
-        add(converted(sequence.ptr(), name));
+        add(converted(sequence, name));
         continue;
       }
       Vector vector(sequence, name);
@@ -196,19 +194,20 @@ class Ids {
   int64_t num_tokens() const { return offsets_.back(); }
 
  private:
-  static std::vector<int64_t> converted(PyObject* list, const std::string& name) {
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
-    std::vector<int64_t> ids(static_cast<size_t>(count));
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject* item = PySequence_Fast_GET_ITEM(list, i);
+  static std::vector<int64_t> converted(const py::object& list, const std::string& name) {
+    // holds what it reads: an item's __index__ is code of somebody's, which may empty the list
+    const py::tuple items(list);
+    const size_t count = items.size();
+    std::vector<int64_t> ids(count);
+    for (size_t i = 0; i < count; ++i) {
+      PyObject* item = PyTuple_GET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i));
       const long long id = PyLong_AsLongLong(item);
       if (id == -1 && PyErr_Occurred()) {
         PyErr_Clear();
-        throw py::type_error("align_tokens: " + name + " must be integers, got " +
-                             std::string(py::repr(item)) + " at position " + std::to_string(i) +
-                             ".");
+        throw py::type_error(name + " must be integers, got " + std::string(py::repr(item)) +
+                             " at position " + std::to_string(i) + ".");
       }
-      ids[static_cast<size_t>(i)] = id;
+      ids[i] = id;
     }
     return ids;
   }
@@ -250,13 +249,13 @@ class Table {
     table_.offsets = offsets_.as<int64_t>(name + ".offsets", "int64");
     table_.vocab_size = offsets_.count() - 1;
     if (offsets_.count() < 1) {
-      throw std::invalid_argument("align_tokens: " + name + ".offsets must not be empty.");
+      throw std::invalid_argument(name + ".offsets must not be empty.");
     }
     if (parts[2].is_none()) return;
     symbols_ = Vector(parts[2], name + ".symbols");
     table_.symbols = symbols_.as<uint8_t>(name + ".symbols", "uint8");
     if (symbols_.count() != table_.vocab_size) {
-      throw std::invalid_argument("align_tokens: " + name + ".symbols must have " +
+      throw std::invalid_argument(name + ".symbols must have " +
                                   std::to_string(table_.vocab_size) + " entries, one per id, got " +
                                   std::to_string(symbols_.count()) + ".");
     }
@@ -339,6 +338,16 @@ Arrays int64_array(int64_t count) { return std::make_shared<Array>(count, 8, "q"
 constexpr int64_t kTokensPerThread = 16384;
 thread_local int64_t threads_of_call = 1;
 
+int64_t threads_for(int64_t wanted, int64_t num_threads) {
+  return std::max<int64_t>(1, std::min(wanted, num_threads));
+}
+
+void check_num_threads(const std::string& function, int64_t num_threads) {
+  if (num_threads >= 1) return;
+  throw std::invalid_argument(function + ": num_threads must be >= 1, got " +
+                              std::to_string(num_threads) + ".");
+}
+
 // threads of this call alone, which a forked process cannot find hanging
 void run_in_threads(int64_t num_rows, opd_rows_fn body, void* context) {
   const int64_t count = std::min(threads_of_call, num_rows);
@@ -360,14 +369,17 @@ void run_in_threads(int64_t num_rows, opd_rows_fn body, void* context) {
 py::tuple align(const py::sequence& student_ids, const py::sequence& teacher_ids,
                 const py::tuple& student_table, const py::tuple& teacher_table, bool is_repair,
                 int32_t max_edits, int64_t num_threads) {
-  const Ids student(student_ids, "student"), teacher(teacher_ids, "teacher");
+  check_num_threads("align_tokens", num_threads);
+  const Ids student(student_ids, "align_tokens: student"),
+      teacher(teacher_ids, "align_tokens: teacher");
   if (student.num_sequences() != teacher.num_sequences()) {
     throw std::invalid_argument(
         "align_tokens: both sides must have as many sequences, got " +
         std::to_string(student.num_sequences()) + " of the student and " +
         std::to_string(teacher.num_sequences()) + " of the teacher.");
   }
-  const Table student_bytes(student_table, "student"), teacher_bytes(teacher_table, "teacher");
+  const Table student_bytes(student_table, "align_tokens: student"),
+      teacher_bytes(teacher_table, "align_tokens: teacher");
   const int64_t tokens = student.num_tokens() + teacher.num_tokens();
   const Arrays student_offsets = int64_array(tokens + 1), teacher_offsets = int64_array(tokens + 1),
                num_bytes = int64_array(tokens), chunk_ends = int64_array(student.num_sequences()),
@@ -390,7 +402,7 @@ py::tuple align(const py::sequence& student_ids, const py::sequence& teacher_ids
   opd_status_t status;
   {
     const py::gil_scoped_release release;
-    threads_of_call = std::clamp<int64_t>(tokens / kTokensPerThread, 1, num_threads);
+    threads_of_call = threads_for(tokens / kTokensPerThread, num_threads);
     status = opd_align_tokens(&args);
   }
   if (status == OPD_BYTES_DIFFER) {
@@ -413,7 +425,9 @@ constexpr int64_t kQueriesPerThread = 8;
 
 py::tuple nearest(const py::tuple& queries_table, const py::tuple& vocabulary_table,
                   int64_t num_threads) {
-  const Table queries(queries_table, "queries"), vocabulary(vocabulary_table, "vocabulary");
+  check_num_threads("nearest_tokens", num_threads);
+  const Table queries(queries_table, "nearest_tokens: queries"),
+      vocabulary(vocabulary_table, "nearest_tokens: vocabulary");
   const int64_t count = queries.get().vocab_size;
   const Arrays nearest_ids = int64_array(count), distances = int64_array(count);
   opd_nearest_tokens_args_t args{};
@@ -426,8 +440,7 @@ py::tuple nearest(const py::tuple& queries_table, const py::tuple& vocabulary_ta
   opd_status_t status;
   {
     const py::gil_scoped_release release;
-    threads_of_call =
-        std::clamp<int64_t>(count / kQueriesPerThread, 1, std::max<int64_t>(num_threads, 1));
+    threads_of_call = threads_for(count / kQueriesPerThread, num_threads);
     status = opd_nearest_tokens(&args);
   }
   if (status == OPD_INVALID_ARGUMENT) throw std::invalid_argument(opd_last_error());

@@ -72,7 +72,13 @@ def fused_linear_overlap_divergence(
 
     Source: the definitions of `opd_kernels.reference.divergences` on the cells of a partition.
     """
-    temperatures = temperature_pair(temperature)
+    skipped = None if token_weights is None else token_weights == 0
+    temperatures = [
+        value.masked_fill(skipped, 1.0)
+        if isinstance(value, Tensor) and skipped is not None
+        else value
+        for value in temperature_pair(temperature)
+    ]
     student = _logits(
         lm_head_logits(
             student_hidden,
@@ -98,7 +104,6 @@ def fused_linear_overlap_divergence(
             teacher_logit_scale,
             temperatures[1],
         )
-    skipped = None if token_weights is None else token_weights == 0
     sides, masses = [], []
     for logits, ids, extra, divisor in (
         (student, student_ids, student_extra_logits, temperatures[0]),

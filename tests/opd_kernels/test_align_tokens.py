@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import opd_kernels as opk
+from opd_kernels import _align
 
 BOS, EOS, EOT, PAD, UNK = 1, 2, 4, 8, 16
 ROLES = (BOS, EOS, EOT, PAD, UNK, EOS | PAD, BOS | EOS | UNK)
@@ -350,8 +351,33 @@ def test_refuses_in_words(ids, options, error, match):
         opk.align_tokens(ids, [0], table, table, **options)
 
 
+@pytest.mark.parametrize("ids", ["abc", None, [0.5], torch.zeros(1)])
+def test_refuses_ids_of_a_plain_table_in_words(ids):
+    with pytest.raises(TypeError, match="align_tokens: student_ids must be a tensor, an array or"):
+        opk.align_tokens(ids, [0], [b"a"], [b"a"])
+
+
+def test_a_list_may_change_while_its_items_say_what_they_are():
+    class Emptying:
+        def __index__(self):
+            ids.clear()
+            return 0
+
+    ids = [Emptying(), *[1] * 100_000]
+    table = Pieces([b"a", b""])
+    assert len(opk.align_tokens(ids, [0], table, table).is_aligned) == 100_001
+    assert ids == []
+
+
 def test_refuses_batches_and_tables_in_words():
     table = Pieces([b"a", b"b"])
+    parts = table.data, table.offsets, table.symbols
+    with pytest.raises(ValueError, match="align_tokens: num_threads must be >= 1, got 0"):
+        _align.align([[0]], [[0]], parts, parts, False, 1, 0)
+    with pytest.raises(ValueError, match="nearest_tokens: num_threads must be >= 1, got -1"):
+        _align.nearest(parts, parts, -1)
+    with pytest.raises(TypeError, match=r"nearest_tokens: queries_bytes.data must be a tensor"):
+        _align.nearest((0, table.offsets, None), parts, 1)
     with pytest.raises(ValueError, match="as many sequences, got 1 of the student and 2"):
         opk.align_batch([[0]], [[0], [0]], table, table)
     with pytest.raises(ValueError, match="num_threads must be >= 1, got 0"):

@@ -71,6 +71,8 @@ class Pair:
             weights[1::4] = 0.0
             self.tensors[0][1::4] = self.teacher[0][1::4] = float("nan")
             self.options["token_weights"] = weights
+            for i, values in enumerate(self.options.get("temperature", ())):
+                values[1::4] = (float("nan"), 0.0)[i]
         if extra:
             self.tensors[3] = gaussian(num_tokens).to(torch.promote_types(dtype, F32))
             self.tensors[3][2::5] = -INF

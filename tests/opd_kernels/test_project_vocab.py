@@ -126,6 +126,8 @@ def test_vocabularies_with_nothing_in_common():
 def test_what_is_no_vocabulary_and_no_id_is_refused():
     with pytest.raises(TypeError, match="teacher_bytes must be a TokenBytes or a sequence of b"):
         opk.project_vocab([b"a"], ["a"])
+    with pytest.raises(ValueError, match=r"student_bytes must have .* from 0 to 1, .* none for 1"):
+        opk.project_vocab({0: b"a", 5: b"b"}, [b"a"])
     found = opk.project_vocab([b"a"], [b"a"])
     with pytest.raises(ValueError, match=r"ids must be in \[0, 1\) or -1, got 0 to 1"):
         found.map_ids(torch.tensor([0, 1]))

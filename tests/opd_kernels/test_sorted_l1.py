@@ -138,6 +138,26 @@ def test_known_values_and_what_the_loss_cannot_see():
     assert opk.sorted_l1(uniform, point).item() == pytest.approx(2 * (1 - 1e-3), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=dtype_id)
+@pytest.mark.parametrize("options", [{}, {"pair_weight": 1.0}], ids=["ranks", "pairs"])
+def test_logits_of_any_size_have_the_law_of_their_differences(options, dtype):
+    near = torch.tensor([[0.0, 0.0, 0.0, -(2.0**34)], [0.0, 0.0, 0.0, 0.0]], dtype=dtype)
+    teacher = torch.tensor([[0.1, 0.0, 0.2, -0.5], [0.0, 0.0, 0.0, 0.0]], dtype=dtype)
+    if options:
+        options = options | {"pairs": (torch.arange(2), torch.arange(2))}
+    found = []
+    # 2**57 and what is added to it have no bits for anything below
+    for size in (0.0, 2.0**57):
+        student = (near + size).requires_grad_()
+        loss = opk.sorted_l1(student, teacher + 0.0, **options)
+        (swapped,) = (opk.sorted_l1(teacher + 0.0, near + size, **options),)
+        loss.sum().backward()
+        found.append((loss.detach(), swapped, student.grad))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-7)
+    assert found[1][0][1].item() == pytest.approx(0.0, abs=1e-6)
+
+
 def test_ties_have_no_gradient_and_ids_order_equal_probabilities():
     logits = torch.tensor([[1.0, 1.0, 0.0, 1.0]], dtype=F64, requires_grad=True)
     opk.sorted_l1(logits, torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=F64)).sum().backward()

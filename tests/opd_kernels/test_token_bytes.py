@@ -228,6 +228,19 @@ def test_ids_need_not_be_dense():
     assert token_bytes[1103] == b"" and not token_bytes.symbols[1103]
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"a": 0, "b": 0, "u": 1}, unk_token="u"),
+        models.BPE({"a": 0, "b": 0, "c": 1}, []),
+    ],
+    ids=["words", "bpe"],
+)
+def test_two_tokens_of_one_id_end_the_reading(model):
+    token_bytes = opk.TokenBytes(tokenizer_of(model, decoder=decoders.Fuse()), lossy=True)
+    assert len(token_bytes) == 2 and token_bytes[0] in (b"a", b"b")
+
+
 # -- roles ---------------------------------------------------------------------------------------
 
 
@@ -410,6 +423,15 @@ def test_bytes_that_decoding_contradicts_are_refused():
         opk.TokenBytes(Encoding(), lossy=True)
 
 
+@pytest.mark.parametrize("pattern", [r"\p{L}", r"\h"])
+def test_a_pattern_that_python_does_not_read_is_refused(pattern):
+    tokenizer = tokenizer_of(
+        models.WordLevel({"a": 0}), decoder=decoders.Replace(tokenizers.Regex(pattern), "")
+    )
+    with pytest.raises(opk.TokenBytesError, match=r"regular expression .* \(bad escape"):
+        opk.TokenBytes(tokenizer)
+
+
 def test_unknown_kinds_are_refused():
     with pytest.raises(opk.TokenBytesError, match=r"got dict.*TokenBytes.from_bytes"):
         opk.TokenBytes({"a": 1})
@@ -473,6 +495,15 @@ def test_from_bytes_refuses_what_does_not_fit():
         opk.TokenBytes.from_bytes([b"a"], roles={"end": 0})
     with pytest.raises(ValueError, match="eos=1 is not an id of 1 tokens"):
         opk.TokenBytes.from_bytes([b"a"], roles={"eos": (0, 1)})
+    for wrong in (1.0, (0.0,), "0", None):
+        with pytest.raises(TypeError, match=r"roles must give an id or several, got .* for eos"):
+            opk.TokenBytes.from_bytes([b"a"], roles={"eos": wrong})
+
+
+def test_an_id_of_a_role_is_one_integer():
+    roles = {"bos": True, "eos": (1, 1, True)}
+    found = opk.TokenBytes.from_bytes([b"a", b""], roles=roles).roles
+    assert repr((found["bos"], found["eos"])) == "((1,), (1,))"
 
 
 # -- use -----------------------------------------------------------------------------------------
@@ -499,6 +530,34 @@ def test_one_vocabulary_is_read_once():
     tokenizer.add_tokens(["c"])
     assert list(opk.TokenBytes(tokenizer)) == [b"a", b"b", b"c"]
     assert list(found[0]) == [b"a", b"b"]
+
+
+def test_truncation_and_padding_are_no_part_of_a_tokenizer():
+    """A call leaves both on."""
+    characters = sorted(set(map(chr, range(33, 127))) | {"▁"})
+
+    def spaced():
+        tokenizer = tokenizer_of(
+            models.BPE(numbered("<unk>", "<pad>", *characters), [], unk_token="<unk>"),
+            decoder=decoders.Metaspace(prepend_scheme="never"),
+            pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="never"),
+        )
+        tokenizer.add_special_tokens(["<unk>", "<pad>"])
+        return tokenizer
+
+    def states(tokenizer):
+        return tokenizer.truncation, tokenizer.padding
+
+    tokenizer = spaced()
+    tokenizer.enable_truncation(8)
+    # the JSON of it begins as the rest does
+    tokenizer.enable_padding(pad_id=1, pad_token='"added_tokens":')
+    before = states(tokenizer)
+    cut = opk.TokenBytes(tokenizer)
+    assert cut.is_exact and states(tokenizer) == before
+    assert cut.losses == opk.TokenBytes(spaced()).losses == ()
+    assert cut.data.data_ptr() == opk.TokenBytes(spaced()).data.data_ptr()
+    assert cut.join(cut.encode(b"hello there, all of you")) == b"hello there, all of you"
 
 
 def test_merges_are_part_of_a_vocabulary():

@@ -98,21 +98,36 @@ def binary_divergence(
         temperature: T; None: the limit of T times the KL.
 
     Returns:
-        [C], nats.
+        [C], nats. 0 log 0 is 0. Infinite where one law excludes what the other, by which the
+        logarithms are weighted, does not; never NaN. A gradient that the limit has infinite there
+        is 1 or -1.
     """
     lt, ls = (_below_zero(values) for values in (teacher_logprobs, student_logprobs))
     if temperature is None:
         if divergence == "reverse_kl":
             lt, ls = ls, lt
-        return lt - ls - lt * torch.log(lt / ls)
+        return _limit(lt, ls)
     lt, ls = lt / temperature, ls / temperature
     # logs of what is left for everything else
     rest_t, rest_s = log1mexp(lt), log1mexp(ls)
     if divergence == "reverse_kl":
-        return torch.exp(ls) * (ls - lt) - torch.expm1(ls) * (rest_s - rest_t)
+        return _times(torch.exp(ls), ls - lt) - torch.expm1(ls) * (rest_s - rest_t)
     if divergence == "forward_kl":
-        return torch.exp(lt) * (lt - ls) - torch.expm1(lt) * (rest_t - rest_s)
-    return torch.expm1(lt) * rest_s - torch.exp(lt) * ls
+        return _times(torch.exp(lt), lt - ls) - torch.expm1(lt) * (rest_t - rest_s)
+    return torch.expm1(lt) * rest_s - _times(torch.exp(lt), ls)
+
+
+def _times(weights: Tensor, logs: Tensor) -> Tensor:
+    """weights * logs, 0 with a gradient of 0 where the weight is 0, whatever the logarithm."""
+    return weights * torch.where(weights == 0, 0.0, logs)
+
+
+def _limit(lt: Tensor, ls: Tensor) -> Tensor:
+    """lt - ls - lt log(lt / ls); of two -inf 0, of one infinity."""
+    is_infinite = torch.isinf(lt) | torch.isinf(ls)
+    near, far = (torch.where(is_infinite, -1.0, values) for values in (lt, ls))
+    apart = torch.where(is_infinite & (lt != ls), lt - ls, 0.0).abs()
+    return near - far - near * torch.log(near / far) + apart
 
 
 def log1mexp(values: Tensor) -> Tensor:
@@ -125,4 +140,5 @@ def log1mexp(values: Tensor) -> Tensor:
 
 def _below_zero(values: Tensor) -> Tensor:
     # the value is clamped, the gradient is not: a student that is too sure learns to be less so
-    return values + (values.clamp(max=-_CLOSEST) - values).detach()
+    shift = (-_CLOSEST - values).detach()
+    return torch.where(values > -_CLOSEST, values + shift, values)

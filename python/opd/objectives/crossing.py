@@ -123,6 +123,19 @@ class SharedVocab:
         if parts.student_bytes is not parts.teacher_bytes:
             self.projection = opk.project_vocab(parts.student_bytes, parts.teacher_bytes)
 
+    def require_pairs(self, kind: str) -> None:
+        """Refuses vocabularies without a token in common.
+
+        Raises:
+            ValueError: naming the objective.
+        """
+        if self.projection is not None and len(self.projection.student_ids) == 0:
+            raise ValueError(
+                f"objective.kind: {kind} compares the tokens that both vocabularies have, and "
+                f"these have none in common ({self.projection.student_size} and "
+                f"{self.projection.teacher_size} tokens). Use alm or uld, which need none."
+            )
+
     def operands(self, student: Law, teacher: Law) -> dict[str, Any]:
         """Keyword arguments of `fused_linear_overlap_divergence`: ids and vocabulary sizes."""
         sizes = [

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
 from opd.batch import Batch, Law, Signal
 from opd.objectives.base import ObjectiveSection
@@ -20,9 +19,10 @@ class MultilevelOt(ObjectiveSection):
     """loss = (1 / C) sum over texts of sum_t (sum_i |p_ti - q_ti| - w_log sum_i p'_ti log q'_ti)
     + w_sinkhorn sum_tu F_tu W_tu, over pairs of positions, C of them in the step.
 
-    q_t = softmax(z_t / (std(z_t) + 1e-4) / temperature), p likewise of the teacher; i runs over the
-    num_topk tokens of each side that the text's positions together give the most probability, in
-    that order, one order for the whole text; p' = softmax(p_t), q' = softmax(q_t) of these numbers;
+    q_t = softmax(z_t / (std(z_t) + 1e-4) / temperature), p likewise of the teacher, std over the
+    finite logits and 0 of one; i runs over the num_topk tokens of each side that the text's
+    positions together give the most probability, in that order, one order for the whole text;
+    p' = softmax(p_t), q' = softmax(q_t) of these numbers;
     W_tu = sum_i |softmax(p_t / 2)_i - softmax(q_u / 2)_i|, F = exp(-W / epsilon), its rows and its
     columns divided by their sums, num_iterations times.
 
@@ -106,8 +106,9 @@ class MultilevelOt(ObjectiveSection):
 
     def _sinkhorn(self, left: Tensor, right: Tensor) -> Tensor:
         cost = torch.cdist(left, right, p=1)
-        plan = torch.exp(-cost / self.epsilon)
+        # in logarithms: a small epsilon takes every entry of a row below what a float holds
+        plan = -cost / self.epsilon
         for _ in range(self.num_iterations):
-            plan = functional.normalize(plan, p=1, dim=1)
-            plan = functional.normalize(plan, p=1, dim=0)
-        return (plan * cost).sum()
+            plan = plan.log_softmax(1)
+            plan = plan.log_softmax(0)
+        return (plan.exp() * cost).sum()

@@ -73,9 +73,14 @@ class Overlap(ObjectiveSection):
         return opk.divergences.parse(self.divergence, **self.params)
 
     def bind(self, parts: Parts) -> Overlap:
-        """With what the vocabularies of the run share."""
+        """With what the vocabularies of the run share.
+
+        Raises:
+            ValueError: they share no token.
+        """
         bound = self.model_copy()
         bound._shared = SharedVocab(parts)
+        bound._shared.require_pairs(self.kind)
         return bound
 
     def ask(self, teacher: Any, batch: Batch) -> None:

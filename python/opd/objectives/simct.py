@@ -59,9 +59,14 @@ class Simct(ObjectiveSection):
     _shared: SharedVocab | None = PrivateAttr(None)
 
     def bind(self, parts: Parts) -> Simct:
-        """With what the vocabularies of the run share."""
+        """With what the vocabularies of the run share.
+
+        Raises:
+            ValueError: they share no token.
+        """
         bound = self.model_copy()
         bound._shared = SharedVocab(parts)
+        bound._shared.require_pairs(self.kind)
         return bound
 
     def ask(self, teacher: Any, batch: Batch) -> None:

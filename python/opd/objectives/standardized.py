@@ -23,7 +23,8 @@ _EPSILON = 1e-4
 def column_sums(law: Law, hidden: Tensor, text: Tensor, *, temperature: float = 1.0) -> Tensor:
     """sum over the rows t of each text of q_t, [B, V], without gradient.
 
-    q_t = softmax(z_t / (std(z_t) + 1e-4) / temperature).
+    q_t = softmax(z_t / (std(z_t) + 1e-4) / temperature), std over the tokens that the head's bias
+    leaves, 0 of one token.
 
     Args:
         law: whose head it is.
@@ -48,7 +49,7 @@ def column_sums(law: Law, hidden: Tensor, text: Tensor, *, temperature: float = 
 def columns(law: Law, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
     """q_t[ids[t, k]], [M, K] float32 (float64), differentiable in hidden, head and bias.
 
-    q_t = softmax(z_t / (std(z_t) + 1e-4) / temperature).
+    q_t = softmax(z_t / (std(z_t) + 1e-4) / temperature), as in `column_sums`.
 
     Args:
         law: whose head it is.
@@ -137,10 +138,25 @@ def _logits(hidden: Tensor, head: Head, vocab_size: int) -> Tensor:
 
 
 def _standardized(logits: Tensor, head: Head, temperature: float) -> Tensor:
-    """softmax(z / (std(z) + 1e-4) / temperature), z = cap(scale * (logits + bias))."""
+    """softmax(z / (std(z) + 1e-4) / temperature), z = cap(scale * (logits + bias)).
+
+    std of the finite z alone: a token of a bias of -inf is none.
+    """
     if head.bias is not None:
         logits = logits + head.bias[: logits.shape[1]].detach().to(logits.dtype)
     z = head.logit_scale * logits
     if head.softcap is not None:
         z = head.softcap * (z / head.softcap).tanh()
-    return (z / (z.std(1, keepdim=True) + _EPSILON) / temperature).softmax(1)
+    vocab_size = z.shape[1]
+    if vocab_size == 1:
+        return z.softmax(1)
+    if head.bias is None or head.softcap is not None:
+        return (z / (z.std(1, keepdim=True) + _EPSILON) / temperature).softmax(1)
+    is_out = head.bias[:vocab_size].detach() == -torch.inf
+    count = vocab_size - is_out.sum()
+    # where they count nothing in the deviation, and give it no gradient
+    mean = z.detach().masked_fill(is_out, 0.0).sum(1, keepdim=True) / count
+    z = torch.where(is_out, mean, z)
+    factor = ((vocab_size - 1) / (count - 1).clamp_min(1)).to(z.dtype).sqrt()
+    z = z / (factor * z.std(1, keepdim=True) + _EPSILON) / temperature
+    return z.masked_fill(is_out, -torch.inf).softmax(1)

@@ -71,6 +71,36 @@ def test_certain_and_impossible_chunks_have_finite_losses_and_gradients(name, te
         assert values.detach()[::6].abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("temperature", [1.0, 100.0, None])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "cross_entropy"])
+def test_what_is_impossible_is_infinite_or_zero_and_never_nan(name, temperature, dtype):
+    if temperature is None and name == "cross_entropy":
+        return
+    pairs = [(-math.inf, -2.0), (-2.0, -math.inf), (-math.inf, -math.inf)]
+    lt, ls = torch.tensor(pairs, dtype=dtype).unbind(1)
+    ls = ls.clone().requires_grad_()
+    values = binary_divergence(lt, ls, name, temperature)
+    values.sum().backward()
+    scale = temperature or 1.0
+    p = math.exp(-2.0 / scale)
+    # log of what one of the two leaves for the rest, where the other has no part in the chunk
+    rest = -math.log1p(-p)
+    limit = temperature is None
+    expected = {
+        "forward_kl": [math.inf if limit else rest, math.inf, 0.0],
+        "reverse_kl": [math.inf, math.inf if limit else rest, 0.0],
+        "cross_entropy": [rest, math.inf, 0.0],
+    }[name]
+    torch.testing.assert_close(values.detach(), torch.tensor(expected, dtype=dtype))
+    grad = ls.grad.tolist()
+    assert grad[0] > 0 and grad[1] <= 0 and grad[2] == 0
+    if not limit and name != "reverse_kl":
+        # of the docstring: q - p over T times 1 - q
+        assert grad[0] == pytest.approx(p / (1 - p) / scale)
+        assert grad[1] == pytest.approx(-p / scale)
+
+
 def test_log1mexp_at_both_ends():
     values = torch.tensor([-1e-12, -1e-3, -0.6931, -0.6932, -40.0], dtype=F64)
     expected = [math.log(-math.expm1(float(x))) for x in values]

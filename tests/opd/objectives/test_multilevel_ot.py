@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from opd.batch import Head, Law
 from opd.objectives import MultilevelOt
+from opd.objectives.standardized import column_sums, columns
 from tests.memory import peak_bytes
 from tests.opd.objectives.two_tokenizers import Case, check_hostile
 
@@ -111,3 +113,63 @@ def test_cross_entropy_and_statistics():
 def test_hostile_texts():
     check_hostile(MultilevelOt())
     check_hostile(MultilevelOt(pairing="chunks", num_topk=1, sinkhorn_weight=0.0))
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1e-4])
+def test_a_small_epsilon_has_the_gradients_of_the_exact_plan(epsilon):
+    case = Case()
+    objective = MultilevelOt(num_topk=3, num_iterations=5, epsilon=epsilon)
+    signal, gradients = case.run(objective)
+    assert bool(signal.loss.isfinite())
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    cost = torch.tensor([[0.0, 1.0], [1.0, 0.2]], dtype=torch.float64)
+    left = torch.tensor([[0.5, 0.5], [0.9, 0.1]], dtype=torch.float64, requires_grad=True)
+    right = torch.tensor([[0.5, 0.5], [0.2, 0.8]], dtype=torch.float64)
+    cost = objective._sinkhorn(left, right)
+    # each position is moved to the one that is nearest
+    if epsilon < 0.01:
+        assert cost.item() == pytest.approx(1.4, rel=1e-9)
+    (gradient,) = torch.autograd.grad(cost, left)
+    assert bool(gradient.isfinite().all())
+
+
+def test_a_token_that_a_bias_rules_out_is_none():
+    """The law and the gradients are those of the head without the token."""
+    case = Case()
+    ruled_out = 6
+    kept = [i for i in range(8) if i != ruled_out]
+    with torch.no_grad():
+        case.leaves[2][ruled_out] = -torch.inf
+        case.leaves[1][ruled_out] = 0.0
+    hidden, weight, bias = (leaf.detach().clone() for leaf in case.leaves)
+    leaves = [x.requires_grad_() for x in (hidden, weight[kept], bias[kept])]
+    ids = (
+        torch.tensor([[0, 2], [3, 5]]),
+        torch.tensor([[kept.index(i) for i in row] for row in ([0, 2], [3, 5])]),
+    )
+    out = columns(case.student, case.leaves[0][:2], ids[0])
+    law = Law(lambda: leaves[0], Head(leaves[1], leaves[2]))
+    expected = columns(law, leaves[0][:2], ids[1])
+    torch.testing.assert_close(out, expected)
+    upstream = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=out.dtype)
+    got = torch.autograd.grad(out, case.leaves, upstream)
+    wanted = torch.autograd.grad(expected, leaves, upstream)
+    torch.testing.assert_close(got[0], wanted[0])
+    for one, two in zip(got[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(one[kept], two)
+        assert not one[ruled_out].any()
+    signal, gradients = case.run(MultilevelOt())
+    assert bool(signal.loss.isfinite())
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+def test_a_vocabulary_of_one_token_is_certain_of_it():
+    hidden, weight = (torch.ones(3, 2, requires_grad=True), torch.ones(1, 2, requires_grad=True))
+    law = Law(lambda: hidden, Head(weight, torch.zeros(1)))
+    out = columns(law, hidden, torch.zeros(3, 1, dtype=torch.int64))
+    assert torch.equal(out, torch.ones(3, 1))
+    assert torch.equal(
+        column_sums(law, hidden, torch.tensor([0, 0, 1])), torch.tensor([[2.0], [1.0]])
+    )
+    for gradient in torch.autograd.grad(out.sum(), (hidden, weight)):
+        assert not gradient.any()

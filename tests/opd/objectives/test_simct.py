@@ -100,6 +100,12 @@ def test_simct_without_anything_to_compare_is_zero(kind):
     check_hostile(Simct(span=kind))
 
 
+def test_vocabularies_without_a_common_token_are_refused():
+    case = Case()
+    with pytest.raises(ValueError, match=r"simct compares the tokens that both .* none in common"):
+        Simct().bind(replace(case.parts, teacher_bytes=[b"z%d" % i for i in range(10)]))
+
+
 def test_the_cross_entropy_of_all_tokens_is_added_with_its_weight():
     case = Case()
     law = case.rows()[0].log_softmax(-1)
