@@ -242,6 +242,11 @@ class Law:
         self.vocab_size = vocab_size
         self.workspace_bytes = workspace_bytes
 
+    @property
+    def size(self) -> int:
+        """Tokens that the law is over."""
+        return len(self.head.weight) if self.vocab_size is None else self.vocab_size
+
     @cached_property
     def _hidden(self) -> Tensor:
         return self._forward()

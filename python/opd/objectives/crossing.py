@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.objectives.base import Parts
+from opd.objectives.base import ObjectiveSection, Parts
 
 
 class Chunks(NamedTuple):
@@ -138,10 +139,7 @@ class SharedVocab:
 
     def operands(self, student: Law, teacher: Law) -> dict[str, Any]:
         """Keyword arguments of `fused_linear_overlap_divergence`: ids and vocabulary sizes."""
-        sizes = [
-            len(law.head.weight) if law.vocab_size is None else law.vocab_size
-            for law in (student, teacher)
-        ]
+        sizes = [law.size for law in (student, teacher)]
         device = student.head.weight.device
         if self.projection is None:
             sizes = [min(sizes)] * 2
@@ -160,6 +158,45 @@ class SharedVocab:
             return teacher_ids.to(torch.int64)
         move = self.projection.map_ids if exact else self.projection.nearest
         return move(teacher_ids)
+
+
+class OnSharedTokens(ObjectiveSection):
+    """An objective bound to what the vocabularies of the run share. `needs_pairs`: it refuses those
+    that share nothing."""
+
+    needs_pairs: ClassVar[bool] = False
+    _shared: SharedVocab | None = PrivateAttr(None)
+
+    def bind(self, parts: Parts) -> Self:
+        """With what the vocabularies of the run share.
+
+        Raises:
+            ValueError: they share no token, and it needs some.
+        """
+        bound = self.model_copy()
+        bound._shared = SharedVocab(parts)
+        if self.needs_pairs:
+            bound._shared.require_pairs(self.kind)
+        return bound
+
+
+def overlap_divergence(
+    shared: SharedVocab, student: Law, teacher: Law, chunks: Chunks, **options: Any
+) -> opk.FusedLinearOverlapDivergenceOutput:
+    """`fused_linear_overlap_divergence` of the rows that predict the first tokens of the chunks."""
+    return opk.fused_linear_overlap_divergence(
+        student.hidden()[chunks.student_first],
+        student.head.weight,
+        teacher.hidden()[chunks.teacher_first],
+        teacher.head.weight,
+        **shared.operands(student, teacher),
+        **student.head.options("student"),
+        **teacher.head.options("teacher"),
+        token_weights=chunks.weights(),
+        workspace_bytes=student.workspace_bytes,
+        compact_tokens=False,
+        **options,
+    )
 
 
 def with_cross_entropy(

@@ -6,16 +6,15 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.objectives.base import ObjectiveSection, Parts
-from opd.objectives.crossing import Chunks, SharedVocab, chunks_of, with_cross_entropy
+from opd.objectives.crossing import Chunks, OnSharedTokens, chunks_of, with_cross_entropy
 
 
-class Gold(ObjectiveSection):
+class Gold(OnSharedTokens):
     """loss = (1 / C) sum over aligned chunks of D(p, q), of laws that are times a probability:
 
     merge "observed": q = Q(. | before the chunk) * probability of the chunk's later tokens, each
@@ -55,7 +54,6 @@ class Gold(ObjectiveSection):
     cross_entropy_weight: float = Field(0.0, ge=0)
     temperature: float = Field(1.0, gt=0)
     teacher_temperature: float | None = Field(None, gt=0)
-    _shared: SharedVocab | None = PrivateAttr(None)
 
     def model_post_init(self, context: Any, /) -> None:
         """Weights come together, and for the hybrid loss."""
@@ -65,12 +63,6 @@ class Gold(ObjectiveSection):
                 "shared_weight and rest_weight must be given together and with hybrid: true, got "
                 f"{self.shared_weight}, {self.rest_weight} and hybrid: {self.hybrid}"
             )
-
-    def bind(self, parts: Parts) -> Gold:
-        """With what the vocabularies of the run share."""
-        bound = self.model_copy()
-        bound._shared = SharedVocab(parts)
-        return bound
 
     def ask(self, teacher: Any, batch: Batch) -> None:
         """What does not wait for the student, on the teacher's time."""

@@ -6,17 +6,16 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.objectives.base import ObjectiveSection, Parts
-from opd.objectives.crossing import Chunks, SharedVocab, chunks_of
+from opd.objectives.crossing import Chunks, OnSharedTokens, chunks_of
 from opd.sparse_law import SparseLaw
 
 
-class Mined(ObjectiveSection):
+class Mined(OnSharedTokens):
     """loss = (1 / N) sum_t (1 - ce_weight) KL(P'_t || Q_t) - ce_weight log Q_t(y_t),
 
     Q the student's law, y the text's tokens, N the trained tokens of the step. Where an aligned
@@ -51,13 +50,6 @@ class Mined(ObjectiveSection):
     vocab: Literal["nearest", "exact"] = "nearest"
     unmatched: Literal["label", "skip"] = "label"
     temperature: float = Field(1.0, gt=0)
-    _shared: SharedVocab | None = PrivateAttr(None)
-
-    def bind(self, parts: Parts) -> Mined:
-        """With the two vocabularies of the run."""
-        bound = self.model_copy()
-        bound._shared = SharedVocab(parts)
-        return bound
 
     def ask(self, teacher: Any, batch: Batch) -> None:
         """What does not wait for the student, on the teacher's time."""
@@ -138,8 +130,7 @@ class Mined(ObjectiveSection):
         """K, or as many tokens as there are."""
         if not isinstance(teacher, Law):
             return self.teacher_top_k
-        size = len(teacher.head.weight) if teacher.vocab_size is None else teacher.vocab_size
-        return min(self.teacher_top_k, size)
+        return min(self.teacher_top_k, teacher.size)
 
 
 class _Target(NamedTuple):

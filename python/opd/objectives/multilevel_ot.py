@@ -69,11 +69,7 @@ class MultilevelOt(ObjectiveSection):
         """The batch's share of the step's mean, with the terms of each pair of positions."""
         assert teacher is not None
         pairs = pairs_of(batch, self.pairing, num_step_tokens)
-        sizes = [
-            len(law.head.weight) if law.vocab_size is None else law.vocab_size
-            for law in (student, teacher)
-        ]
-        num_topk = min(self.num_topk, *sizes)
+        num_topk = min(self.num_topk, student.size, teacher.size)
         q = self._table(student, pairs.student, pairs.text, num_topk)
         with torch.no_grad():
             p = self._table(teacher, pairs.teacher, pairs.text, num_topk).to(q.dtype)

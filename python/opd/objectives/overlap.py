@@ -7,15 +7,19 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.objectives.base import ObjectiveSection, Parts
-from opd.objectives.crossing import SharedVocab, chunks_of, with_cross_entropy
+from opd.objectives.crossing import (
+    OnSharedTokens,
+    chunks_of,
+    overlap_divergence,
+    with_cross_entropy,
+)
 
 
-class Overlap(ObjectiveSection):
+class Overlap(OnSharedTokens):
     """loss = (1 / C) sum over aligned chunks of D(cells of p_teacher, cells of p_student),
 
     both laws those of the chunk's first token, each read where its own model is at the end of the
@@ -39,6 +43,7 @@ class Overlap(ObjectiveSection):
     """
 
     crosses_tokenizers: ClassVar[bool] = True
+    needs_pairs: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = True
     asks: ClassVar[str] = "hidden"
     needs_behaviour_logprobs: ClassVar[bool] = False
@@ -49,7 +54,6 @@ class Overlap(ObjectiveSection):
     tail: Literal["bucket", "renormalize_both", "renormalize_teacher"] = "bucket"
     temperature: float = Field(1.0, gt=0)
     cross_entropy_weight: float = Field(0.0, ge=0)
-    _shared: SharedVocab | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _check_divergence(self) -> Self:
@@ -72,17 +76,6 @@ class Overlap(ObjectiveSection):
     def _divergence(self) -> Any:
         return opk.divergences.parse(self.divergence, **self.params)
 
-    def bind(self, parts: Parts) -> Overlap:
-        """With what the vocabularies of the run share.
-
-        Raises:
-            ValueError: they share no token.
-        """
-        bound = self.model_copy()
-        bound._shared = SharedVocab(parts)
-        bound._shared.require_pairs(self.kind)
-        return bound
-
     def ask(self, teacher: Any, batch: Batch) -> None:
         """What does not wait for the student, on the teacher's time."""
         teacher.hidden()
@@ -96,21 +89,15 @@ class Overlap(ObjectiveSection):
         names = ["forward_kl", "reverse_kl", "top1_agreement"]
         if self.tail != "renormalize_both":
             names += ["student_mass", "teacher_mass"]
-        out = opk.fused_linear_overlap_divergence(
-            student.hidden()[chunks.student_first],
-            student.head.weight,
-            teacher.hidden()[chunks.teacher_first],
-            teacher.head.weight,
-            **self._shared.operands(student, teacher),
-            **student.head.options("student"),
-            **teacher.head.options("teacher"),
+        out = overlap_divergence(
+            self._shared,
+            student,
+            teacher,
+            chunks,
             divergence=self._divergence,
             tail=self.tail,
             temperature=self.temperature,
-            token_weights=chunks.weights(),
             statistics=names,
-            workspace_bytes=student.workspace_bytes,
-            compact_tokens=False,
         )
         statistics = {f"{name}_overlap": row for name, row in out.statistics.items()}
         for name in names[3:]:

@@ -6,22 +6,22 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.objectives.base import ObjectiveSection, Parts
 from opd.objectives.crossing import (
     Chunks,
-    SharedVocab,
+    OnSharedTokens,
     chunks_of,
     label_logits,
+    overlap_divergence,
     with_cross_entropy,
 )
 
 
-class Simct(ObjectiveSection):
+class Simct(OnSharedTokens):
     """loss = (1 / C) sum over aligned chunks of KL(Q' || P'), Q' = softmax(z' / temperature),
 
     z' = (the student's logits of the shared tokens where the chunk's first token is predicted, and,
@@ -48,6 +48,7 @@ class Simct(ObjectiveSection):
     """
 
     crosses_tokenizers: ClassVar[bool] = True
+    needs_pairs: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = True
     asks: ClassVar[str] = "hidden"
     needs_behaviour_logprobs: ClassVar[bool] = False
@@ -56,18 +57,6 @@ class Simct(ObjectiveSection):
     span: Literal["logit", "logprob"] = "logit"
     temperature: float = Field(0.6, gt=0)
     cross_entropy_weight: float = Field(0.0, ge=0)
-    _shared: SharedVocab | None = PrivateAttr(None)
-
-    def bind(self, parts: Parts) -> Simct:
-        """With what the vocabularies of the run share.
-
-        Raises:
-            ValueError: they share no token.
-        """
-        bound = self.model_copy()
-        bound._shared = SharedVocab(parts)
-        bound._shared.require_pairs(self.kind)
-        return bound
 
     def ask(self, teacher: Any, batch: Batch) -> None:
         """What does not wait for the student, on the teacher's time."""
@@ -92,22 +81,16 @@ class Simct(ObjectiveSection):
                     chunks.teacher_offsets,
                     chunks.teacher_first,
                 )
-        out = opk.fused_linear_overlap_divergence(
-            student.hidden()[chunks.student_first],
-            student.head.weight,
-            teacher.hidden()[chunks.teacher_first],
-            teacher.head.weight,
-            **self._shared.operands(student, teacher),
-            **student.head.options("student"),
-            **teacher.head.options("teacher"),
+        out = overlap_divergence(
+            self._shared,
+            student,
+            teacher,
+            chunks,
             **spans,
             divergence="reverse_kl",
             tail="renormalize_both",
             temperature=self.temperature,
-            token_weights=chunks.weights(),
             statistics=("forward_kl", "reverse_kl", "top1_agreement"),
-            workspace_bytes=student.workspace_bytes,
-            compact_tokens=False,
         )
         statistics = {f"{name}_overlap": row for name, row in out.statistics.items()}
         statistics["span_ratio"] = chunks.is_span.float()

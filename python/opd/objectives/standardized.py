@@ -111,7 +111,7 @@ class _Columns(torch.autograd.Function):
 
 
 def _head(law: Law) -> tuple[Head, int]:
-    return law.head, len(law.head.weight) if law.vocab_size is None else law.vocab_size
+    return law.head, law.size
 
 
 def _real(hidden: Tensor) -> torch.dtype:
