@@ -25,6 +25,8 @@ except ImportError as error:
 MODES = ("strict", "repair")
 # OPD_MAX_ALIGN_EDITS of align.h
 _MAX_EDITS = 4096
+# ids of a table that has an entry for each, also those that do not occur
+_MOST_IDS = 1 << 20
 
 
 class BytesOfIds(Protocol):
@@ -191,11 +193,13 @@ def _run(
     max_edits = operator.index(max_edits)
     if not 1 <= max_edits <= _MAX_EDITS:
         raise ValueError(f"align_tokens: max_edits must be in [1, {_MAX_EDITS}], got {max_edits}.")
+    student_table, student_ids = _table("student_bytes", student_bytes, student_ids)
+    teacher_table, teacher_ids = _table("teacher_bytes", teacher_bytes, teacher_ids)
     arrays = _align.align(
         student_ids,
         teacher_ids,
-        _table("student_bytes", student_bytes, student_ids),
-        _table("teacher_bytes", teacher_bytes, teacher_ids),
+        student_table,
+        teacher_table,
         mode == "repair",
         max_edits,
         num_threads,
@@ -209,10 +213,15 @@ def buffer_tensor(array: Any, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(array, dtype=dtype) if len(array) else torch.empty(0, dtype=dtype)
 
 
-def _table(name: str, token_bytes: Any, sequences: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """(data, offsets, symbols) of a TokenBytes; else of the ids that occur."""
+def _table(
+    name: str, token_bytes: Any, sequences: Sequence[Any]
+) -> tuple[tuple[Any, Any, Any], Sequence[Any]]:
+    """((data, offsets, symbols), sequences) of a TokenBytes; else of the ids that occur.
+
+    Ids too large for a table are counted anew, in the order of their size.
+    """
     if hasattr(token_bytes, "data") and hasattr(token_bytes, "offsets"):
-        return token_bytes.data, token_bytes.offsets, token_bytes.symbols
+        return (token_bytes.data, token_bytes.offsets, token_bytes.symbols), sequences
     occurring: set[int] = set()
     for sequence in sequences:
         distinct = torch.unique(sequence) if isinstance(sequence, Tensor) else sequence
@@ -234,7 +243,11 @@ def _table(name: str, token_bytes: Any, sequences: Sequence[Any]) -> tuple[Any, 
                 f"align_tokens: {name}[{token_id}] must be bytes, got {type(piece).__name__}."
             )
         pieces.append(bytes(piece))
+    if ids and ids[-1] >= _MOST_IDS:
+        places = {token_id: place for place, token_id in enumerate(ids)}
+        sequences = [[places[int(token_id)] for token_id in sequence] for sequence in sequences]
+        ids = list(range(len(ids)))
     lengths = torch.zeros(ids[-1] + 1 if ids else 0, dtype=torch.int64)
     lengths[ids] = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return memoryview(b"".join(pieces)), offsets, None
+    return (memoryview(b"".join(pieces)), offsets, None), sequences

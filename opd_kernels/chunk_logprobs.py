@@ -102,9 +102,9 @@ def _check_offsets(op: str, offsets: Tensor) -> None:
         raise ValueError(f"{op}: offsets must hold at least one value (0), got none.")
     if not _is_read(offsets):
         return
-    falls = torch.nonzero(offsets.diff(prepend=offsets.new_zeros(1)) < 0)
-    if int(offsets[0]) != 0 or len(falls):
-        place = int(falls[0]) if len(falls) else 0
+    falls = offsets.diff(prepend=offsets.new_zeros(1)) < 0
+    if int(offsets[0]) != 0 or bool(falls.any()):
+        place = int(falls.int().argmax())
         raise ValueError(
             f"{op}: offsets must start at 0 and never decrease, got {int(offsets[place])} at "
             f"position {place}."

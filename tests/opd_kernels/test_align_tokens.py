@@ -331,6 +331,14 @@ def test_a_batch_takes_the_rows_of_a_tensor_and_what_is_iterated_once():
         batch[0:1]
 
 
+def test_ids_of_a_dict_may_be_of_any_size():
+    ids = [5, 1 << 40, 1 << 70, 5]
+    table = {5: b"a", 1 << 40: b"b", 1 << 70: b"cd"}
+    assert chunks(opk.align_tokens(ids, [0], table, [b"abcda"])) == [(4, 1, True)]
+    batch = opk.align_batch([ids[:2]], [torch.tensor(ids[:2])], table, table)
+    assert chunks(batch[0]) == [(1, 1, True)] * 2
+
+
 def test_results_outlive_what_they_were_made_of_and_can_be_written():
     got = opk.align_tokens([0], [0], [b"a"], [b"a"])
     view = got.student_offsets

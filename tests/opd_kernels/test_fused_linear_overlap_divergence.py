@@ -276,7 +276,7 @@ def test_an_extra_cell_is_one_more_token_of_both():
 
 
 def test_overlap_divergence_of_few_shared_tokens_with_softcaps_stays_within_its_workspace():
-    pair = Pair(F32, num_tokens=128, sizes=(1000, 6000), num_shared=300, masked=False)
+    pair = Pair(F32, num_tokens=512, sizes=(1000, 6000), num_shared=300, masked=False)
     pair.options |= {"student_softcap": 5.0, "teacher_softcap": 7.0}
     hidden, head = (leaf(x) for x in pair.tensors[:2])
     workspace = 2 << 20
