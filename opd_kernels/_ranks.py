@@ -152,8 +152,7 @@ def _tables(
 
 
 def check_values(op: str, ranks: Ranks) -> None:
-    """What is read of numbers of rows and of ids, on a CPU. For the body of an op."""
-    _check_pairs(op, ranks)
+    """What is read of numbers of rows, on a CPU. For the body of an op."""
     largest = torch.finfo(torch.float32)
     for name, values, bounds in (
         ("student temperature", ranks.student_temperatures, _positive(largest)),
@@ -163,21 +162,6 @@ def check_values(op: str, ranks: Ranks) -> None:
     ):
         if values is not None:
             _checks.values_in_range(op, name, values, ranks.token_weights, *bounds)
-
-
-def _check_pairs(op: str, ranks: Ranks) -> None:
-    """What `_tables` could not see in a trace: ids of -1, or more than once, leave other counts."""
-    partner = ranks.student_pairs
-    if partner is None or partner.device.type != "cpu":
-        return
-    partner = partner[partner >= 0]
-    counts = torch.bincount(partner, minlength=ranks.teacher_vocab_size)
-    if not torch.equal(counts, ranks.teacher_paired.to(counts.dtype)):
-        raise ValueError(
-            f"{op}: pairs must hold every id of both vocabularies once at most, and none outside "
-            f"of them, got {partner.numel()} of the student for {int(ranks.teacher_paired.sum())} "
-            "of the teacher."
-        )
 
 
 # log-probabilities, whose rounding may be above 0

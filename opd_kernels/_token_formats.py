@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ._token_roles import NAMES, find_roles
@@ -67,9 +68,7 @@ def read_tiktoken(encoding: Any, tokenizer: Any) -> Reading:
         except KeyError:  # a hole between the ranks and the special tokens
             tokens.append(b"")
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [encoding.encode_ordinary(text) for text in texts]
-
+    encode = partial(_encode_ordinary, encoding)
     return Reading(
         kind="tiktoken BPE",
         tokens=tokens,
@@ -218,7 +217,7 @@ def read_python(tokenizer: Any) -> Reading:
         return Reading(
             kind="bytes",
             tokens=tokens,
-            encode=lambda texts: [[first + byte for byte in text.encode()] for text in texts],
+            encode=partial(_encode_bytes, first),
             decode=lambda batch: [tokenizer.decode(ids) for ids in batch],
             **common,
         )
@@ -238,10 +237,6 @@ def _read_over_sentencepiece(
     ids_of = {token: i for i, token in enumerate(written)}
     unknown = min(common["roles"]["unk"], default=0)
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        batch = model.exact.encode(texts, out_type=str)
-        return [[ids_of.get(piece, unknown) for piece in pieces] for pieces in batch]
-
     def decode(batch: Sequence[Sequence[int]]) -> list[str]:
         return processor.decode([[written[i] for i in ids] for ids in batch])
 
@@ -250,11 +245,29 @@ def _read_over_sentencepiece(
         tokens=tokens,
         byte_pieces=frozenset(i for i in pieces if processor.is_byte(pieces[i])),
         losses=model.losses,
-        encode=encode,
+        encode=partial(_encode_pieces, model.exact, ids_of, unknown),
         decode=decode,
         content=processor.serialized_model_proto(),
         **common,
     )
+
+
+# at the top level of the module, for pickle
+
+
+def _encode_ordinary(encoding: Any, texts: list[str]) -> list[list[int]]:
+    return [encoding.encode_ordinary(text) for text in texts]
+
+
+def _encode_bytes(first: int, texts: list[str]) -> list[list[int]]:
+    return [[first + byte for byte in text.encode()] for text in texts]
+
+
+def _encode_pieces(
+    processor: Any, ids: dict[str, int], unknown: int, texts: list[str]
+) -> list[list[int]]:
+    batch = processor.encode(texts, out_type=str)
+    return [[ids.get(piece, unknown) for piece in pieces] for pieces in batch]
 
 
 def _token_name(tokenizer: Any, token_id: int) -> str:

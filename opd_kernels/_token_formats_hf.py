@@ -157,11 +157,18 @@ def _exact_copy(backend: Any, parts: _Parts, added: dict[int, Any]) -> EncodeTex
     theirs = {copy.token_to_id(token.content): i for i, token in ordinary}
     theirs = {there: here for there, here in theirs.items() if there != here}
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        batch = _ids(copy, texts)
-        return [[theirs.get(i, i) for i in ids] for ids in batch] if theirs else batch
+    return _Renamed(copy, theirs)
 
-    return encode
+
+class _Renamed:
+    """Texts to ids of a tokenizer, some of which have other names; a class, for pickle."""
+
+    def __init__(self, backend: Any, names: dict[int, int]) -> None:
+        self._backend, self._names = backend, names
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        batch, names = _ids(self._backend, texts), self._names
+        return [[names.get(i, i) for i in ids] for ids in batch] if names else batch
 
 
 def _sequence(name: str, rules: list[dict]) -> dict | None:

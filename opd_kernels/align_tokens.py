@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +25,8 @@ except ImportError as error:
 MODES = ("strict", "repair")
 # OPD_MAX_ALIGN_EDITS of align.h
 _MAX_EDITS = 4096
+# ids of a table that has an entry for each, also those that do not occur
+_MOST_IDS = 1 << 20
 
 
 class BytesOfIds(Protocol):
@@ -70,6 +72,8 @@ class AlignedBatch:
     def __getitem__(self, index: int) -> Alignment:
         """The alignment of one pair; its offsets start at 0."""
         size = len(self)
+        if not isinstance(index, int):
+            raise TypeError(f"AlignedBatch: index must be an int, got {type(index).__name__}.")
         if not -size <= index < size:
             raise IndexError(f"AlignedBatch: index must be in [{-size}, {size}), got {index}.")
         index %= size
@@ -109,8 +113,10 @@ def align_tokens(
             it is strict, else it keeps the boundaries that every way of minimum edit distance
             between the two streams has (a byte or special token more, or one byte for another,
             costs 1). What differs is in chunks with is_aligned False.
-        max_edits: 1 .. 4096. A stretch that needs more is one chunk that is not aligned: what both
-            streams begin with and end with is then all that is. Memory grows with its square, 8
+        max_edits: 1 .. 4096. Sides that are further apart are taken in pieces, from the front and
+            then from the end: the boundaries are those of the ways that get furthest with so many
+            edits, up to half of that way, and on from there. Where less than a quarter of it is
+            sure, what is left is one chunk that is not aligned. Memory grows with its square, 8
             bytes each; time at most with its product with the length.
 
     Returns:
@@ -143,7 +149,7 @@ def align_batch(
     batch[b] = align_tokens(student_ids[b], teacher_ids[b], ...)
 
     Args:
-        student_ids, teacher_ids: B sequences each, as `align_tokens` takes them.
+        student_ids, teacher_ids: B sequences each, as `align_tokens` takes them, or [B, T].
         student_bytes, teacher_bytes, mode, max_edits: as there.
         num_threads: at most so many; the result does not depend on it. None: torch's number.
 
@@ -158,8 +164,19 @@ def align_batch(
     threads = torch.get_num_threads() if num_threads is None else operator.index(num_threads)
     if threads < 1:
         raise ValueError(f"align_batch: num_threads must be >= 1, got {threads}.")
-    found = _run(student_ids, teacher_ids, student_bytes, teacher_bytes, mode, max_edits, threads)
+    sides = _sequences("student_ids", student_ids), _sequences("teacher_ids", teacher_ids)
+    found = _run(*sides, student_bytes, teacher_bytes, mode, max_edits, threads)
     return AlignedBatch(*found)
+
+
+def _sequences(name: str, value: Any) -> list[Any]:
+    if isinstance(value, Iterable) and not (isinstance(value, Tensor) and value.dim() != 2):
+        return list(value)
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(
+        f"align_batch: {name} must hold one sequence of ids per pair, got {got}. A single pair is "
+        "for align_tokens."
+    )
 
 
 def _run(
@@ -176,11 +193,13 @@ def _run(
     max_edits = operator.index(max_edits)
     if not 1 <= max_edits <= _MAX_EDITS:
         raise ValueError(f"align_tokens: max_edits must be in [1, {_MAX_EDITS}], got {max_edits}.")
+    student_table, student_ids = _table("student_bytes", student_bytes, student_ids)
+    teacher_table, teacher_ids = _table("teacher_bytes", teacher_bytes, teacher_ids)
     arrays = _align.align(
         student_ids,
         teacher_ids,
-        _table("student_bytes", student_bytes, student_ids),
-        _table("teacher_bytes", teacher_bytes, teacher_ids),
+        student_table,
+        teacher_table,
         mode == "repair",
         max_edits,
         num_threads,
@@ -194,10 +213,15 @@ def buffer_tensor(array: Any, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(array, dtype=dtype) if len(array) else torch.empty(0, dtype=dtype)
 
 
-def _table(name: str, token_bytes: Any, sequences: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """(data, offsets, symbols) of a TokenBytes; else of the ids that occur."""
+def _table(
+    name: str, token_bytes: Any, sequences: Sequence[Any]
+) -> tuple[tuple[Any, Any, Any], Sequence[Any]]:
+    """((data, offsets, symbols), sequences) of a TokenBytes; else of the ids that occur.
+
+    Ids too large for a table are counted anew, in the order of their size.
+    """
     if hasattr(token_bytes, "data") and hasattr(token_bytes, "offsets"):
-        return token_bytes.data, token_bytes.offsets, token_bytes.symbols
+        return (token_bytes.data, token_bytes.offsets, token_bytes.symbols), sequences
     occurring: set[int] = set()
     for sequence in sequences:
         distinct = torch.unique(sequence) if isinstance(sequence, Tensor) else sequence
@@ -225,7 +249,11 @@ def _table(name: str, token_bytes: Any, sequences: Sequence[Any]) -> tuple[Any, 
                 f"align_tokens: {name}[{token_id}] must be bytes, got {type(piece).__name__}."
             )
         pieces.append(bytes(piece))
+    if ids and ids[-1] >= _MOST_IDS:
+        places = {token_id: place for place, token_id in enumerate(ids)}
+        sequences = [[places[int(token_id)] for token_id in sequence] for sequence in sequences]
+        ids = list(range(len(ids)))
     lengths = torch.zeros(ids[-1] + 1 if ids else 0, dtype=torch.int64)
     lengths[ids] = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return memoryview(b"".join(pieces)), offsets, None
+    return (memoryview(b"".join(pieces)), offsets, None), sequences

@@ -46,13 +46,26 @@ def chunk_logprobs(
         order.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
-        RuntimeError: offsets that are not offsets (on CPU). UnsupportedBackendError.
+        ValueError, TypeError: shapes or dtypes that do not fit, offsets that are not (on CPU).
+        UnsupportedBackendError.
 
     Source: approximate likelihood matching, arXiv:2503.20083.
     """
     _checks.tensor(_OP, "token_logprobs", token_logprobs, 1)
-    _checks.tensor(_OP, "offsets", offsets, 1)
+    _check_offsets(_OP, offsets)
+    if token_logprobs.dtype not in _checks.FLOATS:
+        raise TypeError(
+            f"{_OP}: token_logprobs must be a floating tensor, got {token_logprobs.dtype}."
+        )
+    if offsets.device != token_logprobs.device:
+        raise ValueError(
+            f"{_OP}: offsets must be on {token_logprobs.device}, got {offsets.device}."
+        )
+    if _is_read(offsets) and int(offsets[-1]) != token_logprobs.shape[0]:
+        raise ValueError(
+            f"{_OP}: offsets must end at {token_logprobs.shape[0]}, the number of token_logprobs, "
+            f"got {int(offsets[-1])}."
+        )
     return segment_reduce(token_logprobs, offsets, backend=backend)
 
 
@@ -66,15 +79,33 @@ def chunk_index(offsets: Tensor) -> ChunkIndex:
         ChunkIndex.
 
     Raises:
-        TypeError, ValueError: not a tensor of one dimension with at least one integer.
+        TypeError, ValueError: not a tensor of one dimension with at least one integer; values that
+            do not start at 0 or decrease (on CPU).
     """
-    op = "chunk_index"
+    _check_offsets("chunk_index", offsets)
+    begin, end = offsets[:-1].to(torch.int64), offsets[1:].to(torch.int64)
+    length = end - begin
+    is_empty = length == 0
+    return ChunkIndex(length, begin.masked_fill(is_empty, 0), (end - 1).masked_fill(is_empty, 0))
+
+
+def _is_read(offsets: Tensor) -> bool:
+    """Whether the values may be looked at: elsewhere it would wait, or break a trace."""
+    return offsets.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_offsets(op: str, offsets: Tensor) -> None:
     _checks.tensor(op, "offsets", offsets, 1)
     if offsets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: offsets must be int64 or int32, got {offsets.dtype}.")
     if offsets.shape[0] == 0:
         raise ValueError(f"{op}: offsets must hold at least one value (0), got none.")
-    begin, end = offsets[:-1].to(torch.int64), offsets[1:].to(torch.int64)
-    length = end - begin
-    is_empty = length == 0
-    return ChunkIndex(length, begin.masked_fill(is_empty, 0), (end - 1).masked_fill(is_empty, 0))
+    if not _is_read(offsets):
+        return
+    falls = offsets.diff(prepend=offsets.new_zeros(1)) < 0
+    if int(offsets[0]) != 0 or bool(falls.any()):
+        place = int(falls.int().argmax())
+        raise ValueError(
+            f"{op}: offsets must start at 0 and never decrease, got {int(offsets[place])} at "
+            f"position {place}."
+        )

@@ -77,7 +77,8 @@ def fused_linear_overlap_divergence(
     Args:
         student_hidden: [T, Ds], float32 | bfloat16 | float16 (float64 on CPU).
         student_lm_head_weight: [Vs, Ds] of the same dtype.
-        teacher_hidden: [T, Dt], teacher_lm_head_weight: [Vt, Dt]; no gradient. Any float dtype.
+        teacher_hidden: [T, Dt], teacher_lm_head_weight: [Vt, Dt]; no gradient. Any float dtype,
+            but float64 with float64 alone.
         student_ids, teacher_ids: [M] int64, as `project_vocab` pairs them: no id twice. Checked on
             CPU; on a GPU it is the caller's contract. None for both: one vocabulary of Vs = Vt.
         divergence, temperature, token_weights: as `opd_kernels.divergence` takes them.

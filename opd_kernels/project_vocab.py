@@ -105,6 +105,7 @@ class VocabProjection:
         self.student_coverage = len(pairs) / max(1, self.student_size)
         self.teacher_coverage = len(pairs) / max(1, self.teacher_size)
         self._nearest: dict[int, int] = {}
+        self._padded: dict[torch.device, Tensor] = {}
 
     def __repr__(self) -> str:
         return (
@@ -168,9 +169,12 @@ class VocabProjection:
             int64 of the same shape, on the same device.
         """
         _check_ids(teacher_ids, self.teacher_size)
-        # the entry behind the last one is for -1
-        table = torch.cat([self._student_of, self._student_of.new_full((1,), -1)])
-        return table.to(teacher_ids.device)[teacher_ids.to(torch.int64)]
+        table = self._padded.get(teacher_ids.device)
+        if table is None:
+            # the entry behind the last one is for -1
+            table = torch.cat([self._student_of, self._student_of.new_full((1,), -1)])
+            table = self._padded[teacher_ids.device] = table.to(teacher_ids.device)
+        return table[teacher_ids.to(torch.int64)]
 
     def nearest(self, teacher_ids: Tensor) -> Tensor:
         """As `map_ids`, and where there is no such token the one with the fewest byte edits.

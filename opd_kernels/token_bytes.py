@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ class TokenBytes(Sequence[bytes]):
     Attributes:
         kind: of tokenizer, in a few words.
         is_exact: ids spell the text that they came from; `encode` spells all the vocabulary can.
-        losses: what the tokenizer itself changes in a text, each a clause; `encode` does not.
+        losses: what the tokenizer itself changes in a text, each a clause; `encode` does not. That
+            a "▁" (U+2581) written in a text comes back as a space is in no clause.
         roles: ids by "bos", "eos", "eot" (end of turn), "pad", "unk", ascending, () for none. An id
             may have several.
         data: uint8 [N], all bytes, one token after the other.
@@ -125,8 +126,19 @@ class TokenBytes(Sequence[bytes]):
         """V, the highest id plus one; a model's head may have more rows."""
         return len(self._table.tokens)
 
-    def __getitem__(self, token_id: int) -> bytes:
-        """Bytes of one id; b"" with a role. A negative id is an IndexError, not the last one."""
+    @overload
+    def __getitem__(self, token_id: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, token_id: slice) -> list[bytes]: ...
+
+    def __getitem__(self, token_id: int | slice) -> bytes | list[bytes]:
+        """Bytes of one id, or of a slice of ids as a list; b"" with a role.
+
+        A negative id is an IndexError, not the last one.
+        """
+        if isinstance(token_id, slice):
+            return self._table.tokens[token_id]
         self._check(token_id, token_id)
         return self._table.tokens[token_id]
 
@@ -139,6 +151,11 @@ class TokenBytes(Sequence[bytes]):
         Raises:
             IndexError: an id that the vocabulary does not have.
         """
+        if isinstance(token_ids, Tensor) and token_ids.dim() != 1:
+            raise ValueError(
+                "TokenBytes: token_ids of join must have one dimension, got shape "
+                f"{tuple(token_ids.shape)}. Join the rows of a batch one by one."
+            )
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
         if len(ids):
             self._check(min(ids), max(ids))

@@ -39,10 +39,20 @@ inline void check_args(const opd_sorted_l1_args_t* args) {
 // The pairs are read row by row: an id beyond the teacher's law would be read beyond its row.
 inline void check_pairs(const opd_sorted_l1_args_t& args) {
   if (args.student_pairs == nullptr) return;
+  int64_t num_pairs = 0, num_paired = 0;
   for (int64_t v = 0; v < args.student_vocab_size; ++v) {
-    OPD_CHECK(args.student_pairs[v] < args.teacher_vocab_size, kOp, ": student_pairs must be below ",
-              args.teacher_vocab_size, ", got ", args.student_pairs[v], " at position ", v);
+    const int64_t pair = args.student_pairs[v];
+    if (pair < 0) continue;
+    OPD_CHECK(pair < args.teacher_vocab_size, kOp, ": student_pairs must be below ",
+              args.teacher_vocab_size, ", got ", pair, " at position ", v);
+    OPD_CHECK(args.teacher_paired[pair] != 0, kOp, ": teacher_paired must mark every id of ",
+              "student_pairs, got 0 for ", pair);
+    ++num_pairs;
   }
+  for (int64_t w = 0; w < args.teacher_vocab_size; ++w) num_paired += args.teacher_paired[w] != 0;
+  OPD_CHECK(num_pairs == num_paired, kOp, ": pairs must hold every id of both vocabularies once at ",
+            "most, and none outside of them, got ", num_pairs, " of the student for ", num_paired,
+            " of the teacher");
 }
 
 }  // namespace sorted_l1

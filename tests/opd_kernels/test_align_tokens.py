@@ -318,6 +318,28 @@ def test_the_batch_is_a_sequence_of_alignments():
     assert [len(alignment.is_aligned) for alignment in batch] == [1, 0, 2]
 
 
+def test_a_batch_takes_the_rows_of_a_tensor_and_what_is_iterated_once():
+    pieces = [b"a", b"b", b"ab"]
+    rows = torch.tensor([[0, 1], [0, 0]])
+    expected = opk.align_batch(rows.tolist(), rows.tolist(), pieces, pieces)
+    for ids in (lambda: rows, lambda: (row for row in rows.tolist())):
+        batch = opk.align_batch(ids(), ids(), pieces, dict(enumerate(pieces)))
+        assert torch.equal(batch.student_offsets, expected.student_offsets)
+    for ids in (rows[0], 7, None):
+        with pytest.raises(TypeError, match="must hold one sequence of ids per pair, got"):
+            opk.align_batch(ids, ids, pieces, pieces)
+    with pytest.raises(TypeError, match="index must be an int, got slice"):
+        batch[0:1]
+
+
+def test_ids_of_a_dict_may_be_of_any_size():
+    ids = [5, 1 << 40, 1 << 70, 5]
+    table = {5: b"a", 1 << 40: b"b", 1 << 70: b"cd"}
+    assert chunks(opk.align_tokens(ids, [0], table, [b"abcda"])) == [(4, 1, True)]
+    batch = opk.align_batch([ids[:2]], [torch.tensor(ids[:2])], table, table)
+    assert chunks(batch[0]) == [(1, 1, True)] * 2
+
+
 def test_results_outlive_what_they_were_made_of_and_can_be_written():
     got = opk.align_tokens([0], [0], [b"a"], [b"a"])
     view = got.student_offsets

@@ -42,9 +42,20 @@ def test_what_is_no_chunk_is_refused():
     values = torch.zeros(3)
     with pytest.raises(ValueError, match="token_logprobs must have 1"):
         opk.chunk_logprobs(values[None], torch.tensor([0, 3]))
-    with pytest.raises(RuntimeError, match="offsets"):
+    with pytest.raises(ValueError, match="chunk_logprobs: offsets must end at 3"):
         opk.chunk_logprobs(values, torch.tensor([0, 2]))
     with pytest.raises(TypeError, match="offsets must be int64 or int32"):
         opk.chunk_index(values)
     with pytest.raises(ValueError, match="at least one value"):
         opk.chunk_index(torch.tensor([], dtype=torch.int64))
+
+
+@pytest.mark.parametrize("offsets", [[1, 2], [0, 2, 1]])
+def test_offsets_that_are_none_are_refused_by_name(offsets):
+    offsets = torch.tensor(offsets)
+    with pytest.raises(ValueError, match="chunk_index: offsets must start at 0 and never decrease"):
+        opk.chunk_index(offsets)
+    with pytest.raises(ValueError, match="chunk_logprobs: offsets must start at 0"):
+        opk.chunk_logprobs(torch.zeros(int(offsets[-1])), offsets)
+    with pytest.raises(TypeError, match="chunk_logprobs: token_logprobs must be a floating tensor"):
+        opk.chunk_logprobs(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]))

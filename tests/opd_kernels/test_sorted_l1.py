@@ -302,12 +302,12 @@ def test_compiles_whole_and_has_no_second_derivative():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("ids", [([0], [-1]), ([0, 0], [1, 2]), ([0, 0, 1], [5, 6, 6])])
+@pytest.mark.parametrize("ids", [([0], [-1]), ([0, 0], [1, 2]), ([0, 1], [5, 5])])
 def test_a_compiled_call_refuses_pairs_too(ids):
     student, teacher = logits_of(F32)
     pairs = tuple(map(torch.tensor, ids))
     compiled = torch.compile(lambda z: opk.sorted_l1(z, teacher, pairs=pairs), backend="eager")
-    with pytest.raises(ValueError, match="pairs must hold every id of both vocabularies once"):
+    with pytest.raises(RuntimeError, match="pairs must hold every id of both vocabularies once"):
         compiled(student)
 
 

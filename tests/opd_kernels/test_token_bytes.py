@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -586,3 +588,18 @@ def test_fingerprint_tells_bytes_and_roles_apart():
     assert len(set(prints)) == 5
     assert prints[0] == opk.TokenBytes.from_bytes([b"ab", b"c"]).fingerprint
     assert re.fullmatch("[0-9a-f]{32}", prints[0])
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_copy_and_a_pickle_are_the_same(name):
+    token_bytes = opk.TokenBytes(zoo(name))
+    for other in (pickle.loads(pickle.dumps(token_bytes)), copy.deepcopy(token_bytes)):
+        assert other.fingerprint == token_bytes.fingerprint
+        assert other.encode(b"a line") == token_bytes.encode(b"a line")
+
+
+def test_slices_are_lists_and_a_batch_is_not_joined():
+    token_bytes = opk.TokenBytes.from_bytes([b"a", b"b", b"c"], roles={"eos": 1})
+    assert token_bytes[0:2] == [b"a", b""]
+    with pytest.raises(ValueError, match=r"must have one dimension, got shape \(1, 2\)"):
+        token_bytes.join(torch.tensor([[0, 2]]))

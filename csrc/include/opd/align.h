@@ -48,8 +48,9 @@ typedef struct opd_align_tokens_args_t {
   opd_token_ids_t student, teacher;
   opd_token_table_t student_table, teacher_table;
   int32_t mode;             /* opd_align_mode_t */
-  int32_t max_edits;        /* of one differing stretch, 1 .. OPD_MAX_ALIGN_EDITS; a stretch that
-                               needs more is one chunk that is not aligned */
+  int32_t max_edits;        /* 1 .. OPD_MAX_ALIGN_EDITS; a sequence whose sides are further apart is
+                               taken in pieces of so many, and where that finds no way it is one
+                               chunk that is not aligned */
   opd_parallel_for_fn parallel_for;
   int64_t* student_offsets; /* [N + 1] out, of which num_chunks + 1 count */
   int64_t* teacher_offsets; /* [N + 1] likewise */
