@@ -15,7 +15,7 @@ import torch
 
 import opd_kernels as opk
 from opd import checkpoint as ckpt
-from opd.batch import Prompt
+from opd.batch import Prompt, law_size
 from opd.config import TrainConfig, config_hash, differences, dump_config, in_words
 from opd.data import PromptStream, tokenize_rows, training_rows
 from opd.evaluation import HeldOut, load_held_out
@@ -430,8 +430,7 @@ def load_teacher_side(
 
 def _sample_texts(model: LanguageModel, num_tokens: int) -> None:
     """Draw none of the ids beyond the tokenizer's, which a padded head has too."""
-    size = model.lm_head_weight.shape[0] if model.vocab_size is None else model.vocab_size
-    if num_tokens < size:
+    if num_tokens < law_size(model):
         model.sampled_size = num_tokens
 
 

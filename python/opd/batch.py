@@ -242,11 +242,6 @@ class Law:
         self.vocab_size = vocab_size
         self.workspace_bytes = workspace_bytes
 
-    @property
-    def size(self) -> int:
-        """Tokens that the law is over."""
-        return len(self.head.weight) if self.vocab_size is None else self.vocab_size
-
     @cached_property
     def _hidden(self) -> Tensor:
         return self._forward()
@@ -324,6 +319,11 @@ class Law:
             vocab_size=self.vocab_size,
             workspace_bytes=self.workspace_bytes,
         )
+
+
+def law_size(source: Any) -> int:
+    """Tokens that a law, or a model's, is over."""
+    return len(source.head.weight) if source.vocab_size is None else source.vocab_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opd.config import parse_config
-from opd.evaluation import _compare
+from opd.evaluation import _Reader
 from opd.model import LanguageModel
 from opd.objectives import FullVocab, SampledToken, TokenNll
 from opd.teachers import LocalTeacher
@@ -140,7 +140,9 @@ def test_evaluation_compares_the_models_own_logits(pair, trajectories, batch):
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
     config = type("Config", (), {"batch_size": 2})
     with torch.no_grad():
-        found = _compare(student, teacher, trajectories, tokenizer, config, "s")
+        found = _Reader(student, teacher, tokenizer, config.batch_size, None, None).compare(
+            trajectories, "s"
+        )
         q, p = (logits_of(model, batch).log_softmax(-1) for model in pair)
     chosen = q.gather(1, batch.token_ids[:, None]).mean()
     assert found["eval/s/nll"] == pytest.approx(-chosen.item(), rel=1e-5)

@@ -10,7 +10,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 import opd_kernels as opk
-from opd.batch import Batch, Law, Signal
+from opd.batch import Batch, Law, Signal, law_size
 from opd.objectives.base import ObjectiveSection, Parts
 
 
@@ -139,7 +139,7 @@ class SharedVocab:
 
     def operands(self, student: Law, teacher: Law) -> dict[str, Any]:
         """Keyword arguments of `fused_linear_overlap_divergence`: ids and vocabulary sizes."""
-        sizes = [law.size for law in (student, teacher)]
+        sizes = [law_size(law) for law in (student, teacher)]
         device = student.head.weight.device
         if self.projection is None:
             sizes = [min(sizes)] * 2

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 import opd_kernels as opk
-from opd.batch import Batch, Law, Signal
+from opd.batch import Batch, Law, Signal, law_size
 from opd.objectives.crossing import Chunks, OnSharedTokens, chunks_of
 from opd.sparse_law import SparseLaw
 
@@ -130,7 +130,7 @@ class Mined(OnSharedTokens):
         """K, or as many tokens as there are."""
         if not isinstance(teacher, Law):
             return self.teacher_top_k
-        return min(self.teacher_top_k, teacher.size)
+        return min(self.teacher_top_k, law_size(teacher))
 
 
 class _Target(NamedTuple):

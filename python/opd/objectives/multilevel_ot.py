@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from opd.batch import Batch, Law, Signal
+from opd.batch import Batch, Law, Signal, law_size
 from opd.objectives.base import ObjectiveSection
 from opd.objectives.crossing import pairs_of, with_cross_entropy
 from opd.objectives.standardized import column_sums, columns
@@ -69,7 +69,7 @@ class MultilevelOt(ObjectiveSection):
         """The batch's share of the step's mean, with the terms of each pair of positions."""
         assert teacher is not None
         pairs = pairs_of(batch, self.pairing, num_step_tokens)
-        num_topk = min(self.num_topk, student.size, teacher.size)
+        num_topk = min(self.num_topk, law_size(student), law_size(teacher))
         q = self._table(student, pairs.student, pairs.text, num_topk)
         with torch.no_grad():
             p = self._table(teacher, pairs.teacher, pairs.text, num_topk).to(q.dtype)

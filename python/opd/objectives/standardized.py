@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from opd.batch import Head, Law
+from opd.batch import Head, Law, law_size
 from opd_kernels.gemm import gemm
 
 # rows of logits that are alive at one time: what autograd holds of a chunk
@@ -111,7 +111,7 @@ class _Columns(torch.autograd.Function):
 
 
 def _head(law: Law) -> tuple[Head, int]:
-    return law.head, law.size
+    return law.head, law_size(law)
 
 
 def _real(hidden: Tensor) -> torch.dtype:
