@@ -12,6 +12,7 @@ from torch import Tensor
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal, law_size
 from opd.objectives.base import ObjectiveSection, Parts
+from opd.schema import ConfigError
 
 
 class Chunks(NamedTuple):
@@ -128,10 +129,10 @@ class SharedVocab:
         """Refuses vocabularies without a token in common.
 
         Raises:
-            ValueError: naming the objective.
+            ConfigError: naming the objective.
         """
         if self.projection is not None and len(self.projection.student_ids) == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"objective.kind: {kind} compares the tokens that both vocabularies have, and "
                 f"these have none in common ({self.projection.student_size} and "
                 f"{self.projection.teacher_size} tokens). Use alm or uld, which need none."
