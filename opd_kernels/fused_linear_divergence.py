@@ -70,7 +70,8 @@ def fused_linear_divergence(
     Args:
         student_hidden: [T, Ds], float32 | bfloat16 | float16 (float64 on CPU).
         student_lm_head_weight: [Vs, Ds] of the same dtype, one row per token.
-        teacher_hidden: [T, Dt], teacher_lm_head_weight: [Vt, Dt]; no gradient. Any float dtype.
+        teacher_hidden: [T, Dt], teacher_lm_head_weight: [Vt, Dt]; no gradient. Any float dtype,
+            but float64 with float64 alone.
         divergence, temperature, target, labels, label_weights: as `opd_kernels.divergence` takes
             them; so are softcap and logit_scale of each side.
         token_weights: [T], no gradient: mask x weight x 1/N. A token of weight 0 costs no FLOP and

@@ -63,7 +63,8 @@ def fused_linear_sorted_l1(
         student_hidden: [T, Ds], student_lm_head_weight: [Vs, Ds] of the same dtype, float32 |
             bfloat16 | float16 (float64). Gather the positions that are compared before the call:
             row t of the student's is compared with row t of the teacher's.
-        teacher_hidden: [T, Dt], teacher_lm_head_weight: [Vt, Dt]; no gradient. Any float dtype.
+        teacher_hidden: [T, Dt], teacher_lm_head_weight: [Vt, Dt]; no gradient. Any float dtype,
+            but float64 with float64 alone.
         temperature, student_log_scales, teacher_log_scales, pairs, pair_weight, rest_weight, beta,
             softcaps and logit_scales: as `opd_kernels.sorted_l1`.
         token_weights: [T], no gradient. A row of weight 0 costs no FLOP and gives exactly 0.

@@ -50,9 +50,10 @@ inline void check_pairs(const opd_sorted_l1_args_t& args) {
     ++num_pairs;
   }
   for (int64_t w = 0; w < args.teacher_vocab_size; ++w) num_paired += args.teacher_paired[w] != 0;
-  OPD_CHECK(num_pairs == num_paired, kOp, ": pairs must hold every id of both vocabularies once at ",
-            "most, and none outside of them, got ", num_pairs, " of the student for ", num_paired,
-            " of the teacher");
+  OPD_CHECK(num_pairs == num_paired, kOp,
+            ": pairs must hold every id of both vocabularies once at most, and none outside of "
+            "them, got ",
+            num_pairs, " of the student for ", num_paired, " of the teacher");
 }
 
 }  // namespace sorted_l1
