@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu import machine, results, summary
-from benchmarks.gpu.context import ROOT, public
+from benchmarks.gpu.context import DEVICE_LOST, ROOT, public
 from benchmarks.gpu.goals import goals_of
+from benchmarks.gpu.progress import Progress
+from benchmarks.gpu.results import Check
 
 BUDGET_S = 530.0
 # seconds of the whole that each part may take when all run; what one leaves goes to the next ones
@@ -35,6 +37,8 @@ SOFT = 0.85
 LEAST_S = 3.0
 # until a part that was told to end is killed
 GRACE_S = 2.0
+# until a part is taken to hang whose case says nothing: a compiler takes half of it
+SILENT_S = 60.0
 # of its share: nothing of ours runs on a card without the build
 MOST_SHARES = {"build": 2.0}
 
@@ -66,6 +70,11 @@ def end(process: subprocess.Popen) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=GRACE_S)
     process.wait()
+
+
+def is_loss(code: int) -> bool:
+    """Whether an exit code is that of a process that a case took down."""
+    return code == DEVICE_LOST or code < 0
 
 
 class Run:
@@ -159,22 +168,53 @@ class Run:
             print(summary.of_part(name, kept), flush=True)
 
     def _run(self, name: str, budget_s: float, rows: list[dict]) -> dict[str, str]:
+        """One process after another, each without the cases that the earlier ones have had."""
+        begin = time.monotonic()
+        progress = Progress()
+        taken: list[str] = []
+        while True:
+            left_s = budget_s - (time.monotonic() - begin)
+            soft_s = SOFT * budget_s - (time.monotonic() - begin)
+            code, why = self._process(name, (soft_s, left_s), rows, progress)
+            lost = progress.lose()
+            is_over = code is None and not why
+            if lost is None or is_over or (code is not None and not is_loss(code)):
+                break
+            if code != DEVICE_LOST:
+                why = why or f"ended by signal {-code}"
+                self._keep(
+                    rows, results.row_of(Check(lost, "error", f"{why}: {tail(self.log, 4)}"[:300]))
+                )
+            taken.append(lost)
+            if SOFT * budget_s - (time.monotonic() - begin) < LEAST_S:
+                break
+        said = f"{len(taken)} cases took their process down: {', '.join(taken)}" if taken else ""
+        if is_over:
+            reason = "; ".join(filter(None, (f"ended after {budget_s:.0f} s", said)))
+            return {"status": "timed out", "reason": reason}
+        if taken and (code == 0 or lost is not None):
+            return {"status": "failed", "reason": said}
+        if code == 0:
+            return {"status": "passed", "reason": ""}
+        return {"status": "failed", "reason": f"exit code {code}: {tail(self.log)}"}
+
+    def _process(
+        self, name: str, seconds: tuple[float, float], rows: list[dict], progress: Progress
+    ) -> tuple[int | None, str]:
+        """(exit code, ""), or (None, why it was ended, "" for the end of the part's time)."""
+        soft_s, left_s = seconds
         read_fd, write_fd = os.pipe()
         command = [sys.executable, "-m", "benchmarks.gpu.child", name, "--fd", str(write_fd)]
-        command += ["--seconds", f"{SOFT * budget_s:.1f}"]
+        command += ["--seconds", f"{soft_s:.1f}", "--done", json.dumps(sorted(progress.done))]
         command += ["--dry-run"] if self.options.dry_run else []
         command += ["--only-peers", self.options.only_peers] if self.options.only_peers else []
-        environment = dict(os.environ)
-        if self.options.dry_run:
-            # threads that wait for each other take most of the time at tiny sizes
-            environment["OMP_NUM_THREADS"] = "1"
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n==== {name}\n")
             log.flush()
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=environment,
+                env=self._environment(),
                 pass_fds=[write_fd],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -182,29 +222,45 @@ class Run:
                 start_new_session=True,
             )
         os.close(write_fd)
-        reader = threading.Thread(target=self._read, args=(read_fd, rows), daemon=True)
+        reader = threading.Thread(target=self._read, args=(read_fd, rows, progress), daemon=True)
         reader.start()
+        end_at = time.monotonic() + left_s
+        code, why = None, ""
         try:
-            code = process.wait(timeout=budget_s)
-        except subprocess.TimeoutExpired:
-            return {"status": "timed out", "reason": f"ended after {budget_s:.0f} s"}
+            while code is None and time.monotonic() < end_at:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=min(1.0, max(0.0, end_at - time.monotonic())))
+                if code is None and progress.silent_s() > SILENT_S:
+                    why = f"no word for {SILENT_S:.0f} s"
+                    break
         finally:
             end(process)
             reader.join(timeout=30)
-        if code == 0:
-            return {"status": "passed", "reason": ""}
-        return {"status": "failed", "reason": f"exit code {code}: {tail(self.log)}"}
+        return code, why
 
-    def _read(self, read_fd: int, rows: list[dict]) -> None:
+    def _environment(self) -> dict[str, str]:
+        environment = dict(os.environ)
+        if self.options.dry_run:
+            # threads that wait for each other take most of the time at tiny sizes
+            environment["OMP_NUM_THREADS"] = "1"
+        return environment
+
+    def _read(self, read_fd: int, rows: list[dict], progress: Progress) -> None:
         with os.fdopen(read_fd, encoding="utf-8") as stream:
             for line in stream:
                 # a killed part may leave half a line
                 with contextlib.suppress(ValueError):
                     row = json.loads(line)
-                    results.check_row(row)
-                    with self.lock:
-                        rows.append(row)
-                        self._save_or_say()
+                    if not progress.hear(row):
+                        results.check_row(row)
+                        self._keep(rows, row)
+
+    def _keep(self, rows: list[dict], row: dict) -> None:
+        with self.lock:
+            # a process that goes on after another says again what it finds missing
+            if row["kind"] != "Check" or row not in rows:
+                rows.append(row)
+                self._save_or_say()
 
     def _save_or_say(self) -> None:
         """A full disk costs a save, not the rows that are still to come."""

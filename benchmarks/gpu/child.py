@@ -8,9 +8,11 @@ import importlib
 import json
 import os
 import signal
+import sys
 import time
+import traceback
 
-from benchmarks.gpu.context import Context
+from benchmarks.gpu.context import DEVICE_LOST, Context, DeviceLost, is_lost
 from benchmarks.gpu.results import PARTS
 
 
@@ -21,6 +23,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only-peers", default="")
+    parser.add_argument("--done", type=json.loads, default=[], help="a list of cases")
     options = parser.parse_args()
     with os.fdopen(options.fd, "w", encoding="utf-8") as stream:
 
@@ -33,6 +36,8 @@ def main() -> int:
             emit,
             time.monotonic() + options.seconds,
             [name for name in options.only_peers.split(",") if name],
+            done=frozenset(options.done),
+            tell=emit,
         )
 
         def stop(*_: object) -> None:
@@ -41,7 +46,15 @@ def main() -> int:
             os._exit(128 + signal.SIGTERM)
 
         signal.signal(signal.SIGTERM, stop)
-        importlib.import_module(f"benchmarks.gpu.part_{options.part}").run(context)
+        try:
+            importlib.import_module(f"benchmarks.gpu.part_{options.part}").run(context)
+        except Exception as error:
+            if not isinstance(error, DeviceLost) and not is_lost(error):
+                raise
+            traceback.print_exception(error)
+            sys.stderr.flush()
+            # at a usual end destructors would call the device once more
+            os._exit(DEVICE_LOST)
     return 0
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,29 @@ LEADS = ("cuda", "triton")
 TOOL_FOLDERS = ("bin", "compute-sanitizer", "extras/compute-sanitizer", "nsight-compute")
 # what stands in for the two on a CPU
 DRY_LEADS = ("cpu", "reference")
+# how a process ends on whose device nothing runs any more; whoever started it begins another
+DEVICE_LOST = 75
+# until a program that was told to end is killed: some write what they have
+GRACE_S = 2.0
+
+
+class DeviceLost(RuntimeError):
+    """Nothing runs on the device in this process any more."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether every later call would repeat the error: many errors of CUDA are of one call alone.
+
+    The device is asked; where none has been used, the error's words say it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return "CUDA error" in str(error)
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def public(text: str) -> str:
@@ -48,6 +71,12 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, places)))
 
 
+def _tell_group(group: int, number: int) -> None:
+    # what has ended already is not there to be told
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
 def _name_of(row: dict) -> str:
     """What a row is about, in few words."""
     keys = ("case", "contestant", "name", "divergence", "head", "law", "metric")
@@ -63,6 +92,10 @@ class Context:
     deadline: float
     only_peers: Sequence[str] = ()
     which: Callable[[str], str | None] = shutil.which
+    # cases that an earlier process of this part has ended, or that ended it
+    done: Collection[str] = ()
+    # hears of each case that begins and ends
+    tell: Callable[[dict], None] = lambda message: None
     # process groups of the programs that run now
     groups: set[int] = dataclasses.field(default_factory=set)
 
@@ -104,14 +137,34 @@ class Context:
         """A case that may raise without an end of the others.
 
         Raises:
-            RuntimeError: the device is lost, on which nothing runs in this process any more.
+            DeviceLost: the others could not run in this process.
         """
         try:
             yield
-        except (RuntimeError, ValueError, TypeError) as error:
-            if "CUDA error" in str(error):
-                raise
+        except Exception as error:
             self.failed(name, error)
+            if is_lost(error):
+                raise DeviceLost(f"{name}: {error}") from error
+
+    @contextlib.contextmanager
+    def underway(self, name: str, again: bool = False) -> Iterator[None]:
+        """Tells what runs: if this process does not survive it, the next one has it in `done`.
+
+        `again`: the next one may run it again if this one survives it.
+        """
+        self.tell({"begun": name})
+        yield
+        self.tell({"ended": name, "again": again})
+
+    def case(self, name: str, run: Callable[[], object], seconds: float = 0.0) -> None:
+        """Runs a case if it still fits; one that raises leaves the others.
+
+        Raises:
+            DeviceLost: the others need another process.
+        """
+        if name not in self.done and self.has_time(name, seconds):
+            with self.underway(name), self.attempt(name):
+                run()
 
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
@@ -158,16 +211,17 @@ class Context:
         return None if self.dry_run else find_tool(name)
 
     def command(
-        self, command: Sequence[str], share: float = 1.0, **options
+        self, command: Sequence[str], share: float = 1.0, limit_s: float = math.inf, **options
     ) -> subprocess.CompletedProcess[str]:
         """Runs a program from the root for at most a share of the time left; shows and keeps words.
 
         A program that takes longer ends with all that it has started, which would otherwise go on
-        and keep its output open.
+        and keep its output open. Several threads may run programs.
 
         Raises:
-            subprocess.TimeoutExpired: it took longer.
+            subprocess.TimeoutExpired: it took longer; with what it has printed.
         """
+        seconds = max(1.0, min(limit_s, share * self.seconds_left()))
         with subprocess.Popen(
             command,
             cwd=ROOT,
@@ -179,12 +233,18 @@ class Context:
         ) as process:
             self.groups.add(process.pid)
             try:
-                output, _ = process.communicate(timeout=max(1.0, share * self.seconds_left()))
+                output, _ = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
-                self.end_programs()
-                output, _ = process.communicate()
+                _tell_group(process.pid, signal.SIGINT)
+                try:
+                    output, _ = process.communicate(timeout=GRACE_S)
+                except subprocess.TimeoutExpired:
+                    _tell_group(process.pid, signal.SIGKILL)
+                    output, _ = process.communicate()
+                # what it has started may have no output to be waited for
+                _tell_group(process.pid, signal.SIGKILL)
                 print(output, flush=True)
-                raise
+                raise subprocess.TimeoutExpired(command, seconds, output) from None
             finally:
                 self.groups.discard(process.pid)
         print(output, flush=True)
@@ -193,8 +253,7 @@ class Context:
     def end_programs(self) -> None:
         """Those that run now, and their children."""
         for group in list(self.groups):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
+            _tell_group(group, signal.SIGKILL)
 
     def python(self, module: str, *arguments: str) -> list[str]:
         """The command line of a module of ours, a dry run again if this is one."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from benchmarks.gpu import cases
@@ -52,6 +54,7 @@ def _ceiling(name: str, time: Time, work: int, shape: str, unit: str) -> Ceiling
 def of_chunk(device: Device, context: Context, shape: cases.Shape) -> None:
     """Each of the op's GEMMs over all chunks of the case, dX in every cut."""
     sizes = context.sizes
+    device.free()
     inputs = cases.inputs_of(device, shape, sizes.dtype)
     cut = cases.cut_of(inputs, sizes.workspace_bytes, context.lead)
     gemms = cases.Gemms(device, inputs, cut)
@@ -80,12 +83,12 @@ def of_chunk(device: Device, context: Context, shape: cases.Shape) -> None:
 
 def run(context: Context) -> None:
     device = context.device()
+
+    def kept(ceiling) -> None:
+        device.free()
+        context.row(ceiling(device, context.sizes))
+
     for name, ceiling in (("copy", copy), ("square GEMM", square)):
-        with context.attempt(name):
-            context.row(ceiling(device, context.sizes))
-        device.free()
+        context.case(name, partial(kept, ceiling))
     for shape in context.sizes.shapes:
-        device.free()
-        if context.has_time(f"GEMMs of {shape}", 2.0):
-            with context.attempt(f"GEMMs of {shape}"):
-                of_chunk(device, context, shape)
+        context.case(f"GEMMs of {shape}", partial(of_chunk, device, context, shape), 2.0)

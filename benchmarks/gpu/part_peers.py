@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import itertools
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu import cases, contestants, verification
-from benchmarks.gpu.context import Context
+from benchmarks.gpu.context import Context, DeviceLost, is_lost
 from benchmarks.gpu.device import Device, Run
 from benchmarks.gpu.part_ours import peak_of
 from benchmarks.gpu.results import Precision, Timing
@@ -19,36 +20,64 @@ from benchmarks.peers import Peer
 FIRST_CALL_S = {True: 25.0, False: 3.0}
 # a peer this many times slower than ours needs no further round
 SLOW = 3.0
+# before the errors of gradients: both KLs, since one peer has the forward one alone, and a compiler
+FIRST_CASES = 3
 
 
-def ordered_cases(sizes: cases.Sizes) -> list[tuple[cases.Shape, str, str]]:
-    """(shape, head, divergence), those first that a short run should have."""
+class Case(NamedTuple):
+    """A loss at a shape; `compiled`: by those whose first call compiles, or by the others."""
+
+    shape: cases.Shape
+    head: str
+    name: str
+    compiled: bool
+
+    def __str__(self) -> str:
+        who = ", compiled" if self.compiled else ""
+        return f"{self.shape}, {self.name}, head {self.head}{who}"
+
+
+def ordered_cases(sizes: cases.Sizes) -> list[Case]:
+    """Those first that a short run should have: a first figure of everyone before a second one.
+
+    A compiler takes longer than all the others together, so after one case it waits for them.
+    """
     shapes = sizes.shapes
     large = [shape for shape in shapes if shape.vocab_size == shapes[0].vocab_size]
     groups = [(large, "trained"), (large, "frozen")]
     rest = [shape for shape in shapes if shape not in large]
     groups += [(rest, "trained"), (rest, "frozen")]
-    return [
-        (shape, head, name)
+    plain = [
+        Case(shape, head, name, False)
         for group, head in groups
         for shape in group
         for name in cases.DIVERGENCES
     ]
+    compiled = [case._replace(compiled=True) for case in plain]
+    return [plain[0], compiled[0], *plain[1:], *compiled[1:]]
 
 
-def starts(device: Device, context: Context, name: str, run: Run) -> bool:
-    """Whether a first call goes through; if not, the reason is kept."""
-    try:
-        run()
-        device.synchronize()
-        return True
-    except Exception as error:
-        if "CUDA error" in str(error):
-            # nothing runs in this process after an illegal access
-            raise
-        why = "out of memory" if device.is_out_of_memory(error) else f"{type(error).__name__}"
-        context.left_out(name, f"{why}: {error}")
+def starts(device: Device, context: Context, name: str, run: Run, who: str = "") -> bool:
+    """Whether a first call goes through; if not, the reason is kept.
+
+    `who`, by default `name`, is not called any more once its call took a process down.
+    """
+    who = who or name
+    if who in context.done:
+        context.left_out(name, "its call ended an earlier process of this part")
         return False
+    with context.underway(who, again=True):
+        try:
+            run()
+            device.synchronize()
+            return True
+        except Exception as error:
+            if is_lost(error):
+                context.failed(name, error)
+                raise DeviceLost(f"{name}: {error}") from error
+            why = "out of memory" if device.is_out_of_memory(error) else f"{type(error).__name__}"
+            context.left_out(name, f"{why}: {error}")
+            return False
 
 
 def compete(
@@ -57,12 +86,11 @@ def compete(
     inputs: cases.Inputs,
     gemms: cases.Gemms,
     split: int,
-    case: tuple[cases.Shape, str, str],
+    case: Case,
     here: list[str],
-    compiled: bool,
 ) -> None:
     """One loss at one shape by ours and everyone who is compiled at the first call, or is not."""
-    shape, head, name = case
+    shape, head, name, compiled = case
     sizes = context.sizes
     inputs = inputs.with_head(head)
     ours = f"opd_kernels {context.lead}"
@@ -80,7 +108,10 @@ def compete(
         seconds = FIRST_CALL_S[compiled and label != ours]
         if compiled and context.dry_run:
             context.left_out(label, "a dry run compiles nothing")
-        elif context.has_time(what, seconds) and starts(device, context, what, run):
+        # ours may fail at one shape; a peer that takes a process down is not tried again
+        elif context.has_time(what, seconds) and starts(
+            device, context, what, run, what if label == ours else label
+        ):
             variants[label] = run
         device.free()
     if ours not in variants or len(variants) == 1:
@@ -89,7 +120,9 @@ def compete(
     for label, run in variants.items():
         peaks[label] = peak_of(device, inputs, run)
     variants["floor"] = gemms.all_of(head, split)
-    times = device.turns(variants, sizes.rounds, context.seconds_left(), SLOW)
+    # everyone has run twice by now
+    gemms.all_of(head, split)()
+    times = device.turns(variants, sizes.rounds, context.seconds_left(), SLOW, warm=False)
     floor = times.pop("floor")
     for label, time in times.items():
         if label == ours and compiled:
@@ -194,25 +227,29 @@ def run(context: Context) -> None:
     for distribution, why in missing.items():
         context.left_out(distribution, why)
     here = list(versions)
-    for law in ("independent", "student near teacher"):
-        for name in cases.DIVERGENCES:
-            if context.has_time(f"precision, {name}, {law}", FIRST_CALL_S[False]):
-                precision(device, context, law, name, here)
-    if "flashinfer-python" in here and context.has_time("verification", FIRST_CALL_S[True]):
-        with context.attempt("verification"):
-            verify(device, context)
-    current = None
-    # a compiler takes longer than all the others together, so it waits for them
-    for compiled, case in itertools.product((False, True), ordered_cases(sizes)):
-        shape, head, name = case
-        if not context.has_time(f"{shape}, {name}, head {head}", FIRST_CALL_S[False]):
-            continue
-        if current is None or current[0] != shape:
-            current = None
+    current: dict[cases.Shape, tuple] = {}
+
+    def at(case: Case) -> None:
+        if case.shape not in current:
+            current.clear()
             device.free()
             torch.compiler.reset()
-            inputs = cases.inputs_of(device, shape, sizes.dtype)
+            inputs = cases.inputs_of(device, case.shape, sizes.dtype)
             cut = cases.cut_of(inputs, sizes.workspace_bytes, context.lead)
             gemms = cases.Gemms(device, inputs, cut)
-            current = shape, inputs, gemms, gemms.best_split()
-        compete(device, context, *current[1:], case, here, compiled)
+            current[case.shape] = inputs, gemms, gemms.best_split()
+        compete(device, context, *current[case.shape], case, here)
+
+    def compete_in(chosen: list[Case]) -> None:
+        for case in chosen:
+            context.case(str(case), partial(at, case), FIRST_CALL_S[False])
+
+    ordered = ordered_cases(sizes)
+    compete_in(ordered[:FIRST_CASES])
+    for law in ("independent", "student near teacher"):
+        for name in cases.DIVERGENCES:
+            measure = partial(precision, device, context, law, name, here)
+            context.case(f"precision, {name}, {law}", measure, FIRST_CALL_S[False])
+    if "flashinfer-python" in here:
+        context.case("verification", partial(verify, device, context), FIRST_CALL_S[True])
+    compete_in(ordered[FIRST_CASES:])

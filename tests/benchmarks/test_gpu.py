@@ -31,6 +31,7 @@ from benchmarks.gpu import context as context_module
 from benchmarks.gpu import results as schema
 from benchmarks.gpu.context import ROOT, Context, public
 from benchmarks.gpu.device import Device
+from benchmarks.gpu.progress import Progress
 from benchmarks.gpu.results import Check, Counter, Precision, RowKernel, Timing, rows_of
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -352,7 +353,7 @@ def test_a_full_disk_costs_no_rows(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(driver.results, "save", full)
     rows: list[dict] = []
-    run._read(read_fd, rows)
+    run._read(read_fd, rows, Progress())
     assert [row["name"] for row in rows] == ["one", "two"]
     assert "could not be saved: No space left" in capsys.readouterr().err
 
