@@ -17,7 +17,7 @@ namespace cuda {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
-    throw Error(OPD_CUDA_ERROR, concat(what, ": ", cudaGetErrorString(error)));
+    throw Error(OPD_CUDA_ERROR, concat("CUDA error in ", what, ": ", cudaGetErrorString(error)));
   }
 }
 
