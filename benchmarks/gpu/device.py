@@ -18,6 +18,10 @@ Run = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 
 
+# about 2 ms, longer than any call of ours takes until its first kernel
+SLEEP_CYCLES = 4_000_000
+
+
 class Time(NamedTuple):
     """Milliseconds of one variant over its rounds."""
 
@@ -48,13 +52,19 @@ class Device:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def time_once(self, run: Run) -> float:
-        """Milliseconds of one call: CUDA events, or the clock."""
+    def time_once(self, run: Run, ahead: bool = True) -> float:
+        """Milliseconds of one call: CUDA events, or the clock.
+
+        `ahead`: as in the middle of a step, where the device is busy while the host prepares the
+        call. Otherwise what the host does before the first kernel counts too.
+        """
         if not self.is_cuda:
             begin = time.perf_counter()
             run()
             return 1e3 * (time.perf_counter() - begin)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if ahead:
+            torch.cuda._sleep(SLEEP_CYCLES)
         begin.record()
         run()
         end.record()
@@ -67,14 +77,17 @@ class Device:
         rounds: int = 7,
         budget_s: float = math.inf,
         slow: float = math.inf,
+        warm: bool = True,
+        ahead: bool = True,
     ) -> dict[Name, Time]:
         """Times of the variants, which take turns, so that a change of clocks hits all alike.
 
-        Each runs once untimed before; there are at least two rounds, whatever the budget. Who then
-        takes `slow` times as long as the first of them sits the rest out.
+        Each runs once untimed before, unless `warm` is false because all have; there are at least
+        two rounds, whatever the budget. Who then takes `slow` times as long as the first of them
+        sits the rest out. `ahead`: as for `time_once`.
         """
         begin = time.monotonic()
-        for run in variants.values():
+        for run in variants.values() if warm else ():
             run()
             self.synchronize()
         times: dict[Name, list[float]] = {name: [] for name in variants}
@@ -84,7 +97,7 @@ class Device:
                 break
             for name, run in variants.items():
                 if turn < 2 or min(times[name]) <= slow * min(times[lead]):
-                    times[name].append(self.time_once(run))
+                    times[name].append(self.time_once(run, ahead))
         return {
             name: Time(statistics.median(found), min(found), len(found))
             for name, found in times.items()

@@ -90,47 +90,48 @@ def in_rotation(runs: list[Run]) -> Run:
     return run
 
 
-def row_kernels(device: Device, context: Context, backends: list[str]) -> None:
+def row_kernels(device: Device, context: Context, backend: str) -> None:
     """Bandwidth of the kernels that read and write logits, against a copy in the same part."""
     sizes = context.sizes
     copy = part_ceilings.copy(device, sizes)
     context.row(copy)
     pairs = logits_pairs(device, sizes)
-    size = pairs[0][0].numel() * 4
-    ids = torch.zeros(sizes.row_tokens, dtype=torch.long, device=device.kind)
-    for backend in backends:
-        if backend == "reference":
-            continue
-        variants: dict[str, tuple[Run, int]] = {}
-        for name in cases.DIVERGENCES:
-            runs = [row_call(name, backend, *pair) for pair in pairs]
-            # both rows are read and dZ is written
-            is_narrow = grad_dtype_of(pairs[0][0]) != _gemms.AS_LOGITS
-            written = size // 2 if is_narrow else size
-            variants[f"divergence {name}"] = in_rotation(runs), 2 * size + written
-        runs = [
-            lambda logits=pair[0], backend=backend: opk.token_logprobs(logits, ids, backend=backend)
-            for pair in pairs
-        ]
-        variants[TOKEN_LOGPROBS] = in_rotation(runs), size
-        variants |= sparse_rows(device, backend, pairs)
-        for dtype in (torch.float32, torch.bfloat16):
-            logits = [pair[0].to(dtype) for pair in pairs]
-            for call, name in (
-                (topk_call, f"{TOPK} K={NUM_TOPK}"),
-                (sample_call, f"{SAMPLES} N={NUM_DRAWS}"),
-            ):
-                runs = [call(backend, values) for values in logits]
-                # one read of the logits
-                variants[f"{name} {str(dtype).removeprefix('torch.')}"] = (
-                    in_rotation(runs),
-                    size * dtype.itemsize // 4,
-                )
-        times = device.turns({name: run for name, (run, _) in variants.items()}, sizes.rounds)
-        for name, time in times.items():
-            ms = time.median / CALLS
-            rate = variants[name][1] / (1e-3 * ms) / 1e9
-            context.row(RowKernel(name, backend, ms, variants[name][1], rate, rate / copy.rate))
+    # of their own: after the others ran, what they overwrite is not the logits of a model
+    read = [student.clone() for student, _ in pairs]
+    size = read[0].numel() * 4
+    variants: dict[str, tuple[Run, int]] = {}
+    for name in cases.DIVERGENCES:
+        runs = [row_call(name, backend, *pair) for pair in pairs]
+        # both rows are read and dZ is written
+        is_narrow = grad_dtype_of(read[0]) != _gemms.AS_LOGITS
+        written = size // 2 if is_narrow else size
+        variants[f"divergence {name}"] = in_rotation(runs), 2 * size + written
+    variants |= sparse_rows(device, backend, pairs)
+    variants |= reading_rows(backend, read)
+    times = device.turns({name: run for name, (run, _) in variants.items()}, sizes.rounds)
+    for name, time in times.items():
+        ms = time.median / CALLS
+        rate = variants[name][1] / (1e-3 * ms) / 1e9
+        context.row(RowKernel(name, backend, ms, variants[name][1], rate, rate / copy.rate))
+
+
+def reading_rows(backend: str, logits: list[Tensor]) -> dict[str, tuple[Run, int]]:
+    """The row kernels that leave logits as they are: one read of them."""
+    ids = torch.zeros(len(logits[0]), dtype=torch.long, device=logits[0].device)
+    size = logits[0].numel() * 4
+    runs = [
+        lambda values=values: opk.token_logprobs(values, ids, backend=backend) for values in logits
+    ]
+    variants = {TOKEN_LOGPROBS: (in_rotation(runs), size)}
+    for dtype in (torch.float32, torch.bfloat16):
+        for call, name in (
+            (topk_call, f"{TOPK} K={NUM_TOPK}"),
+            (sample_call, f"{SAMPLES} N={NUM_DRAWS}"),
+        ):
+            runs = [call(backend, values.to(dtype)) for values in logits]
+            label = f"{name} {str(dtype).removeprefix('torch.')}"
+            variants[label] = in_rotation(runs), size * dtype.itemsize // 4
+    return variants
 
 
 def sparse_rows(
@@ -344,7 +345,8 @@ def verify(device: Device, context: Context, shape: cases.Shape) -> None:
         ):
             run = verification.ours(drafts, mode.partition(",")[0], context.lead, **options)
             variants |= {mode: run, f"{mode}, graph": device.capture(run)}
-        times = device.turns(variants, sizes.rounds, context.seconds_left())
+        # between two requests the device waits for the host: a graph is there to shorten that
+        times = device.turns(variants, sizes.rounds, context.seconds_left(), ahead=False)
         case = f"{shape._replace(num_tokens=num_sequences * (num_drafts + 1))}"
         for mode, time in times.items():
             if not mode.startswith("floor"):
@@ -425,21 +427,20 @@ def sorted_rows(device: Device, context: Context, shape: cases.Shape) -> None:
 def each(context: Context, what: str, shapes: tuple, case: Callable[[cases.Shape], None]) -> None:
     """A case after the other while there is time; one that fails does not stop the rest."""
     device = context.device()
-    for shape in shapes:
+
+    def fresh(shape: cases.Shape) -> None:
         device.free()
-        name = f"{what}, {shape}"
-        if not context.has_time(name, 1.0):
-            continue
-        with context.attempt(name):
-            case(shape)
+        case(shape)
+
+    for shape in shapes:
+        context.case(f"{what}, {shape}", partial(fresh, shape), 1.0)
 
 
 def run(context: Context) -> None:
     device = context.device()
     sizes, lead = context.sizes, context.lead
     others = [backend for backend in context.backends() if backend != lead]
-    with context.attempt("row kernels"):
-        row_kernels(device, context, [lead])
+    context.case("row kernels", lambda: row_kernels(device, context, lead))
     each(context, "fused", sizes.shapes, lambda shape: fused(device, context, shape, lead))
     # the narrowest pair and the widest, at one vocabulary
     some = tuple(dict.fromkeys((sizes.shapes[0], sizes.shapes[min(2, len(sizes.shapes) - 1)])))
@@ -451,9 +452,9 @@ def run(context: Context) -> None:
     each(context, "two vocabularies", some[:1], lambda shape: across(device, context, shape))
     each(context, "sorted rows", some[:1], lambda shape: sorted_rows(device, context, shape))
     for backend in others:
-        if backend != "reference" and context.has_time(f"row kernels, {backend}", 1.0):
-            with context.attempt(f"row kernels, {backend}"):
-                row_kernels(device, context, [backend])
+        if backend != "reference":
+            run_rows = partial(row_kernels, device, context, backend)
+            context.case(f"row kernels, {backend}", run_rows, 1.0)
         each(
             context,
             f"fused, {backend}",

@@ -30,9 +30,10 @@ REPRODUCE = """### How to reproduce
     opd bench --report               # this page
 
 Times are of CUDA events, medians of rounds in which the contestants take turns, after an untimed
-call of each; inputs are random. The floor is the GEMMs of the same chunks alone, 16-bit operands
-and float32 results, in the same turns. Peers run at their own defaults
-(`benchmarks/gpu/contestants.py`); their wheels: `benchmarks/gpu_peers.md`.
+call of each; inputs are random. The device sleeps for 2 ms before the first event, so that what the
+host does before the first kernel counts for nobody, except in verification. The floor is the GEMMs
+of the same chunks alone, 16-bit operands and float32 results, in the same turns. Peers run at their
+own defaults (`benchmarks/gpu/contestants.py`); their wheels: `benchmarks/gpu_peers.md`.
 """
 
 
