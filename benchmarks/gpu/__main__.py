@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu import machine, results, summary
-from benchmarks.gpu.context import DEVICE_LOST, ROOT, public
+from benchmarks.gpu.context import CLUSTER, CLUSTER_SWITCH, DEVICE_LOST, ROOT, public
 from benchmarks.gpu.goals import goals_of
 from benchmarks.gpu.progress import Progress
 from benchmarks.gpu.results import Check
@@ -24,13 +24,14 @@ from benchmarks.gpu.results import Check
 BUDGET_S = 530.0
 # seconds of the whole that each part may take when all run; what one leaves goes to the next ones
 SHARES = {
-    "build": 105,
-    "tests": 115,
-    "sanitizer": 75,
-    "ceilings": 30,
+    "build": 100,
+    "smoke": 40,
+    "tests": 90,
+    "sanitizer": 70,
+    "ceilings": 25,
     "ours": 90,
-    "peers": 85,
-    "ncu": 30,
+    "peers": 80,
+    "ncu": 35,
 }
 # a part stops taking new cases after this share of its time, and is ended after all of it
 SOFT = 0.85
@@ -70,6 +71,13 @@ def end(process: subprocess.Popen) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=GRACE_S)
     process.wait()
+
+
+def switches_of(found: dict) -> dict[str, str]:
+    """What the part `smoke` of this run, or of an earlier one that it adds to, turned off."""
+    checks = results.rows_of(found, "smoke", Check)
+    is_off = any(check.name == CLUSTER and check.outcome == "failed" for check in checks)
+    return {CLUSTER_SWITCH: "0"} if is_off else {}
 
 
 def is_loss(code: int) -> bool:
@@ -239,7 +247,7 @@ class Run:
         return code, why
 
     def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
+        environment = {**os.environ, **switches_of(self.results)}
         if self.options.dry_run:
             # threads that wait for each other take most of the time at tiny sizes
             environment["OMP_NUM_THREADS"] = "1"

@@ -31,6 +31,8 @@ LEADS = ("cuda", "triton")
 TOOL_FOLDERS = ("bin", "compute-sanitizer", "extras/compute-sanitizer", "nsight-compute")
 # what stands in for the two on a CPU
 DRY_LEADS = ("cpu", "reference")
+# the one kernel whose blocks wait for each other, and what keeps calls from it: docs/kernels.md
+CLUSTER, CLUSTER_SWITCH = "cluster kernel", "OPD_CLUSTER_BLOCKS"
 # how a process ends on whose device nothing runs any more; whoever started it begins another
 DEVICE_LOST = 75
 # until a program that was told to end is killed: some write what they have

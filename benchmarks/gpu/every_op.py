@@ -1,14 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls every op of a backend once on small, awkward shapes: what a sanitizer watches."""
+"""Calls every op of a backend once on small, awkward shapes: what a sanitizer watches.
+
+An op that raises leaves the others, and says so in a line that begins with FAILED.
+"""
 
 from __future__ import annotations
 
 import argparse
+import traceback
 
 import torch
 
 import opd_kernels as opk
-from benchmarks.gpu import cases, device, sparse_teacher, two_vocabularies, verification
+from benchmarks.gpu import (
+    cases,
+    device,
+    part_ours,
+    sparse_teacher,
+    two_vocabularies,
+    verification,
+)
+from benchmarks.gpu.context import is_lost, public
 from benchmarks.shapes import Shape
 from opd_kernels import divergences as D
 from opd_kernels import targets
@@ -16,9 +28,13 @@ from opd_kernels import targets
 # a vocabulary that is no multiple of a vector, and one long enough for a cluster of blocks
 SHAPES = (Shape(5, 1003, 24, 40), Shape(3, 40_000, 16, 24))
 DRY_SHAPES = (Shape(3, 67, 8, 16),)
+# rows of one block and of a cluster, several for each that is resident on a large GPU
+MANY_ROWS = ((700, 8_000), (160, 40_000))
+DRY_MANY_ROWS = ((5, 64),)
 STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
 OPS = (
     "divergence",
+    "many_rows",
     "fused",
     "token_logprobs",
     "topk_divergence",
@@ -29,6 +45,9 @@ OPS = (
     "sorted_l1",
     "overlap_divergence",
 )
+# not for a sanitizer, under which it would take all the time
+REAL_SIZE = "real_size"
+FAILED = "FAILED"
 
 
 def divergence(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
@@ -49,6 +68,31 @@ def divergence(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtyp
         student = logits().requires_grad_()
         loss = opk.divergence(student, logits(), target=target, backend=backend)
         loss.sum().backward()
+
+
+def many_rows(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """The kernels that keep rows on chip, over more rows than there is room for at once."""
+    is_first = shape in (SHAPES[0], DRY_SHAPES[0])
+    if dtype != torch.float32 or not is_first:
+        return
+    for size in DRY_MANY_ROWS if shape == DRY_SHAPES[0] else MANY_ROWS:
+        for name in ("forward_kl", "jsd", "renyi"):
+            generator = dev.generator(0)
+            pair = [torch.randn(size, generator=generator, device=dev.kind) for _ in range(2)]
+            part_ours.row_call(name, backend, *pair)()
+
+
+def real_size(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
+    """What benchmarks time first: the row kernels on a chunk, and a step."""
+    sizes = cases.DRY if shape in DRY_SHAPES else cases.REAL
+    if dtype != torch.bfloat16 or shape not in (SHAPES[0], DRY_SHAPES[0]):
+        return
+    for name in cases.DIVERGENCES:
+        ((student, teacher),) = part_ours.logits_pairs(dev, sizes, count=1)
+        part_ours.row_call(name, backend, student, teacher)()
+    inputs = cases.inputs_of(dev, sizes.shapes[0], sizes.dtype).with_head("trained")
+    options = {"backend": backend, "workspace_bytes": sizes.workspace_bytes}
+    cases.step(cases.loss_of("reverse_kl", **options), inputs)()
 
 
 def fused(shape: Shape, dev: device.Device, backend: str, dtype: torch.dtype) -> None:
@@ -176,6 +220,25 @@ def overlap_divergence(shape: Shape, dev: device.Device, backend: str, dtype: to
         loss(*pair.inputs).sum().backward()
 
 
+def runs(op: str, backend: str, shape: Shape, dev: device.Device, dtype: torch.dtype) -> bool:
+    """Whether one call of an op goes through; if not, a line says why.
+
+    Raises:
+        RuntimeError: nothing runs on the device any more.
+    """
+    try:
+        globals()[op](shape, dev, backend, dtype)
+        dev.synchronize()
+        return True
+    except Exception as error:
+        traceback.print_exception(error)
+        words = public(" ".join(f"{type(error).__name__}: {error}".split()))
+        print(f"{FAILED} {op}, {shape}, {str(dtype).removeprefix('torch.')}: {words}", flush=True)
+        if is_lost(error):
+            raise RuntimeError(f"{op} lost the device") from error
+        return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", required=True)
@@ -183,13 +246,14 @@ def main() -> int:
     parser.add_argument("ops", nargs="*", default=OPS)
     options = parser.parse_args()
     dev = device.of(options.dry_run)
+    shapes = DRY_SHAPES if options.dry_run else SHAPES
+    failed = 0
     for op in options.ops:
-        for shape in DRY_SHAPES if options.dry_run else SHAPES:
+        for shape in shapes:
             for dtype in (torch.float32, torch.bfloat16):
-                globals()[op](shape, dev, options.backend, dtype)
-                dev.synchronize()
+                failed += not runs(op, options.backend, shape, dev, dtype)
         print(f"ran {op}", flush=True)
-    return 0
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

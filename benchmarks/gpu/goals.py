@@ -188,6 +188,7 @@ PROMISES = (
     Promise("peak extra memory over workspace + gradients", "at most", 1.05, _peak),
     Promise("time with gradient_tolerance over the dense GEMMs", "at most", 0.70, _tolerant),
     Promise("time with a sparse teacher over its three GEMMs", "at most", 1.15, _sparse),
+    Promise("ops that fail or hang, each alone", "at most", 0, _not_passed("smoke")),
     Promise("GPU tests that fail", "at most", 0, _not_passed("tests")),
     Promise("sanitizer runs with findings", "at most", 0, _not_passed("sanitizer")),
 )

@@ -11,7 +11,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 
-from benchmarks.gpu.context import ROOT, find_tool
+from benchmarks.gpu.context import CLUSTER_SWITCH, ROOT, find_tool
 
 _QUERY = {
     "driver": "driver_version",
@@ -69,6 +69,9 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    # a run that somebody keeps from a kernel is another run
+    if CLUSTER_SWITCH in os.environ:
+        found[CLUSTER_SWITCH] = os.environ[CLUSTER_SWITCH]
     release = re.search(r"release ([\d.]+)", output_of([find_tool("nvcc") or "nvcc", "--version"]))
     if release:
         found["nvcc"] = release[1]

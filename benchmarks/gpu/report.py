@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu import results as schema
+from benchmarks.gpu.context import CLUSTER, CLUSTER_SWITCH
 from benchmarks.gpu.goals import OURS, TOLERANT, lead_of
 from benchmarks.gpu.plots import draw
 from benchmarks.gpu.results import (
@@ -254,6 +255,10 @@ def section(results: dict, path: Path, directory: Path) -> str:
         "where no backend is named. T tokens, V vocabulary, Ds and Dt hidden sizes of student and "
         "teacher; bfloat16 inputs.\n",
     ]
+    if any(
+        row.name == CLUSTER and row.outcome == "failed" for row in rows_of(results, "smoke", Check)
+    ):
+        lines.append(f"Without the {CLUSTER} ({CLUSTER_SWITCH}=0): see the part smoke below.\n")
     for file, caption in draw(results, path.stem, directory):
         lines.append(f"![{caption}]({file})\n\n{caption} From {source}.\n")
     for heading, words, render in _TABLES:

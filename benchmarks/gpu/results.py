@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 
 SCHEMA_VERSION = 1
-PARTS = ("build", "tests", "sanitizer", "ceilings", "ours", "peers", "ncu")
+PARTS = ("build", "smoke", "tests", "sanitizer", "ceilings", "ours", "peers", "ncu")
 STATUSES = ("passed", "failed", "timed out", "stopped", "skipped", "running")
 
 

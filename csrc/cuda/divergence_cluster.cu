@@ -2,6 +2,7 @@
 #include "divergence_cluster.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "divergence_cluster.cuh"
 #include "occupancy.h"
@@ -76,6 +77,18 @@ ClusterArgs cluster_args(const opd_divergence_args_t& args) {
   return out;
 }
 
+// Read once: what launches have asked devices about must stay true.
+int allowed_blocks() {
+  static const int blocks = [] {
+    const char* const text = std::getenv("OPD_CLUSTER_BLOCKS");
+    const int found = cluster_blocks_of(text);
+    OPD_CHECK(found >= 0, "OPD_CLUSTER_BLOCKS must be 0, 1, 2, 4, 8 or 16, got '", text,
+              "'; unset it, or set 0 to do without the kernel of clusters");
+    return found;
+  }();
+  return blocks;
+}
+
 // Of one kernel, what devices have said.
 template <class F, bool kStatistics>
 KnownNumbers& known_clusters() {
@@ -98,7 +111,7 @@ bool choose_launch(int64_t vocab_size, const Device& device, RowLaunch* best) {
   const RowNeeds needs = needs_of<F>(kStatistics);
   const int64_t shared_bytes = device.shared_bytes_per_block;
   RowPlan plan;
-  if (!choose_rows(vocab_size, shared_bytes, kMaxClusterBlocks, needs, &plan)) return false;
+  if (!choose_rows(vocab_size, shared_bytes, allowed_blocks(), needs, &plan)) return false;
   *best = {plan, resident_clusters_of<F, kStatistics>(plan, device)};
   for (int cluster = plan.cluster / 2; cluster >= 1; cluster /= 2) {
     // a larger cluster has more of the next row on chip, which is worth a quarter of the device
@@ -113,6 +126,7 @@ bool choose_launch(int64_t vocab_size, const Device& device, RowLaunch* best) {
 }  // namespace
 
 bool cluster_takes(const opd_divergence_args_t& args, const Device& device, RowLaunch* launch) {
+  if (allowed_blocks() == 0) return false;
   // the architectures with clusters that this library is built for
   if (device.capability != 90 && device.capability != 100) return false;
   if (args.num_components != 1 || args.target != OPD_TARGET_TEACHER) return false;

@@ -19,6 +19,20 @@ constexpr int kPass = 128;  // columns that a warp takes at once
 constexpr int kBarrierBytes = 8;
 constexpr int kExchangeKinds = 4;  // log-sum-exps, row sums, row sums again, terms
 
+// The most blocks of a cluster by the text of OPD_CLUSTER_BLOCKS, nullptr or empty where it is not
+// set: a switch to debug and to measure with. 0 keeps every call from the kernel; -1: not a number
+// of blocks.
+inline int cluster_blocks_of(const char* text) {
+  if (text == nullptr || *text == '\0') return kMaxClusterBlocks;
+  int value = 0;
+  for (const char* at = text; *at != '\0'; ++at) {
+    if (*at < '0' || *at > '9' || value > kMaxClusterBlocks) return -1;
+    value = 10 * value + (*at - '0');
+  }
+  const bool is_power = (value & (value - 1)) == 0;
+  return is_power && value <= kMaxClusterBlocks ? value : -1;
+}
+
 // What a divergence makes the blocks exchange, in doubles per block and row, and keep.
 struct RowNeeds {
   int lse_values = 4, row_sum_values = 0, again_values = 0, term_values = 2;

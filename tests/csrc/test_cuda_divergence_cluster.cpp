@@ -561,9 +561,20 @@ void check_refusals() {
   }
 }
 
+// OPD_CLUSTER_BLOCKS=0: every call goes to the kernel that streams, and is as right.
+int check_without_clusters() {
+  emulated_multiprocessors() = 16;
+  const Problem problem = make_problem(2, 20000, 54);
+  compare(problem, kReverseKl, by_entry_point(problem, kReverseKl));
+  expect::that(emulation::machine().cluster_size == 1, "no clusters");
+  expect::that(emulated_questions() == 0, "no question about clusters");
+  return expect::report("test_cuda_divergence_cluster without clusters");
+}
+
 }  // namespace
 
 int main() {
+  if (std::getenv("OPD_CLUSTER_BLOCKS")) return check_without_clusters();
   check_every_divergence();
   check_clusters_and_rings();
   check_masks();

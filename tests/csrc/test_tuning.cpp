@@ -3,6 +3,7 @@
 #include "tuning.h"
 
 #include <initializer_list>
+#include <string>
 
 #include "expect.h"
 
@@ -105,9 +106,23 @@ void check_limits() {
   expect::that(plan.cluster == 1, "a short row stays in one block");
 }
 
+// OPD_CLUSTER_BLOCKS.
+void check_switch() {
+  for (const int blocks : {0, 1, 2, 4, 8, 16}) {
+    expect::that(cluster_blocks_of(std::to_string(blocks).c_str()) == blocks, "blocks as asked for");
+  }
+  for (const char* const unset : {static_cast<const char*>(nullptr), ""}) {
+    expect::that(cluster_blocks_of(unset) == kMaxClusterBlocks, "as many as there may be");
+  }
+  for (const char* const text : {"3", "32", "-1", "8 ", "off", "99999999999999999999"}) {
+    expect::that(cluster_blocks_of(text) == -1, "not a number of blocks");
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_switch();
   check_vocabularies();
   check_common_vocabularies();
   check_limits();
