@@ -12,6 +12,7 @@ from benchmarks.gpu.context import CLUSTER, CLUSTER_SWITCH
 from benchmarks.gpu.goals import OURS, TOLERANT, lead_of
 from benchmarks.gpu.plots import draw
 from benchmarks.gpu.results import (
+    TO_JUDGE,
     Ceiling,
     Check,
     Counter,
@@ -71,7 +72,7 @@ def _parts(results: dict) -> str:
         checks = rows_of(results, name, Check)
         counts = {
             outcome: sum(check.outcome == outcome for check in checks)
-            for outcome in ("passed", "failed", "error", "skipped", "left out")
+            for outcome in ("passed", "failed", "error", TO_JUDGE, "skipped", "left out")
         }
         words = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
         rows.append([name, part["status"], f"{part['seconds']:.0f} s", words])
@@ -200,7 +201,7 @@ def _left_out(results: dict) -> str:
         f"* {name}: {check.name}: {check.outcome}. {check.detail}"
         for name in schema.PARTS
         for check in rows_of(results, name, Check)
-        if check.outcome in ("left out", "error", "failed")
+        if check.outcome in ("left out", "error", "failed", TO_JUDGE)
     ]
     lines += [
         f"* {name}: {part['status']}. {part['reason'].splitlines()[0]}"

@@ -13,6 +13,8 @@ from pathlib import Path
 
 SCHEMA_VERSION = 1
 PARTS = ("build", "smoke", "tests", "sanitizer", "ceilings", "ours", "peers", "ncu")
+# an outcome of a check: a finding that may be the tool's
+TO_JUDGE = "to be judged"
 STATUSES = ("passed", "failed", "timed out", "stopped", "skipped", "running")
 
 

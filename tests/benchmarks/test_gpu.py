@@ -18,6 +18,7 @@ from benchmarks import laws
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import (
     cases,
+    every_op,
     goals,
     part_build,
     part_ncu,
@@ -402,39 +403,85 @@ def context_with(tmp_path: Path, name: str, script: str) -> tuple[Context, list[
     return Context(True, rows.append, time.monotonic() + 120, which=which), rows
 
 
-def test_the_sanitizer_runs_every_op_under_each_tool(tmp_path, monkeypatch):
+def test_the_sanitizer_runs_every_op_alone_under_each_tool(tmp_path, monkeypatch):
     monkeypatch.setattr(part_sanitizer, "TOOLS", ("memcheck", "racecheck"))
+    monkeypatch.setattr(every_op, "OPS", ("divergence", "fused"))
     context, rows = context_with(
         tmp_path,
         "compute-sanitizer",
         'if [ "$1" = --help ]; then echo "--kernel-name arg"; exit; fi\n'
-        f'echo "$@" >>{tmp_path}/lines; tool=$2\n'
+        f'echo "own memory ${{PYTORCH_NO_CUDA_MEMORY_CACHING:-0}} $@" >>{tmp_path}/lines; tool=$2\n'
         'if [ $tool = memcheck ]; then echo "========= ERROR SUMMARY: 0 errors"; exit; fi\n'
         'echo "========= Error: race"; echo "========= RACECHECK SUMMARY: 2 hazards displayed"\n'
         "exit 86\n",
     )
+    monkeypatch.setattr(part_sanitizer, "AT_ONCE", 1)
     part_sanitizer.run(context)
-    assert [(row["name"], row["outcome"]) for row in rows if row["outcome"] != "left out"] == [
-        ("memcheck", "passed"),
-        ("racecheck", "failed"),
-    ]
+    found = {row["name"]: row["outcome"] for row in rows if row["outcome"] != "left out"}
+    assert found == {
+        "memcheck divergence": "passed",
+        "memcheck fused": "passed",
+        "racecheck divergence": "failed",
+        "racecheck fused": "failed",
+    }
     assert "2 findings" in rows[-1]["detail"]
-    line, _ = (tmp_path / "lines").read_text().splitlines()
+    line, race, *_ = (tmp_path / "lines").read_text().splitlines()
     assert "--kernel-name kernel_substring=opd --error-exitcode 86" in line
-    assert line.endswith("-m benchmarks.gpu.every_op --backend cpu --dry-run")
+    assert line.endswith("-m benchmarks.gpu.every_op --backend cpu --dry-run divergence")
+    assert line.startswith("own memory 1 --tool memcheck")
+    assert race.startswith("own memory 0 --tool racecheck")
+
+
+RACE = """========= Error: Race reported between Write access at void {0}
+=========     and Read access at void {0} [8 hazards]
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"""
+OURS = "opd::cuda::(anonymous namespace)::"
+CLUSTER_KERNEL = f"{OURS}forward_grad_cluster_kernel<opd::cuda::Jsd<float>, (bool)0>(int)+0x20"
+NO_ERRORS = "========= ERROR SUMMARY: 0 errors"
+NO_REGISTERS = "FAILED fused: too many resources requested for launch"
 
 
 @pytest.mark.parametrize(
-    ("output", "code", "outcome"),
+    ("tool", "output", "code", "outcome", "words"),
     [
-        ("========= ERROR SUMMARY: 0 errors", 0, "passed"),
-        ("========= ERROR SUMMARY: 3 errors", 86, "failed"),
-        ("========= ERROR SUMMARY: 0 errors", 1, "error"),
-        ("Device not supported", 1, "error"),
+        ("memcheck", NO_ERRORS, 0, "passed", "0 findings"),
+        ("memcheck", "========= ERROR SUMMARY: 3 errors", 86, "failed", "3 findings"),
+        (
+            "memcheck",
+            f"FAILED fused: no\n{NO_ERRORS}",
+            1,
+            "error",
+            "fused: no",
+        ),
+        (
+            "memcheck",
+            f"{NO_REGISTERS}\n{NO_ERRORS}",
+            1,
+            "left out",
+            "too many resources",
+        ),
+        ("memcheck", "no word of a sum", 1, "error", "no summary; no word of a sum"),
+        ("memcheck", "Device not supported", 1, "left out", "not supported"),
+        (
+            "racecheck",
+            RACE.format(CLUSTER_KERNEL),
+            86,
+            schema.TO_JUDGE,
+            "forward_grad_cluster_kernel 2x",
+        ),
+        (
+            "racecheck",
+            RACE.format(f"{OURS}divergence_rows<float>(int)"),
+            86,
+            "failed",
+            "divergence_rows 2x",
+        ),
+        ("memcheck", RACE.format(CLUSTER_KERNEL), 86, "failed", "forward_grad_cluster_kernel"),
     ],
 )
-def test_verdicts_of_the_sanitizer(output, code, outcome):
-    assert part_sanitizer.verdict(output, code)[0] == outcome
+def test_verdicts_of_the_sanitizer(tool, output, code, outcome, words):
+    found, detail = part_sanitizer.verdict(tool, output, code)
+    assert found == outcome and words in detail
 
 
 def test_counters_are_read_from_ncu(tmp_path, monkeypatch):
