@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 
@@ -26,10 +27,13 @@ def main() -> int:
     parser.add_argument("--done", type=json.loads, default=[], help="a list of cases")
     options = parser.parse_args()
     with os.fdopen(options.fd, "w", encoding="utf-8") as stream:
+        # a part may have threads
+        lock = threading.Lock()
 
         def emit(row: dict) -> None:
-            stream.write(json.dumps(row, allow_nan=False) + "\n")
-            stream.flush()
+            with lock:
+                stream.write(json.dumps(row, allow_nan=False) + "\n")
+                stream.flush()
 
         context = Context(
             options.dry_run,

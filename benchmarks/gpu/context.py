@@ -252,9 +252,9 @@ class Context:
         print(output, flush=True)
         return subprocess.CompletedProcess(command, process.returncode, output)
 
-    def end_programs(self) -> None:
-        """Those that run now, and their children."""
-        for group in list(self.groups):
+    def end_programs(self, groups: Collection[int] | None = None) -> None:
+        """These, by default all that run now, and their children."""
+        for group in list(self.groups) if groups is None else groups:
             _tell_group(group, signal.SIGKILL)
 
     def python(self, module: str, *arguments: str) -> list[str]:
