@@ -125,14 +125,19 @@ class Run:
             return
         mine = self.results
         same = all(earlier[key] == mine[key] for key in ("commit", "dirty", "versions"))
-        if same and not mine["dirty"] and earlier["machine"]["gpu"] == mine["machine"]["gpu"]:
+        # two trees without a commit's name may be two different ones
+        is_known = mine["dirty"] is False
+        if same and is_known and earlier["machine"]["gpu"] == mine["machine"]["gpu"]:
             mine["parts"] = {
                 name: part
                 for name, part in earlier["parts"].items()
                 if name not in self.options.parts
             }
         else:
-            self._put_aside(f"{self.path.name} is of another commit, version or machine")
+            why = "is of another commit, version or machine"
+            if not is_known:
+                why = "is of a tree without a commit of its own (--commit names one)"
+            self._put_aside(f"{self.path.name} {why}")
 
     def _put_aside(self, why: str) -> None:
         """An earlier file, which this run does not add to: it may have what nobody has again."""

@@ -37,28 +37,42 @@ def output_of(command: Sequence[str]) -> str:
 
 def state() -> dict[str, object]:
     """Driver and clocks at this moment."""
-    fields = output_of(
-        ["nvidia-smi", f"--query-gpu={','.join(_QUERY.values())}", "--format=csv,noheader,nounits"]
-    )
-    values = fields.splitlines()[0].split(", ") if fields else []
-    return dict(zip(_QUERY, values, strict=False))
+    return dict(zip(_QUERY, asked(*_QUERY.values()), strict=False))
+
+
+def asked(*fields: str) -> list[str]:
+    """What nvidia-smi says of the first GPU; nothing where there is neither.
+
+    Importing torch for it takes up to a minute on a fresh machine, in which the build could run.
+    """
+    words = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    lines = output_of(["nvidia-smi", *words]).splitlines()
+    return lines[0].split(", ") if lines else []
 
 
 def describe(dry_run: bool) -> dict[str, object]:
     """The machine."""
     found: dict[str, object] = {"gpu": "none (dry run)"}
     if not dry_run:
-        import torch
-
-        properties = torch.cuda.get_device_properties(0)
+        said = asked("name", "compute_cap", "memory.total")
+        # an old driver has no word for the capability
+        is_whole = len(said) == 3 and re.fullmatch(r"\d+\.\d+ \d+", " ".join(said[1:]))
+        name, capability, mib = said if is_whole else _asked_of_torch()
         found |= {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
+            "gpu": name,
+            "capability": capability,
+            "memory_bytes": int(mib) << 20,
             "at_start": state(),
         }
     return found | {"cores": os.cpu_count(), "platform": platform.machine()}
+
+
+def _asked_of_torch() -> list[str]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    capability = f"{properties.major}.{properties.minor}"
+    return [properties.name, capability, str(properties.total_memory >> 20)]
 
 
 def versions() -> dict[str, str]:
@@ -104,7 +118,9 @@ def file_name(gpu: str) -> str:
 
 
 def has_gpu() -> bool:
-    """Whether torch sees a CUDA device, asked without making a context in this process."""
+    """Whether there is a CUDA device, asked without making a context in this process."""
+    if asked("name"):
+        return True
     import torch
 
     return torch.cuda.is_available()

@@ -74,6 +74,10 @@ def of_chunk(device: Device, context: Context, shape: cases.Shape) -> None:
     for split in gemms.splits():
         name = "dX" if split == 1 else f"dX, K in {split}"
         variants[name] = over_chunks(lambda rows, split=split: gemms.grad_of_hidden(rows, split))
+    # how dZ lies in memory, if that has a price
+    in_place = gemms.in_place()
+    variants["dX, dZ in place"] = over_chunks(lambda rows: in_place.grad_of_hidden(rows))
+    variants["dW, dZ in place"] = over_chunks(in_place.grad_of_weight)
     times = device.turns(variants, sizes.rounds)
     for name, time in times.items():
         size = shape.teacher_hidden_size if "teacher" in name else shape.student_hidden_size

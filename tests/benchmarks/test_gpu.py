@@ -231,6 +231,29 @@ def test_parts_of_the_same_commit_are_kept_and_others_are_not(tmp_path):
     assert aside.read_text() == "{"
 
 
+def test_trees_without_a_commit_are_not_mixed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(driver.machine, "commit", lambda given: ("unknown", None))
+    for name in ("build", "ncu"):
+        # out of time at once, and kept
+        assert driver.main(["--dry-run", "--out", str(tmp_path), "--budget", "1", name]) == 1
+    assert set(schema.load(tmp_path / "dry_run.json")["parts"]) == {"ncu"}
+    assert set(schema.load(tmp_path / "dry_run.json.old")["parts"]) == {"build"}
+    assert "a tree without a commit of its own (--commit names one)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "capability"),
+    [("NVIDIA X1, 9.0, 143771", "90a-real"), ("NVIDIA X1, 8.6, 24576", "86-real")],
+)
+def test_a_gpu_is_known_without_torch(said, capability, monkeypatch):
+    monkeypatch.setattr(driver.machine, "output_of", lambda command: said)
+    found = driver.machine.describe(dry_run=False)
+    assert found["gpu"] == "NVIDIA X1"
+    assert found["memory_bytes"] == int(said.split()[-1]) << 20
+    assert part_build.architecture(dry_run=False) == capability
+    assert driver.machine.has_gpu()
+
+
 def test_a_part_out_of_time_is_ended_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(driver, "SHARES", {**driver.SHARES, "tests": 6, "build": 1, "ncu": 60})
     words = ["--dry-run", "--out", str(tmp_path), "--budget", "36", "build", "tests", "ncu"]
@@ -496,6 +519,19 @@ def test_counters_are_read_from_ncu(tmp_path, monkeypatch):
     context, _ = context_with(tmp_path, "ncu", "exit 9\n")
     with pytest.raises(RuntimeError, match="no counter; exit code 9"):
         part_ncu.run(context)
+    asked = f'echo "$@" >>{tmp_path}/asked; '
+    unknown = 'case "$*" in *launch__*) echo "==ERROR== Failed to find metric x"; exit 1;; esac\n'
+    context, rows = context_with(tmp_path, "ncu", f"{asked}{unknown}cat <<'E'\n{NCU}E\n")
+    part_ncu.run(context)
+    assert len(rows) == 2
+    assert "--launch-count 3 --kill yes" in (tmp_path / "asked").read_text()
+    # what it prints when it is told to end
+    (tmp_path / "counted").write_text(NCU)
+    late = f"trap 'cat {tmp_path}/counted; exit' INT\nsleep 60 & wait\n"
+    context, rows = context_with(tmp_path, "ncu", late)
+    context.deadline = time.monotonic() + 1.0
+    part_ncu.run(context)
+    assert len(rows) == 2
     refused = "echo '==ERROR== ERR_NVGPUCTRPERM - The user does not have permission'; exit 1\n"
     context, rows = context_with(tmp_path, "ncu", refused)
     part_ncu.run(context)
@@ -533,6 +569,21 @@ def test_bare_gemms_are_the_gemms():
     padded = torch.cat([gemms.grad_logits, gemms.grad_logits, gemms.grad_logits[:1]])
     torch.testing.assert_close(gemms.grad_weight, padded.t() @ inputs[0])
     assert gemms.splits() == [1, 2, 4, 8] and gemms.best_split() in gemms.splits()
+
+
+def test_gemms_of_a_gradient_in_place_are_the_same_ones():
+    inputs = cases.inputs_of(CPU, cases.Shape(5, 64, 8, 12), torch.bfloat16)
+    gemms = cases.Gemms(CPU, inputs, cases.Cut(5, 5))
+    in_place = gemms.in_place()
+    # 16 bits in rows of float32
+    assert in_place.grad_logits.stride() == (2 * 64, 1)
+    found = []
+    for variant in (gemms, in_place):
+        variant.grad_of_hidden(slice(0, 5))
+        variant.grad_of_weight(slice(0, 5))
+        found.append((variant.grad_hidden.clone(), variant.grad_weight.clone()))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other) and one.any()
 
 
 def test_the_cut_is_what_explain_says(monkeypatch):
