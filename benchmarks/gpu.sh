@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# All that needs a GPU, in one run of under nine minutes: builds, tests, sanitizes, measures ceilings,
-# our kernels and other people's, and reads the counters; writes <out>/<gpu>.json after every row.
+# All that needs a GPU, in one run of under nine minutes: builds, calls every op, tests, sanitizes, measures
+# ceilings, our kernels and other people's, and reads the counters; writes <out>/<gpu>.json after every row.
 #   benchmarks/gpu.sh                          everything, into benchmarks/results
-#   benchmarks/gpu.sh build ours peers         only these: build smoke tests sanitizer ceilings ours peers ncu
+#   benchmarks/gpu.sh build ours peers         some of build smoke tests sanitizer ceilings ours peers ncu
 #   benchmarks/gpu.sh --budget 300 --out DIR   another time limit (s) and directory
 #   benchmarks/gpu.sh --dry-run                the same code at tiny sizes on a CPU
 # PYTHON=python3.12 picks an interpreter: it needs torch >= 2.11 with CUDA, triton, pytest, cmake, ninja,
