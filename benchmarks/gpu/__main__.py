@@ -35,6 +35,13 @@ SOFT = 0.85
 LEAST_S = 3.0
 # until a part that was told to end is killed
 GRACE_S = 2.0
+# cases one after the other in one process, which a broken kernel takes with it: the part then goes
+# on with the next case in a process of its own
+IN_ONE_PROCESS = ("ceilings", "ours", "peers")
+# a kernel that waits for ever, where a case begins or ends every few seconds
+SILENCE_S = 100.0
+# not worth a start of Python and torch
+LEAST_RESTART_S = 20.0
 # of its share: nothing of ours runs on a card without the build
 MOST_SHARES = {"build": 2.0}
 
@@ -75,6 +82,8 @@ class Run:
         self.options = options
         # rows come in on a thread of their own
         self.lock = threading.RLock()
+        # when a part last said something
+        self.heard = 0.0
         self.out = Path(options.out).resolve()
         described = machine.describe(options.dry_run)
         name = "dry_run.json" if options.dry_run else machine.file_name(str(described["gpu"]))
@@ -159,9 +168,28 @@ class Run:
             print(summary.of_part(name, kept), flush=True)
 
     def _run(self, name: str, budget_s: float, rows: list[dict]) -> dict[str, str]:
+        """How the part ended; after a process that a case took with it, the first such end."""
+        deadline = time.monotonic() + budget_s
+        begun: list[str] = []
+        first: dict[str, str] = {}
+        while True:
+            known = len(begun)
+            ended = self._process(name, deadline - time.monotonic(), rows, begun)
+            left_s = deadline - time.monotonic()
+            first = first or (ended if ended["status"] == "failed" else {})
+            if ended["status"] != "failed" or name not in IN_ONE_PROCESS or len(begun) == known:
+                return first or ended
+            self._keep(rows, results.row_of(results.Check(begun[-1], "error", ended["reason"])))
+            if left_s < LEAST_RESTART_S:
+                return first
+
+    def _process(
+        self, name: str, budget_s: float, rows: list[dict], begun: list[str]
+    ) -> dict[str, str]:
+        """One process of the part, without the cases that others have begun."""
         read_fd, write_fd = os.pipe()
         command = [sys.executable, "-m", "benchmarks.gpu.child", name, "--fd", str(write_fd)]
-        command += ["--seconds", f"{SOFT * budget_s:.1f}"]
+        command += ["--seconds", f"{SOFT * budget_s:.1f}", "--begun", json.dumps(begun)]
         command += ["--dry-run"] if self.options.dry_run else []
         command += ["--only-peers", self.options.only_peers] if self.options.only_peers else []
         environment = dict(os.environ)
@@ -182,10 +210,11 @@ class Run:
                 start_new_session=True,
             )
         os.close(write_fd)
-        reader = threading.Thread(target=self._read, args=(read_fd, rows), daemon=True)
+        self.heard = time.monotonic()
+        reader = threading.Thread(target=self._read, args=(read_fd, rows, begun), daemon=True)
         reader.start()
         try:
-            code = process.wait(timeout=budget_s)
+            code = self._wait(process, name, budget_s, begun)
         except subprocess.TimeoutExpired:
             return {"status": "timed out", "reason": f"ended after {budget_s:.0f} s"}
         finally:
@@ -193,18 +222,47 @@ class Run:
             reader.join(timeout=30)
         if code == 0:
             return {"status": "passed", "reason": ""}
+        if code is None:
+            return {"status": "failed", "reason": f"no sign of life for {SILENCE_S:.0f} s"}
         return {"status": "failed", "reason": f"exit code {code}: {tail(self.log)}"}
 
-    def _read(self, read_fd: int, rows: list[dict]) -> None:
+    def _wait(
+        self, process: subprocess.Popen, name: str, budget_s: float, begun: list[str]
+    ) -> int | None:
+        """The exit code; None of a process that has begun a case and says nothing any more.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer than `budget_s`.
+        """
+        deadline = time.monotonic() + budget_s
+        while True:
+            left_s = deadline - time.monotonic()
+            try:
+                return process.wait(timeout=max(0.0, min(1.0, left_s)))
+            except subprocess.TimeoutExpired:
+                if left_s <= 1.0:
+                    raise
+            is_silent = time.monotonic() - self.heard > SILENCE_S
+            if is_silent and name in IN_ONE_PROCESS and begun and not self.options.dry_run:
+                return None
+
+    def _read(self, read_fd: int, rows: list[dict], begun: list[str]) -> None:
         with os.fdopen(read_fd, encoding="utf-8") as stream:
             for line in stream:
+                self.heard = time.monotonic()
                 # a killed part may leave half a line
                 with contextlib.suppress(ValueError):
                     row = json.loads(line)
+                    if "begun" in row:
+                        begun.append(row["begun"])
+                        continue
                     results.check_row(row)
-                    with self.lock:
-                        rows.append(row)
-                        self._save_or_say()
+                    self._keep(rows, row)
+
+    def _keep(self, rows: list[dict], row: dict) -> None:
+        with self.lock:
+            rows.append(row)
+            self._save_or_say()
 
     def _save_or_say(self) -> None:
         """A full disk costs a save, not the rows that are still to come."""

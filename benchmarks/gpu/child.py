@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only-peers", default="")
+    parser.add_argument("--begun", default="[]", help="a JSON list of cases not to run again")
     options = parser.parse_args()
     with os.fdopen(options.fd, "w", encoding="utf-8") as stream:
 
@@ -33,6 +34,8 @@ def main() -> int:
             emit,
             time.monotonic() + options.seconds,
             [name for name in options.only_peers.split(",") if name],
+            begun=json.loads(options.begun),
+            begins=lambda name: emit({"begun": name}),
         )
 
         def stop(*_: object) -> None:

@@ -48,6 +48,19 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, places)))
 
 
+# after one of these nothing runs in the process any more; a launch that is refused is none
+_LOST = re.compile(
+    "illegal memory access|misaligned address|illegal instruction|invalid program counter|"
+    "hardware stack error|unspecified launch failure|device-side assert|launch timed out|"
+    "Warp Illegal|cudaErrorLaunchFailure|uncorrectable"
+)
+
+
+def is_lost(text: str) -> bool:
+    """Whether these are the words of an error after which the process has no device."""
+    return bool(_LOST.search(text))
+
+
 def _name_of(row: dict) -> str:
     """What a row is about, in few words."""
     keys = ("case", "contestant", "name", "divergence", "head", "law", "metric")
@@ -65,6 +78,9 @@ class Context:
     which: Callable[[str], str | None] = shutil.which
     # process groups of the programs that run now
     groups: set[int] = dataclasses.field(default_factory=set)
+    # cases that a process of this part before this one has begun, the last of which ended it
+    begun: Sequence[str] = ()
+    begins: Callable[[str], None] = lambda name: None
 
     @property
     def sizes(self) -> Sizes:
@@ -109,7 +125,7 @@ class Context:
         try:
             yield
         except (RuntimeError, ValueError, TypeError) as error:
-            if "CUDA error" in str(error):
+            if is_lost(str(error)):
                 raise
             self.failed(name, error)
 
@@ -117,8 +133,12 @@ class Context:
         return self.deadline - time.monotonic()
 
     def has_time(self, name: str, seconds: float = 0.0) -> bool:
-        """Whether a case that takes so long still fits; it is left out if not."""
+        """Whether a case is to run now: it still fits, and is left out if not; and no process of
+        this part has begun it before."""
+        if name in self.begun:
+            return False
         if self.seconds_left() > seconds:
+            self.begins(name)
             return True
         self.left_out(name, "no time was left in the budget of this part")
         return False

@@ -438,8 +438,9 @@ def run(context: Context) -> None:
     device = context.device()
     sizes, lead = context.sizes, context.lead
     others = [backend for backend in context.backends() if backend != lead]
-    with context.attempt("row kernels"):
-        row_kernels(device, context, [lead])
+    if context.has_time("row kernels"):
+        with context.attempt("row kernels"):
+            row_kernels(device, context, [lead])
     each(context, "fused", sizes.shapes, lambda shape: fused(device, context, shape, lead))
     # the narrowest pair and the widest, at one vocabulary
     some = tuple(dict.fromkeys((sizes.shapes[0], sizes.shapes[min(2, len(sizes.shapes) - 1)])))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import cases, contestants, verification
-from benchmarks.gpu.context import Context
+from benchmarks.gpu.context import Context, is_lost
 from benchmarks.gpu.device import Device, Run
 from benchmarks.gpu.part_ours import peak_of
 from benchmarks.gpu.results import Precision, Timing
@@ -36,6 +36,12 @@ def ordered_cases(sizes: cases.Sizes) -> list[tuple[cases.Shape, str, str]]:
     ]
 
 
+def title(case: tuple[cases.Shape, str, str], compiled: bool) -> str:
+    """Of a case in messages."""
+    shape, head, name = case
+    return f"{shape}, {name}, head {head}{', compiled' if compiled else ''}"
+
+
 def starts(device: Device, context: Context, name: str, run: Run) -> bool:
     """Whether a first call goes through; if not, the reason is kept."""
     try:
@@ -43,8 +49,7 @@ def starts(device: Device, context: Context, name: str, run: Run) -> bool:
         device.synchronize()
         return True
     except Exception as error:
-        if "CUDA error" in str(error):
-            # nothing runs in this process after an illegal access
+        if is_lost(str(error)):
             raise
         why = "out of memory" if device.is_out_of_memory(error) else f"{type(error).__name__}"
         context.left_out(name, f"{why}: {error}")
@@ -75,7 +80,7 @@ def compete(
     }
     variants: dict[str, Run] = {}
     for label, peer in found.items():
-        what = f"{label}: {shape}, {name}, head {head}"
+        what = f"{label}: {title(case, compiled)}"
         run = cases.step(peer.loss, inputs)
         seconds = FIRST_CALL_S[compiled and label != ours]
         if compiled and context.dry_run:
@@ -197,22 +202,24 @@ def run(context: Context) -> None:
     for law in ("independent", "student near teacher"):
         for name in cases.DIVERGENCES:
             if context.has_time(f"precision, {name}, {law}", FIRST_CALL_S[False]):
-                precision(device, context, law, name, here)
+                with context.attempt(f"precision, {name}, {law}"):
+                    precision(device, context, law, name, here)
     if "flashinfer-python" in here and context.has_time("verification", FIRST_CALL_S[True]):
         with context.attempt("verification"):
             verify(device, context)
     current = None
     # a compiler takes longer than all the others together, so it waits for them
     for compiled, case in itertools.product((False, True), ordered_cases(sizes)):
-        shape, head, name = case
-        if not context.has_time(f"{shape}, {name}, head {head}", FIRST_CALL_S[False]):
+        shape = case[0]
+        if not context.has_time(title(case, compiled), FIRST_CALL_S[False]):
             continue
-        if current is None or current[0] != shape:
-            current = None
-            device.free()
-            torch.compiler.reset()
-            inputs = cases.inputs_of(device, shape, sizes.dtype)
-            cut = cases.cut_of(inputs, sizes.workspace_bytes, context.lead)
-            gemms = cases.Gemms(device, inputs, cut)
-            current = shape, inputs, gemms, gemms.best_split()
-        compete(device, context, *current[1:], case, here, compiled)
+        with context.attempt(title(case, compiled)):
+            if current is None or current[0] != shape:
+                current = None
+                device.free()
+                torch.compiler.reset()
+                inputs = cases.inputs_of(device, shape, sizes.dtype)
+                cut = cases.cut_of(inputs, sizes.workspace_bytes, context.lead)
+                gemms = cases.Gemms(device, inputs, cut)
+                current = shape, inputs, gemms, gemms.best_split()
+            compete(device, context, *current[1:], case, here, compiled)

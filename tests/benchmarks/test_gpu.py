@@ -352,7 +352,7 @@ def test_a_full_disk_costs_no_rows(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(driver.results, "save", full)
     rows: list[dict] = []
-    run._read(read_fd, rows)
+    run._read(read_fd, rows, [])
     assert [row["name"] for row in rows] == ["one", "two"]
     assert "could not be saved: No space left" in capsys.readouterr().err
 
