@@ -186,7 +186,7 @@ class Context:
         and keep its output open.
 
         Raises:
-            subprocess.TimeoutExpired: it took longer.
+            subprocess.TimeoutExpired: it took longer; with what it had printed.
         """
         with subprocess.Popen(
             command,
@@ -200,10 +200,10 @@ class Context:
             self.groups.add(process.pid)
             try:
                 output, _ = process.communicate(timeout=max(1.0, share * self.seconds_left()))
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired as error:
                 self.end_programs()
-                output, _ = process.communicate()
-                print(output, flush=True)
+                error.output, _ = process.communicate()
+                print(error.output, flush=True)
                 raise
             finally:
                 self.groups.discard(process.pid)

@@ -14,6 +14,7 @@ from benchmarks.gpu.results import Check
 # the two that are promised first
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+_FINDING = re.compile(r"=+ (?!COMPUTE-SANITIZER|Error: Target application)\S.*")
 FOUND = 86
 # our kernels alone: the sanitizer makes everything else slow, and the GEMMs are not ours
 OUR_KERNELS = ("--kernel-name", "kernel_substring=opd")
@@ -29,6 +30,16 @@ def verdict(output: str, code: int) -> tuple[str, str]:
         lines = [line for line in output.splitlines() if line.startswith("=========")]
         return "failed", f"{findings} findings; {' '.join(lines[1:4])[:200]}"
     return ("passed", "0 findings") if code == 0 else ("error", f"exit code {code}")
+
+
+def unfinished(tool: str, output: str, seconds: float) -> Check:
+    """Of a run that was ended: what it found by then counts."""
+    ran = ", ".join(re.findall(r"^ran (\w+)$", output, re.M)) or "nothing"
+    found = [line for line in output.splitlines() if _FINDING.match(line)]
+    words = f"not done after {seconds:.0f} s, {ran} ran"
+    if found:
+        return Check(tool, "failed", f"{found[0][:120]}; {words}")
+    return Check(tool, "left out", words)
 
 
 def run(context: Context) -> None:
@@ -55,8 +66,8 @@ def run(context: Context) -> None:
         try:
             # the first may take twice its share: what is left over goes to the next
             done = context.command(command, min(1.0, 2.0 / waiting), env=environment)
-        except subprocess.TimeoutExpired:
-            context.left_out(tool, f"not done after {time.monotonic() - begin:.0f} s")
+        except subprocess.TimeoutExpired as error:
+            context.row(unfinished(tool, str(error.output), time.monotonic() - begin))
             continue
         outcome, detail = verdict(done.stdout, done.returncode)
         context.row(Check(tool, outcome, f"{detail}; {time.monotonic() - begin:.0f} s"))

@@ -436,6 +436,23 @@ def test_verdicts_of_the_sanitizer(output, code, outcome):
     assert part_sanitizer.verdict(output, code)[0] == outcome
 
 
+def test_a_sanitizer_that_is_ended_says_what_ran_and_what_it_found():
+    banner = "========= COMPUTE-SANITIZER\nran divergence\nran fused\n"
+    row = part_sanitizer.unfinished("memcheck", banner, 9.4)
+    assert row == Check("memcheck", "left out", "not done after 9 s, divergence, fused ran")
+    finding = "========= Invalid __global__ read of size 4 bytes\n=========     at rows\n"
+    row = part_sanitizer.unfinished("memcheck", banner + finding, 9.4)
+    assert row.outcome == "failed" and "Invalid __global__ read" in row.detail
+
+
+def test_counters_that_ncu_does_not_know_do_not_cost_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'python'}")
+    refuse = 'case "$*" in *launch__*) echo "==ERROR== no such metric"; exit 1;; esac'
+    context, rows = context_with(tmp_path, "ncu", f"{refuse}\ncat <<E\n{NCU}E\n")
+    part_ncu.run(context)
+    assert [row["kind"] for row in rows] == ["Counter", "Counter"]
+
+
 def test_counters_are_read_from_ncu(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'python'}")
     context, rows = context_with(tmp_path, "ncu", f"cat <<'E'\n{NCU}E\n")
