@@ -111,8 +111,13 @@ def _cpu(meta: Meta) -> str | None:
     return None if meta.device == "cpu" else f"the tensors are on {meta.device}"
 
 
+@_constant_for_dynamo
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton(meta: Meta) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if meta.dtype == torch.float64:
         return "float64 is not supported by the Triton kernels"

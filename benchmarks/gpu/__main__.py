@@ -38,8 +38,6 @@ SOFT = 0.85
 LEAST_S = 3.0
 # until a part that was told to end is killed
 GRACE_S = 2.0
-# until a part is taken to hang whose case says nothing: a compiler takes half of it
-SILENT_S = 60.0
 # of its share: nothing of ours runs on a card without the build
 MOST_SHARES = {"build": 2.0}
 
@@ -124,10 +122,12 @@ class Run:
             self._put_aside(str(error))
             return
         mine = self.results
-        same = all(earlier[key] == mine[key] for key in ("commit", "dirty", "versions"))
+        same = all(earlier[key] == mine[key] for key in ("commit", "dirty"))
+        same = same and machine.agree(earlier["versions"], mine["versions"])
         # two trees without a commit's name may be two different ones
         is_known = mine["dirty"] is False
         if same and is_known and earlier["machine"]["gpu"] == mine["machine"]["gpu"]:
+            mine["versions"] = earlier["versions"] | mine["versions"]
             mine["parts"] = {
                 name: part
                 for name, part in earlier["parts"].items()
@@ -243,8 +243,8 @@ class Run:
             while code is None and time.monotonic() < end_at:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=min(1.0, max(0.0, end_at - time.monotonic())))
-                if code is None and progress.silent_s() > SILENT_S:
-                    why = f"no word for {SILENT_S:.0f} s"
+                if code is None and progress.is_stuck():
+                    why = f"no word for {time.monotonic() - progress.heard:.0f} s"
                     break
         finally:
             end(process)

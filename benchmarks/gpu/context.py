@@ -149,12 +149,13 @@ class Context:
                 raise DeviceLost(f"{name}: {error}") from error
 
     @contextlib.contextmanager
-    def underway(self, name: str, again: bool = False) -> Iterator[None]:
+    def underway(self, name: str, again: bool = False, silent_s: float = 0.0) -> Iterator[None]:
         """Tells what runs: if this process does not survive it, the next one has it in `done`.
 
-        `again`: the next one may run it again if this one survives it.
+        `again`: the next one may run it again if this one survives it. `silent_s`: seconds without
+        a word after which it is taken to hang, 0 for as many as anything may take.
         """
-        self.tell({"begun": name})
+        self.tell({"begun": name, "silent_s": silent_s})
         yield
         self.tell({"ended": name, "again": again})
 

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.gpu.context import CLUSTER_SWITCH, ROOT, find_tool
 
@@ -21,7 +21,9 @@ _QUERY = {
     "power_limit_w": "power.limit",
     "temperature_c": "temperature.gpu",
 }
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "orda-kernel", "fla-core", "transformers")
+# of peers and of what they import, which may be there for one part and not for another
+PEERS = ("liger-kernel", "trl", "orda-kernel", "fla-core", "transformers")
+PACKAGES = ("torch", "triton", *PEERS)
 
 
 def output_of(command: Sequence[str]) -> str:
@@ -92,6 +94,13 @@ def versions() -> dict[str, str]:
     text = (ROOT / "opd_kernels" / "__init__.py").read_text(encoding="utf-8")
     found["opd_kernels"] = re.search(r'__version__ = "([^"]+)"', text)[1]
     return found
+
+
+def agree(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    """Whether figures of both may lie in one file: equal versions, of peers where both have one."""
+    names = some.keys() | others.keys()
+    either = {name for name in names if name in PEERS and not (name in some and name in others)}
+    return all(some.get(name) == others.get(name) for name in names - either)
 
 
 def commit(given: str | None) -> tuple[str, bool | None]:

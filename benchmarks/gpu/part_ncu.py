@@ -23,7 +23,7 @@ METRICS = (
 KERNELS = "regex:opd|divergence"
 # one of each divergence, after which ncu need not wait for the program's end
 LAUNCHES = 3
-UNKNOWN_METRIC = "Failed to find metric"
+LATE = "its time was over"
 NO_PERMISSION = "ERR_NVGPUCTRPERM"
 
 
@@ -59,11 +59,11 @@ def run(context: Context) -> None:
     command = [ncu, "--clock-control", "none", "--csv", "--kernel-name", KERNELS]
     command += ["--kernel-name-base", "demangled"]
     command += ["--launch-count", str(LAUNCHES), "--kill", "yes"]
-    # a name that this ncu does not know costs all of them
+    # a name that this ncu does not know costs the others
     for metrics in (METRICS, [name for name in METRICS if not name.startswith("launch__")]):
         output, ended = counted(context, [*command, "--metrics", ",".join(metrics), *program])
         counters = counters_of(output)
-        if counters or UNKNOWN_METRIC not in output:
+        if counters or NO_PERMISSION in output or ended == LATE:
             break
     for counter in counters:
         context.row(counter)
@@ -80,5 +80,5 @@ def counted(context: Context, command: list[str]) -> tuple[str, str]:
     try:
         done = context.command(command)
     except subprocess.TimeoutExpired as late:
-        return late.output or "", "its time was over"
+        return late.output or "", LATE
     return done.stdout, f"exit code {done.returncode}"

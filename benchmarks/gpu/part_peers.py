@@ -18,6 +18,8 @@ from benchmarks.peers import Peer
 
 # seconds that a first call may take: with a compiler, and without
 FIRST_CALL_S = {True: 25.0, False: 3.0}
+# and until a compiler is taken to hang
+SILENT_S = 120.0
 # a peer this many times slower than ours needs no further round
 SLOW = 3.0
 # before the errors of gradients: both KLs, since one peer has the forward one alone, and a compiler
@@ -66,7 +68,9 @@ def starts(device: Device, context: Context, name: str, run: Run, who: str = "")
     if who in context.done:
         context.left_out(name, "its call ended an earlier process of this part")
         return False
-    with context.underway(who, again=True):
+    with context.underway(
+        who, again=True, silent_s=SILENT_S if contestants.COMPILED in who else 0.0
+    ):
         try:
             run()
             device.synchronize()

@@ -23,6 +23,9 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 AT_ONCE = 12
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 _KERNEL = re.compile(r"\bopd::(?:cuda::)?(?:\(anonymous namespace\)::|<unnamed>::)?(\w+)(?=[<(])")
+_FINDING = re.compile(
+    r"=+ (?!COMPUTE-SANITIZER|Error: Target application|.* SUMMARY: )\S.*|=+     +\S"
+)
 FOUND = 86
 # our kernels alone: the sanitizer makes everything else slow, and the GEMMs are not ours
 OUR_KERNELS = ("--kernel-name", "kernel_substring=opd")
@@ -40,6 +43,24 @@ def kernels_in(lines: list[str]) -> dict[str, int]:
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
+def found(tool: str, output: str, words: str) -> tuple[str, str]:
+    """(outcome, detail) of a run that found something."""
+    lines = [line for line in output.splitlines() if _FINDING.match(line)]
+    kernels = kernels_in(lines)
+    named = ", ".join(f"{name} {count}x" for name, count in kernels.items())
+    is_partial = tool == "racecheck" and set(kernels) == {ASYNCHRONOUS}
+    detail = f"{words}; {named}; {' '.join(lines[:3])[:120]}"
+    return (TO_JUDGE if is_partial else "failed"), detail
+
+
+def unfinished(tool: str, output: str, seconds: float) -> tuple[str, str]:
+    """The same of a run that was ended: what it found by then counts."""
+    words = f"not done after {seconds:.0f} s"
+    if any(_FINDING.match(line) for line in output.splitlines()):
+        return found(tool, output, words)
+    return "left out", f"{words}; {words_of(output)}"
+
+
 def verdict(tool: str, output: str, code: int) -> tuple[str, str]:
     """(outcome, detail) from what the sanitizer and the op printed, and the exit code."""
     summary = _SUMMARY.search(output)
@@ -48,14 +69,8 @@ def verdict(tool: str, output: str, code: int) -> tuple[str, str]:
         return "left out", UNSUPPORTED
     if summary is None:
         return "error", f"exit code {code} and no summary; {words_of(output)}"
-    findings = int(summary[1])
-    if findings or code == FOUND:
-        lines = [line for line in output.splitlines() if line.startswith("=========")]
-        kernels = kernels_in(lines)
-        named = ", ".join(f"{name} {count}x" for name, count in kernels.items())
-        is_partial = tool == "racecheck" and set(kernels) == {ASYNCHRONOUS}
-        words = f"{findings} findings; {named}; {' '.join(lines[1:4])[:120]}"
-        return (TO_JUDGE if is_partial else "failed"), words
+    if int(summary[1]) or code == FOUND:
+        return found(tool, output, f"{summary[1]} findings")
     if code == 0:
         return "passed", "0 findings"
     if NO_ROOM in failures:
@@ -77,8 +92,7 @@ def check(context: Context, command: list[str], tool: str, op: str) -> tuple[str
     try:
         done = context.command(command, env=environment)
     except subprocess.TimeoutExpired as late:
-        seconds = time.monotonic() - begin
-        return "left out", f"not done after {seconds:.0f} s; {words_of(late.output or '')}"
+        return unfinished(tool, late.output or "", time.monotonic() - begin)
     outcome, detail = verdict(tool, done.stdout, done.returncode)
     return outcome, f"{detail}; {time.monotonic() - begin:.0f} s"
 

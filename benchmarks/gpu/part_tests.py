@@ -28,7 +28,7 @@ from benchmarks.gpu.results import Check
 # a line for each test, as it ends
 _FORMAT = ["-q", "-rN", "-p", "no:cacheprovider", "-p", "tests.gpu.outcomes", "--no-header"]
 _FORMAT += ["-p", "benchmarks.gpu.pytest_group"]
-MARK = "outcome: "
+BEGUN, MARK = "begun: ", "outcome: "
 TRITON_PROCESSES = 5
 # until a test is taken to hang; some compile a dozen kernels
 SILENT_S = 60.0
@@ -85,8 +85,8 @@ class Follower:
         """A line of pytest's output."""
         print(line, end="", flush=True)
         self.heard = time.monotonic()
-        if line.startswith(pytest_group.BEGUN):
-            self.current = line.removeprefix(pytest_group.BEGUN).strip()
+        if line.startswith(BEGUN):
+            self.current = line.removeprefix(BEGUN).strip()
         elif line.startswith(MARK):
             outcome, name, detail = line.removeprefix(MARK).rstrip("\n").split("\t")
             self.keep(outcome, name, detail)

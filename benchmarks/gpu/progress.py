@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import time
 
+# until a case that says nothing is taken to hang: it may compile kernels of Triton
+SILENT_S = 60.0
+
 
 class Progress:
     """Of one part, over all of its processes."""
 
     def __init__(self) -> None:
         self.done: set[str] = set()
-        # the innermost last
+        # the innermost last, and the seconds that each may be silent
         self.underway: list[str] = []
+        self.patience: dict[str, float] = {}
         self.heard = time.monotonic()
 
     def hear(self, message: dict) -> bool:
@@ -20,6 +24,7 @@ class Progress:
         self.heard = time.monotonic()
         if "begun" in message:
             self.underway.append(message["begun"])
+            self.patience[message["begun"]] = message.get("silent_s") or SILENT_S
             return True
         if "ended" not in message:
             return False
@@ -29,9 +34,11 @@ class Progress:
             self.done.add(message["ended"])
         return True
 
-    def silent_s(self) -> float:
-        """Seconds without a word while a case is under way; 0 if none is."""
-        return time.monotonic() - self.heard if self.underway else 0.0
+    def is_stuck(self) -> bool:
+        """Whether a case is under way and said nothing for longer than it may."""
+        if not self.underway:
+            return False
+        return time.monotonic() - self.heard > self.patience[self.underway[-1]]
 
     def lose(self) -> str | None:
         """The process is gone: the case that it was in, which no other one will run."""

@@ -20,17 +20,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.context import DEVICE_LOST, is_lost
+from tests.gpu.outcomes import name_of
 
 VARIABLE = "OPD_GPU_TESTS"
-BEGUN, WAITING = "begun: ", "waiting"
+WAITING = "waiting"
 # tests of these words in their names take most of a GPU's memory
 LARGE = ("beyond_32_bit", "real_size")
 KEPT_BYTES = 4 << 30
-
-
-def name_of(nodeid: str) -> str:
-    """As tests.gpu.outcomes prints it."""
-    return nodeid.rpartition("/")[2]
 
 
 def chosen(names: list[str], are_triton: list[bool], group: dict) -> list[bool]:
@@ -84,7 +80,6 @@ def pytest_runtest_protocol(item: pytest.Item):
     is_large = any(word in item.name for word in LARGE)
     lock = Path(json.loads(os.environ[VARIABLE])["lock"])
     with alone(lock) if is_large else contextlib.nullcontext():
-        print(f"\n{BEGUN}{name_of(item.nodeid)}", flush=True)
         try:
             return (yield)
         finally:

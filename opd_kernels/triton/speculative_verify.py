@@ -287,8 +287,8 @@ def _logprobs(law, rows, has_row, lse, floor, ids):
 
 @triton.jit
 def _pair_tiles_kernel(
-    teacher, student, mass_ptr, overlap_ptr, of_teacher_ptr, sizes, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    teacher, student, mass_ptr, overlap_ptr, of_teacher_ptr, sizes, HAS_STUDENT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     group = program // sizes.num_tiles
@@ -301,7 +301,7 @@ def _pair_tiles_kernel(
     p = _probabilities(teacher, rows, lse, floor, columns, has_law[:, None] & is_column)
     r = factor.to(tl.float32)[:, None] * p
     least = tl.zeros_like(p)
-    if student is not None:
+    if HAS_STUDENT:
         rows, has_row, lse, floor, factor = _law_rows(student, at, is_row)
         has_law = has_law & has_row & (factor != 0.0) & (tl.abs(lse) < float("inf"))
         q = _probabilities(student, rows, lse, floor, columns, has_law[:, None] & is_column)
@@ -317,7 +317,8 @@ def _pair_tiles_kernel(
 def _draw_kernel(
     teacher, student, uniforms_ptr, mass_ptr, overlap_ptr, of_teacher_ptr, row_mass_ptr,
     row_overlap_ptr, tokens_ptr, student_logprobs_ptr, teacher_logprobs_ptr, sizes,
-    DRAWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    HAS_STUDENT: tl.constexpr, DRAWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     at, is_row = _rows_of(tl.program_id(0), sizes.num_rows, ROWS)
     tiles = tl.arange(0, TILES)[None, :] + tl.zeros((ROWS, 1), tl.int32)
@@ -333,7 +334,7 @@ def _draw_kernel(
     teacher_logprob = nan
     token = tl.full((ROWS,), -1, tl.int32)
     has_student = tl.zeros((ROWS,), tl.int1)
-    if student is not None:
+    if HAS_STUDENT:
         student_rows, has_student_row, student_lse, student_floor, less = _law_rows(
             student, at, is_row
         )
@@ -361,7 +362,7 @@ def _draw_kernel(
         columns = tile[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         readable = has_law[:, None] & (columns < sizes.vocab_size)
         r = factor[:, None] * _probabilities(teacher, rows, lse, floor, columns, readable)
-        if student is not None:
+        if HAS_STUDENT:
             is_read = readable & (has_student & is_residual)[:, None]
             q = _probabilities(student, student_rows, student_lse, student_floor, columns, is_read)
             r -= less.to(tl.float32)[:, None] * q
@@ -373,7 +374,7 @@ def _draw_kernel(
         token = tl.min(tl.where(is_here, columns, 0x7FFFFFFF), 1)
         token = tl.where(has_law & (last >= 0), token, -1)
         teacher_logprob = _logprobs(teacher, rows, has_row, lse, floor, token)
-        if student is not None:
+        if HAS_STUDENT:
             student_logprob = _logprobs(
                 student, student_rows, has_student_row, student_lse, student_floor, token
             )
@@ -461,6 +462,8 @@ def speculative_verify_residual_fwd(
             _side(student_logits, student_bias, numbers[0:3], student_temperatures),
             student_lse, student_floor, len(student_logits), student_rows, student_scale,
         )  # fmt: skip
+    # Triton 3.6 cannot ask whether a tuple with a None in it is None
+    has_student = student is not None
     sizes = Sizes(num_rows, vocab_size, num_tiles)
     of_tiles = teacher_lse.new_empty((3, num_rows, num_tiles)).unbind()
     mass, overlap, student_logprobs, teacher_logprobs = (
@@ -470,11 +473,11 @@ def speculative_verify_residual_fwd(
     groups = triton.cdiv(num_rows, rows)
     launch(
         _pair_tiles_kernel, groups * num_tiles, num_warps, teacher, student, *of_tiles, sizes,
-        ROWS=rows, COLUMNS=columns,
+        HAS_STUDENT=has_student, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
     launch(
         _draw_kernel, groups, num_warps, teacher, student, uniforms, *of_tiles, mass, overlap,
-        tokens, student_logprobs, teacher_logprobs, sizes, DRAWS=draws, ROWS=rows,
-        COLUMNS=columns, TILES=triton.next_power_of_2(num_tiles),
+        tokens, student_logprobs, teacher_logprobs, sizes, HAS_STUDENT=has_student, DRAWS=draws,
+        ROWS=rows, COLUMNS=columns, TILES=triton.next_power_of_2(num_tiles),
     )  # fmt: skip
     return mass, overlap, tokens, student_logprobs, teacher_logprobs

@@ -214,33 +214,6 @@ def test_a_run_that_is_killed_keeps_what_it_has(tmp_path, number, status):
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
-def test_parts_of_the_same_commit_are_kept_and_others_are_not(tmp_path):
-    first = ["--dry-run", "--out", str(tmp_path), "--commit"]
-    path = tmp_path / "dry_run.json"
-    assert driver.main([*first, "abc", "build"]) == 0
-    # out of time, and kept all the same
-    assert driver.main([*first, "abc", "--budget", "1", "ncu"]) == 1
-    assert set(schema.load(path)["parts"]) == {"build", "ncu"}
-    assert driver.main([*first, "abd", "build"]) == 0
-    assert set(schema.load(path)["parts"]) == {"build"}
-    # put aside, where no page looks for it
-    aside = tmp_path / "dry_run.json.old"
-    assert set(schema.load(aside)["parts"]) == {"build", "ncu"}
-    path.write_text("{")
-    assert driver.main([*first, "abd", "build"]) == 0
-    assert aside.read_text() == "{"
-
-
-def test_trees_without_a_commit_are_not_mixed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(driver.machine, "commit", lambda given: ("unknown", None))
-    for name in ("build", "ncu"):
-        # out of time at once, and kept
-        assert driver.main(["--dry-run", "--out", str(tmp_path), "--budget", "1", name]) == 1
-    assert set(schema.load(tmp_path / "dry_run.json")["parts"]) == {"ncu"}
-    assert set(schema.load(tmp_path / "dry_run.json.old")["parts"]) == {"build"}
-    assert "a tree without a commit of its own (--commit names one)" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("said", "capability"),
     [("NVIDIA X1, 9.0, 143771", "90a-real"), ("NVIDIA X1, 8.6, 24576", "86-real")],
@@ -505,6 +478,17 @@ NO_REGISTERS = "FAILED fused: too many resources requested for launch"
 def test_verdicts_of_the_sanitizer(tool, output, code, outcome, words):
     found, detail = part_sanitizer.verdict(tool, output, code)
     assert found == outcome and words in detail
+
+
+def test_a_sanitizer_that_is_ended_says_what_ran_and_what_it_found():
+    banner = "========= COMPUTE-SANITIZER\nran divergence\n"
+    outcome, detail = part_sanitizer.unfinished("memcheck", banner, 9.4)
+    assert (outcome, detail) == ("left out", "not done after 9 s; ran divergence")
+    read = f"========= Invalid __global__ read of size 4\n=========     at {OURS}rows<int>(int)\n"
+    outcome, detail = part_sanitizer.unfinished("memcheck", banner + read, 9.4)
+    assert outcome == "failed" and "rows 1x" in detail and "Invalid __global__ read" in detail
+    race = RACE.format(CLUSTER_KERNEL).rpartition("\n")[0]
+    assert part_sanitizer.unfinished("racecheck", race, 9.4)[0] == schema.TO_JUDGE
 
 
 def test_counters_are_read_from_ncu(tmp_path, monkeypatch):

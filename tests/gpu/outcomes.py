@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin: a line for each test as it ends, which a run that is cut short has too."""
+"""A pytest plugin: a line for each test as it begins and ends, even of a run that is cut short."""
 
 from __future__ import annotations
+
+
+def name_of(nodeid: str) -> str:
+    return nodeid.rpartition("/")[2]
+
+
+def pytest_runtest_logstart(nodeid):
+    """The line of a test that may never end."""
+    print(f"\nbegun: {name_of(nodeid)}", flush=True)
 
 
 def pytest_runtest_logreport(report):
@@ -16,6 +25,6 @@ def pytest_runtest_logreport(report):
     elif report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         detail = crash.message if crash is not None else str(report.longrepr)
-    name = report.nodeid.rpartition("/")[2]
+    name = name_of(report.nodeid)
     words = " ".join(f"{detail} ({report.duration:.1f} s)".split())
     print(f"\noutcome: {report.outcome}\t{name}\t{words}", flush=True)
