@@ -17,6 +17,9 @@ TOPK = "topk_logprobs"
 FUSED_TOPK = "fused_linear_topk"
 VERIFY = "fused_linear_speculative_verify"
 EAGER, ONE_VOCABULARY = "eager torch", "one vocabulary"
+# F.linear(h, W).float(), which users have, and F.linear(h.float(), W.float())
+ROUNDED = "gradient error over that of eager on 16-bit operands"
+WIDENED = "gradient error over that of eager on widened float32 operands"
 # the two whose lead is promised in numbers
 NAMED = ("trl", "liger")
 
@@ -134,16 +137,19 @@ def _named_peers(results: dict) -> Worst | None:
     )
 
 
-def _precision(results: dict) -> Worst | None:
-    lead = lead_of(results)
-    # to two digits: what is equal differs in the fourth
-    return _largest(
-        [
-            Worst(round(row.of_eager, 2), f"{row.divergence}, {row.law}")
-            for row in rows_of(results, "peers", Precision)
-            if row.contestant == lead
-        ]
-    )
+def _precision(ratio: str) -> Callable[[dict], Worst | None]:
+    """Of ours at torch's defaults: `ratio` is a field of Precision."""
+
+    def worst(results: dict) -> Worst | None:
+        lead = lead_of(results)
+        rows = rows_of(results, "peers", Precision)
+        rows = [row for row in rows if row.contestant == lead and getattr(row, ratio) is not None]
+        # to two digits: what is equal differs in the fourth
+        return _largest(
+            [Worst(round(getattr(row, ratio), 2), f"{row.divergence}, {row.law}") for row in rows]
+        )
+
+    return worst
 
 
 def _tolerant(results: dict) -> Worst | None:
@@ -184,7 +190,10 @@ PROMISES = (
     ),
     Promise("time of every peer over ours", "at least", 1.0, _every_peer),
     Promise("time of TRL and Liger over ours", "at least", 1.5, _named_peers),
-    Promise("gradient error over that of eager float32 logits", "at most", 1.0, _precision),
+    Promise(ROUNDED, "at most", 1.0, _precision("of_rounded")),
+    # dZ is rounded to 16 bits for its GEMMs, and dX and dW once more: sqrt 2 of what eager rounds
+    # once, 1.34 to 1.43 in the model of tests/gpu/test_rounding.py
+    Promise(WIDENED, "at most", 1.5, _precision("of_eager")),
     Promise("peak extra memory over workspace + gradients", "at most", 1.05, _peak),
     Promise("time with gradient_tolerance over the dense GEMMs", "at most", 0.70, _tolerant),
     Promise("time with a sparse teacher over its three GEMMs", "at most", 1.15, _sparse),

@@ -20,6 +20,8 @@ from benchmarks.peers import Peer
 FIRST_CALL_S = {True: 25.0, False: 3.0}
 # and until a compiler is taken to hang
 SILENT_S = 120.0
+# ours with one of torch's defaults off, in case cuBLAS makes use of it for float32 results too
+FLOAT32_REDUCTIONS = "no reduced-precision reduction"
 # a peer this many times slower than ours needs no further round
 SLOW = 3.0
 # before the errors of gradients: both KLs, since one peer has the forward one alone, and a compiler
@@ -157,6 +159,28 @@ def relative_error(gradient: Tensor, truth: Tensor) -> float:
     return float((gradient.double() - truth).norm() / truth.norm())
 
 
+def worse(errors: list[float], others: list[float] | None) -> float | None:
+    """The larger ratio of the two gradients' errors to another's, if that was measured."""
+    if others is None:
+        return None
+    return max(error / other for error, other in zip(errors, others, strict=True))
+
+
+def with_float32_reductions(run: Run) -> Run:
+    """The same, split-K GEMMs of bfloat16 not allowed to add their parts up in bfloat16."""
+    flags = torch.backends.cuda.matmul
+
+    def restricted() -> None:
+        before = flags.allow_bf16_reduced_precision_reduction
+        flags.allow_bf16_reduced_precision_reduction = False
+        try:
+            run()
+        finally:
+            flags.allow_bf16_reduced_precision_reduction = before
+
+    return restricted
+
+
 def precision(device: Device, context: Context, law: str, name: str, here: list[str]) -> None:
     """Gradients of everyone against float64 on one small problem."""
     sizes = context.sizes
@@ -167,15 +191,18 @@ def precision(device: Device, context: Context, law: str, name: str, here: list[
     cases.step(cases.loss_of(name, backend="reference"), exact)()
     truth = exact.student_hidden.grad, exact.student_lm_head_weight.grad
     ours = f"opd_kernels {context.lead}"
-    found = {"eager": None, ours: Peer(cases.loss_of(name, backend=context.lead))}
-    found |= {
-        label: peer
-        for label, peer in contestants.losses_of(name, sizes.dtype, device.kind, here).items()
-        if contestants.COMPILED not in label
-    }
-    of_eager = None
+    restricted = f"{ours}, {FLOAT32_REDUCTIONS}"
+    own = Peer(cases.loss_of(name, backend=context.lead))
+    peers = contestants.losses_of(name, sizes.dtype, device.kind, here)
+    peers = {label: peer for label, peer in peers.items() if contestants.COMPILED not in label}
+    # both of eager first: the others are measured by their errors
+    found = {label: peer for label, peer in peers.items() if label.startswith("eager")}
+    found |= {ours: own, restricted: own} | peers
+    of_eager, of_rounded = None, None
     for label, peer in found.items():
         run = cases.step(peer.loss, inputs)
+        if label == restricted:
+            run = with_float32_reductions(run)
         if not starts(device, context, f"precision, {label}: {name}, {law}", run):
             continue
         factor = shape.num_tokens if peer.averages else 1
@@ -183,9 +210,13 @@ def precision(device: Device, context: Context, law: str, name: str, here: list[
             relative_error(tensor.grad.double() * factor, exact)
             for tensor, exact in zip(inputs[:2], truth, strict=True)
         ]
-        of_eager = of_eager or errors
-        ratio = max(error / eager for error, eager in zip(errors, of_eager, strict=True))
-        context.row(Precision(label, name, law, *errors, ratio))
+        if label.startswith("eager"):
+            if peer.rounds_logits:
+                of_rounded = errors
+            else:
+                of_eager = errors
+        ratios = worse(errors, of_eager), worse(errors, of_rounded)
+        context.row(Precision(label, name, law, *errors, *ratios))
 
 
 def verify(device: Device, context: Context) -> None:

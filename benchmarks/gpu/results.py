@@ -89,14 +89,19 @@ class RowKernel:
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Relative error, in the Frobenius norm, of gradients against float64."""
+    """Relative error, in the Frobenius norm, of gradients against float64.
+
+    `of_eager`: the worse over that of eager on operands widened to float32; `of_rounded`: over that
+    of eager on 16-bit operands, whose logits are rounded. None if that eager did not run before.
+    """
 
     contestant: str
     divergence: str
     law: str
     grad_hidden: float
     grad_weight: float
-    of_eager: float
+    of_eager: float | None
+    of_rounded: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

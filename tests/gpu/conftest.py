@@ -4,15 +4,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.gpu.device import Device
+from benchmarks.gpu.device import Device, Run
 from benchmarks.shapes import Shape
 
 DRY_RUN = os.environ.get("OPD_GPU_DRY_RUN") == "1"
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """Triton's last: what a time limit cuts off are kernels that take seconds each to compile."""
+    places = [place for place, item in enumerate(items) if HERE in item.path.parents]
+    found = sorted((items[place] for place in places), key=_is_of_triton)
+    for place, item in zip(places, found, strict=True):
+        items[place] = item
+
+
+def _is_of_triton(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    return call is not None and call.params.get("backend") == "triton"
 
 
 class Sizes(NamedTuple):
@@ -24,6 +41,12 @@ class Sizes(NamedTuple):
     slice_tokens: int
     row: tuple[int, int]
     workspace_bytes: int
+
+    def of_operands(self, dtype: torch.dtype) -> Shape:
+        """`fused`, or one slice of its tokens in float32, which no tensor core multiplies."""
+        if dtype == torch.float32:
+            return self.fused._replace(num_tokens=self.slice_tokens)
+        return self.fused
 
 
 REAL = Sizes(
@@ -82,3 +105,40 @@ def backend(request) -> str:
     if request.param == "triton":
         pytest.skip("tests/opd_kernels/test_triton_*.py interpret it, in minutes")
     return "cpu"
+
+
+def logits_of(device: Device, hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
+    """hidden @ head.T in `dtype`; in float32 by the product that the ops take, of the operands.
+
+    Tensor cores cut their float32 sums off where a float32 product rounds them (docs/numerics.md).
+    A baseline with the same cuts leaves to be held to its error what the ops themselves add.
+    """
+    if dtype != torch.float32:
+        return hidden.to(dtype) @ head.to(dtype).t()
+    out = torch.empty(hidden.shape[0], head.shape[0], dtype=dtype, device=hidden.device)
+    return device.mm(hidden, head.t(), out)
+
+
+def check_replay(
+    device: Device, replay: Callable[[], object], run: Run, out: dict[str, Tensor]
+) -> None:
+    """A replay writes to the bit what an eager `run`, which puts it into `out`, computes."""
+    found = []
+    for call in (replay, replay, run):
+        call()
+        device.synchronize()
+        found.append({name: value.clone() for name, value in out.items()})
+    first, second, eager = found
+    for name, value in first.items():
+        if torch.equal(value, eager[name]):
+            continue
+        raise AssertionError(
+            f"{name}: the graph's bits are not the eager call's. "
+            + (
+                "Two replays agree: look first whether the GEMM library chose another kernel in "
+                "the capture (its workspace there), then at ours."
+                if torch.equal(value, second[name])
+                else "Two replays differ as well: no choice of a GEMM, a race or unwritten memory."
+            )
+        )
+    assert all(bool(value.isfinite().all()) for value in first.values())

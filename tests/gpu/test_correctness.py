@@ -15,7 +15,7 @@ from opd_kernels import reference
 from tests import eager
 from tests.cases import SPECS, spec
 from tests.checks import leaf, upstream
-from tests.gpu.conftest import DRY_RUN
+from tests.gpu.conftest import DRY_RUN, logits_of
 from tests.tolerance import assert_within_eager
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("poisoned")]
@@ -25,44 +25,50 @@ SETTLED = ("total_variation", "adaptive_kl")
 
 
 @functools.cache
-def problem(device, shape: cases.Shape) -> cases.Inputs:
+def problem(device, shape: cases.Shape, operands: torch.dtype) -> cases.Inputs:
     """The same inputs for every divergence and backend."""
-    return cases.inputs_of(device, shape, torch.bfloat16).with_head("trained")
+    return cases.inputs_of(device, shape, operands).with_head("trained")
 
 
 @functools.cache
-def gradients_by_slices(device, shape, name: str, dtype: torch.dtype, step: int) -> list[Tensor]:
+def gradients_by_slices(device, shape, operands, name: str, dtype, step: int) -> list[Tensor]:
     """[loss, dX, dW] of the textbook formula in `dtype`, a slice of tokens at a time."""
-    inputs = problem(device, shape)
+    inputs = problem(device, shape, operands)
     params = {"beta": 0.5} if name == "jsd" else {}
     divergence = spec(name, **params)
     formula = reference.divergence if dtype == torch.float64 else eager.divergence
-    head, teacher_head = inputs[1].detach().to(dtype), inputs[3].to(dtype)
+    own_head, teacher_head = inputs[1].detach(), inputs[3]
+    head = own_head.to(dtype)
     losses, grad_hidden = [], []
     grad_head = torch.zeros_like(head)
     for begin in range(0, inputs[0].shape[0], step):
         rows = slice(begin, begin + step)
-        hidden = inputs[0].detach()[rows].to(dtype)
-        logits = (hidden @ head.t()).requires_grad_()
-        teacher_logits = inputs[2][rows].to(dtype) @ teacher_head.t()
+        hidden = inputs[0].detach()[rows]
+        logits = logits_of(device, hidden, own_head, dtype).requires_grad_()
+        teacher_logits = logits_of(device, inputs[2][rows], teacher_head, dtype)
         loss = formula(logits, teacher_logits, divergence=divergence)
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
         losses.append(loss.detach())
         grad_hidden.append(gradient @ head)
-        grad_head.addmm_(gradient.t(), hidden)
+        grad_head.addmm_(gradient.t(), hidden.to(dtype))
     return [torch.cat(losses), torch.cat(grad_hidden), grad_head]
 
 
-@pytest.mark.parametrize("name", cases.DIVERGENCES)
-def test_fused_linear_divergence_at_real_size(device, sizes, backend, name):
-    inputs = problem(device, sizes.fused)
+@pytest.mark.parametrize(
+    ("name", "operands"),
+    [*((name, torch.bfloat16) for name in cases.DIVERGENCES), ("reverse_kl", torch.float32)],
+    ids=str,
+)
+def test_fused_linear_divergence_at_real_size(device, sizes, backend, name, operands):
+    shape = sizes.of_operands(operands)
+    inputs = problem(device, shape, operands)
     options = {"backend": backend, "workspace_bytes": sizes.workspace_bytes, "divergence": name}
     with torch.no_grad():
         per_token = opk.fused_linear_divergence(*inputs, reduction="none", **options).loss
     loss = opk.fused_linear_divergence(*inputs, **options).loss
     actual = [per_token, *torch.autograd.grad(loss, inputs[:2])]
     truth, baseline = (
-        gradients_by_slices(device, sizes.fused, name, dtype, sizes.slice_tokens)
+        gradients_by_slices(device, shape, operands, name, dtype, sizes.slice_tokens)
         for dtype in (torch.float64, torch.float32)
     )
     for what, got, eager_value, exact in zip(

@@ -15,7 +15,7 @@ from opd_kernels.token_logprobs import pack_law
 from tests import eager
 from tests.cases import spec
 from tests.checks import laws_of, leaf
-from tests.gpu.conftest import DRY_RUN
+from tests.gpu.conftest import DRY_RUN, check_replay
 from tests.tolerance import assert_within_eager
 
 pytestmark = pytest.mark.cuda
@@ -124,14 +124,7 @@ def test_graph_replays_with_other_inputs(device, sizes, backend):
     with torch.no_grad():
         for static, fresh in zip(inputs, other, strict=True):
             static.copy_(fresh)
-    replay()
-    device.synchronize()
-    captured = {name: value.clone() for name, value in out.items()}
-    run()
-    device.synchronize()
-    for name, value in captured.items():
-        assert torch.equal(value, out[name]), name
-    assert bool(captured["weight"].isfinite().all())
+    check_replay(device, replay, run, out)
 
 
 @pytest.mark.parametrize("head", cases.HEADS)

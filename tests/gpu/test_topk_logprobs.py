@@ -10,7 +10,7 @@ from torch import Tensor
 import opd_kernels as opk
 from benchmarks.gpu import cases
 from opd_kernels import _dispatch, reference
-from tests.gpu.conftest import DRY_RUN
+from tests.gpu.conftest import DRY_RUN, logits_of
 from tests.tolerance import assert_within_eager
 from tests.topk import check_ids, check_topk_logprobs, eager_topk_logprobs, hostile_rows
 
@@ -89,16 +89,18 @@ def test_topk_logprobs_writes_every_output(device, sizes, backend, poisoned):
     assert all(bool(values.isfinite().all()) for values in out)
 
 
-def test_fused_linear_topk_at_real_size(device, sizes, backend):
-    inputs = cases.inputs_of(device, sizes.fused, torch.bfloat16)
+@pytest.mark.parametrize("operands", [torch.bfloat16, torch.float32], ids=str)
+def test_fused_linear_topk_at_real_size(device, sizes, backend, operands):
+    inputs = cases.inputs_of(device, sizes.of_operands(operands), operands)
     hidden, head = inputs.teacher_hidden, inputs.teacher_lm_head_weight
     options = {"num_topk": 64, "workspace_bytes": sizes.workspace_bytes, "backend": backend}
     out = opk.fused_linear_topk(hidden, head, **options)
     assert same(opk.fused_linear_topk(hidden, head, **options)[:5], out[:5])
     step = max(len(hidden) // 16, 1)
-    logits = hidden[::step].float() @ head.float().t()
-    truth = reference.topk_logprobs(hidden[::step].double() @ head.double().t(), 64)
-    baseline = eager_topk_logprobs(logits, 64)
+    exact, logits = (
+        logits_of(device, hidden[::step], head, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    truth, baseline = reference.topk_logprobs(exact, 64), eager_topk_logprobs(logits, 64)
     check_ids(out, "fused")
     for field in FIELDS:
         got = getattr(out, field)[::step]
