@@ -41,6 +41,7 @@ constexpr Kind kKinds[] = {
     {OPD_TODI, 0, 0},               {OPD_ALPHA_BETA, 0.2, 0.7},   {OPD_ALPHA_BETA, 0, 0.7},
     {OPD_ALPHA_BETA, 0.4, 0},       {OPD_ALPHA_BETA, 0.5, -0.5},  {OPD_ALPHA_BETA, 0, 0},
     {OPD_CONCRETE_SCORE, 0, 0},     {OPD_CONCRETE_SCORE, 1, 2},   {OPD_CONCRETE_SCORE, 0, 2},
+    {OPD_ADAPTIVE_KL, 0.5, 0},      {OPD_ADAPTIVE_KL, 0.95, 0},
 };
 constexpr Kind kReverseKl = {OPD_REVERSE_KL, 0, 0};
 
@@ -554,11 +555,8 @@ void check_refusals() {
   expect::that(!takes([](auto& args) { args.target = OPD_TARGET_MIXTURE; }), "target");
   expect::that(!takes([](auto& args) { args.grad.dtype = OPD_BFLOAT16; }), "16-bit rows elsewhere");
   expect::that(!takes([](auto& args) { args.student.matrix.dtype = OPD_BFLOAT16; }), "16 bits");
-  static const opd_divergence_component_t others[] = {{OPD_ADAPTIVE_KL, 0.5, 0, nullptr},
-                                                      {OPD_CROSS_ENTROPY, 0, 0, nullptr}};
-  for (const auto& other : others) {
-    expect::that(!takes([&](auto& args) { args.components = &other; }), "another divergence");
-  }
+  static const opd_divergence_component_t other = {OPD_CROSS_ENTROPY, 0, 0, nullptr};
+  expect::that(!takes([](auto& args) { args.components = &other; }), "no divergence");
 }
 
 }  // namespace
