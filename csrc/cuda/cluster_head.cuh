@@ -4,8 +4,8 @@
 //
 // The warps that hold the row add its masses to their own block's bins; then one warp of each block
 // reads those of all, first in groups, and all of them find the same. Two sets of bins take turns: a
-// block may fill one while others read the other. A block signals that its bins are full after it
-// has read those of the pass before, so when all have, these are free.
+// block may fill one while others read the other. A block signals that its bins are full after it has
+// read those of the pass before, so when all have, these are free.
 #pragma once
 
 namespace opd {

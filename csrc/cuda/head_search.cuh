@@ -11,7 +11,7 @@
 namespace opd {
 namespace cuda {
 
-// A mass in units of 2^-62: exact for every float32 from 2^-38 on, and a law's sum stays below 2^63.
+// A mass in units of 2^-62: exact for every float32 from 2^-38 on. A law's sum stays below 2^63.
 __device__ __forceinline__ uint64_t whole_mass(float mass) {
   return static_cast<uint64_t>(mass * 4611686018427387904.0f);
 }

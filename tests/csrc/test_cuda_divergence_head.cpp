@@ -112,7 +112,7 @@ const Kind kRows[] = {
     {"a peak", [](int64_t v) { return v == 11 ? 30.0 : 0.0; }},
     {"ties", [](int64_t v) { return static_cast<double>(v % 3); }},
     {"far below", [](int64_t v) { return v < 9 ? 0.25 * static_cast<double>(v % 5) : -200.0; }},
-    {"every other -inf", [](int64_t v) { return v % 2 ? -kInf : std::sin(static_cast<double>(v)); }},
+    {"every other -inf", [](int64_t v) { return v % 2 ? -kInf : std::sin(1.0 * v); }},
     {"a ramp", [](int64_t v) { return 0.002 * static_cast<double>(v); }},
 };
 
