@@ -2,10 +2,10 @@
 // The bins in which the blocks of a cluster search for the head of the teacher's law, and the warp
 // of each that reads them. Part of divergence_cluster.cuh.
 //
-// The warps that hold the row add its masses to their own block's bins; then one warp of each block
-// reads those of all, first in groups, and all of them find the same. Two sets of bins take turns: a
-// block may fill one while others read the other. A block signals that its bins are full after it has
-// read those of the pass before, so when all have, these are free.
+// The warps that hold the row add its masses to their own block's bins; then one warp of each
+// block reads those of all, first in groups, and all of them find the same. Two sets of bins
+// take turns: a block may fill one while others read the other. A block signals that its bins
+// are full after it has read those of the pass before, so when all have, these are free.
 #pragma once
 
 namespace opd {

@@ -2,8 +2,8 @@
 // The warps that hold the row. Part of divergence_cluster.cuh.
 //
 // In order, of row n: wait for its laws, (head, row sums,) terms; exponentials of as much of row
-// n + 1 as is on chip; wait for the sums of row n, its gradient, which frees its chunks; the rest of
-// the exponentials of row n + 1.
+// n + 1 as is on chip; wait for the sums of row n, its gradient, which frees its chunks; the
+// rest of the exponentials of row n + 1.
 #pragma once
 
 namespace opd {

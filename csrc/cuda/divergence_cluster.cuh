@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of divergence_cluster.h. A cluster of blocks holds a row of both logits in shared
-// memory, spread over its warps. Sweeps over the row: sums of exponentials; the search for a head,
-// and sums, that terms need first; terms, with dterm and q put where the logits were; gradient, after
-// which the memory takes what comes next. One more warp in each block adds up what the others found,
-// exchanges it with the other blocks and hands back what the next sweep needs; meanwhile the others
-// sum the exponentials of the row after, which is on chip already. Another warp does nothing but
-// start copies. Nothing depends on which cluster takes a row or when.
+// memory, spread over its warps. Sweeps over the row: sums of exponentials; the search for a
+// head, and sums, that terms need first; terms, with dterm and q put where the logits were;
+// gradient, after which the memory takes what comes next. One more warp in each block adds up
+// what the others found, exchanges it with the other blocks and hands back what the next sweep
+// needs; meanwhile the others sum the exponentials of the row after, which is on chip already.
+// Another warp does nothing but start copies. Nothing depends on which cluster takes a row or
+// when.
 #pragma once
 
 #include "bits.cuh"
