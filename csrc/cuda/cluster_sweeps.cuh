@@ -225,9 +225,11 @@ class Sweeper {
       head_parity_ ^= 1;
       const HeadRange range = *block_.head();
       if (range.shift < 0) return range.threshold;
+      const float least = least_logit(range, teacher.factor, teacher.lse);
       LaneMasses masses(block_.head_bins(head_turn_)->masses(), range);
       for_chunks(row_slot, [&](int slot, int chunk) {
         for_quads<2, false>(slot, chunk, [&](const float4&, const float4& t, int) {
+          if (!(largest_of(t) >= least)) return;
           const float logits[kQuad] = {t.x, t.y, t.z, t.w};
 #pragma unroll
           for (int j = 0; j < kQuad; ++j) {

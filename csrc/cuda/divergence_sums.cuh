@@ -178,10 +178,15 @@ struct RowSums {
   // The same p as in the entries.
   __device__ __forceinline__ void add_teacher_masses(const Shift<float>& shift,
                                                      LaneMasses& lane) const {
+    const float least = least_logit(lane.range(), 1.0f, shift.high);
     for_each_vector<2>(TeacherLaw<kGeneral>{laws.teacher}, call.vocab_size, false, false,
                        [&](int column, int count, const uint4& bits) {
                          float z[kVector], unused[kVector];
                          laws.teacher.widen(bits, column, count, z, unused);
+                         const float largest =
+                             detail::max_device(detail::max_device(z[0], z[1]),
+                                                detail::max_device(z[2], z[3]));
+                         if (!(largest >= least)) return;
 #pragma unroll
                          for (int i = 0; i < kVector; ++i) {
                            float low;

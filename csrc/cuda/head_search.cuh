@@ -26,6 +26,14 @@ struct HeadRange {
   float threshold;       // ... and this is what it found
 };
 
+// Logits below it have a log p = factor * logit - lse below the range, whichever way it is rounded:
+// most of a row is left out by a comparison.
+__device__ __forceinline__ float least_logit(const HeadRange& range, float factor, float lse) {
+  const float log_p = value_at(range.first);
+  const float margin = 1e-5f * (1.0f + ::fabsf(log_p) + ::fabsf(lse));
+  return (log_p - margin + lse) / factor;
+}
+
 template <int kBinBits>
 class HeadSearch {
  public:
@@ -102,21 +110,17 @@ struct MassBins {
 // equal logits would have all lanes wait for one word.
 class LaneMasses {
  public:
-  __device__ LaneMasses(const MassBins& bins, const HeadRange& range)
-      : bins_(bins),
-        first_(range.first),
-        span_(range.last - range.first),
-        shift_(range.shift),
-        floor_(value_at(range.first)) {}
+  __device__ LaneMasses(const MassBins& bins, const HeadRange& range) : bins_(bins), range_(range) {}
+
+  __device__ const HeadRange& range() const { return range_; }
 
   // probability() is that of a token in range
   template <class Probability>
   __device__ __forceinline__ void add(float log_p, Probability&& probability) {
-    // most are not; NaN is not
-    if (!(log_p >= floor_)) return;
-    const uint32_t beyond = order_of(log_p) - first_;
-    if (beyond > span_) return;
-    const uint32_t bin = beyond >> shift_;
+    // the order of a NaN is above or below that of all numbers
+    const uint32_t beyond = order_of(log_p) - range_.first;
+    if (beyond > range_.last - range_.first) return;
+    const uint32_t bin = beyond >> range_.shift;
     if (bin != bin_) {
       flush();
       bin_ = bin;
@@ -130,9 +134,7 @@ class LaneMasses {
 
  private:
   MassBins bins_;
-  uint32_t first_, span_;
-  int shift_;
-  float floor_;
+  HeadRange range_;
   uint32_t bin_ = 0;
   uint64_t mass_ = 0;
 };
