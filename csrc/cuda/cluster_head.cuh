@@ -7,9 +7,10 @@
 // take turns: a block may fill one while others read the other. A block signals that its bins
 // are full after it has read those of the pass before, so when all have, these are free.
 //
-// By the machine code for sm_90a a sweep takes 2.75 issue slots for a column whose logit is too small,
-// and about 30 for one in range, 15 more where its bin is another than that before. At 4.0 TB/s an
-// H200 has 88 for each column of two float32 rows and a float32 gradient, 73 with a 16-bit one.
+// By the machine code for sm_90a a sweep takes 2.75 issue slots for a column whose logit is too
+// small, and about 30 for one in range, 15 more where its bin is another than that before. At 4.0
+// TB/s an H200 has 88 for each column of two float32 rows and a float32 gradient, 73 with a 16-bit
+// one.
 #pragma once
 
 namespace opd {

@@ -507,6 +507,11 @@ void check_heads() {
     }
   }
   check(make_problem(3, 20000, 62), {OPD_ADAPTIVE_KL, 0.5, 0}, {16, 90, 60000});
+  emulated_multiprocessors() = 16;
+  const Problem large = make_problem(1, 151936, 64);
+  const Kind kind = {OPD_ADAPTIVE_KL, 0.5, 0};
+  compare(large, kind, by_entry_point(large, kind));
+  expect::that(emulation::machine().cluster_size == 16, "a large row is on chip");
   // powers of two, in logits of ln 2: 1/2, 1/4 and two eighths
   Problem exact = make_problem(1, 4, 63);
   exact.teacher_scale = 0.69314718055994531;
