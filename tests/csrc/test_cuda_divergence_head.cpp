@@ -160,6 +160,28 @@ void check_neighbours_of_nan() {
   }
 }
 
+// Tokens that are all as probable are all in the head, whatever it may have: forward KL, on a CPU too.
+void check_uniform_teachers() {
+  for (int64_t vocab_size : {1, 31, 4097}) {
+    Problem p(1, vocab_size, 9);
+    for (int64_t v = 0; v < vocab_size; ++v) p.teacher.put(0, v, 0.7);
+    const auto losses = [&](const cases::Kind& kind) {
+      Problem one = p;
+      one.add(kind);
+      return std::vector<double>{forward_backward<double>(one, false).loss[0],
+                                 forward_backward<float>(one, false).loss[0],
+                                 forward_backward<float>(one, true).loss[0]};
+    };
+    const std::vector<double> expected = losses({OPD_FORWARD_KL, 0, 0});
+    for (double head_mass : {0.5, 1 - 1e-6, 1 - 1e-9}) {
+      const std::vector<double> got = losses({OPD_ADAPTIVE_KL, head_mass, 0});
+      for (size_t i = 0; i < got.size(); ++i) {
+        expect::near(got[i], expected[i], 1e-6 * expected[0], "a head of all tokens");
+      }
+    }
+  }
+}
+
 void check_a_large_vocabulary() {
   Problem p(1, 151936, 8);
   for (double head_mass : {0.5, 0.95}) check_head(p, head_mass, "V 151,936");
@@ -171,6 +193,7 @@ int main() {
   check_rows();
   check_every_option();
   check_neighbours_of_nan();
+  check_uniform_teachers();
   check_a_large_vocabulary();
   std::printf("%d heads; worst error over bound %.2f at %s\n", num_checked, worst.ratio,
               worst.where.c_str());
