@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -58,6 +59,30 @@ def claim(root: Path, arm: str, key: str, config: Any) -> Any:
     arm_dir(root, arm).mkdir(parents=True, exist_ok=True)
     key_path(root, arm).write_text(key, encoding="utf-8")
     return config
+
+
+def run_job(
+    description: str, jobs: Sequence[str], root: Path, run: Callable[[Path, str, int], Any]
+) -> int:
+    """The command line of one job, `run(root, name, seed)`. Returns the exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("arm", choices=jobs)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", type=Path, default=root)
+    options = parser.parse_args()
+    from opd.schema import ConfigError
+    from opd.train import Interrupted
+
+    try:
+        run(options.root.resolve(), options.arm, options.seed)
+    except ConfigError as error:
+        say(str(error))
+        return 2
+    except (Interrupted, KeyboardInterrupt):
+        say("stopped")
+        return 130
+    return 0
 
 
 def write_whole(path: Path, text: str) -> None:

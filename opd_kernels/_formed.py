@@ -76,6 +76,27 @@ def at_places(
     return tuple(gradients)
 
 
+def backward_again(op: str, differentiable: Sequence[int], call: Callable) -> Callable:
+    """The backward of a loss [T] whose gradients are formed when the upstream one is there.
+
+    Args:
+        op: `torch.ops.opd.<op>_bwd` forms them, from the upstream gradient and more.
+        differentiable: where their tensors are among the inputs.
+        call: (saved inputs, which gradients are wanted) -> those further arguments.
+    """
+
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * len(ctx.is_tensor)
+        wanted = [ctx.needs_input_grad[position] for position in differentiable]
+        formed = getattr(torch.ops.opd, f"{op}_bwd")(
+            grad_loss.contiguous(), *call(saved_inputs(ctx), wanted)
+        )
+        return at_places(len(ctx.is_tensor), differentiable, wanted, formed)
+
+    return lambda _: backward
+
+
 def upstream_weights(grad_loss: Tensor, given: Tensor | None) -> Tensor:
     """The upstream gradient [T] as one more token weight: its zeros cost nothing either."""
     if given is None:

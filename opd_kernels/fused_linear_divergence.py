@@ -311,7 +311,6 @@ def _sum_into(
 
 _NUM_INPUTS = len(Inputs._fields)
 _NUM_LAWS = _laws.NUM_ARGUMENTS
-_NUM_TENSORS = _NUM_INPUTS + _laws.Laws._fields.index("divergences")
 # where the differentiable tensors are among the arguments: hidden, head, bias, A and B
 _DIFFERENTIABLE = (0, 1, _NUM_INPUTS, 6, 7)
 
@@ -386,31 +385,7 @@ def _fwd_fake(*arguments):
 
 def _fwd_setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
-    ctx.rest = inputs[_NUM_TENSORS:]
-
-
-def _fwd_backward(_):
-    def backward(ctx, grad_loss, *__):
-        if grad_loss is None:
-            return (None,) * ctx.num_inputs
-        *numbers, workspace_bytes, _, group, compact_tokens, backend = ctx.rest
-        wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
-        formed = torch.ops.opd.fused_linear_divergence_bwd(
-            grad_loss.contiguous(),
-            *ctx.saved_tensors,
-            *numbers,
-            workspace_bytes,
-            wanted,
-            group,
-            compact_tokens,
-            backend,
-        )
-        return _formed.at_places(ctx.num_inputs, _DIFFERENTIABLE, wanted, formed)
-
-    return backward
+    _formed.save_inputs(ctx, inputs)
 
 
 def _bwd(grad_loss, *arguments):
@@ -443,7 +418,9 @@ register(
     "fused_linear_divergence_fwd",
     fake=_fwd_fake,
     setup_context=_fwd_setup_context,
-    backward=_fwd_backward,
+    backward=_formed.backward_again(
+        _OP, _DIFFERENTIABLE, lambda saved, wanted: [*saved[:-4], wanted, *saved[-3:]]
+    ),
     python=_fwd,
 )
 register(

@@ -501,20 +501,6 @@ def _fwd_setup_context(ctx, inputs, output):
     _formed.save_inputs(ctx, inputs)
 
 
-def _fwd_backward(_):
-    def backward(ctx, grad_loss, __):
-        if grad_loss is None:
-            return (None,) * len(ctx.is_tensor)
-        *arguments, _, compact_tokens, backend = _formed.saved_inputs(ctx)
-        wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
-        formed = torch.ops.opd.fused_linear_overlap_divergence_bwd(
-            grad_loss.contiguous(), *arguments, wanted, compact_tokens, backend
-        )
-        return _formed.at_places(len(ctx.is_tensor), _DIFFERENTIABLE, wanted, formed)
-
-    return backward
-
-
 def _bwd(grad_loss, *arguments):
     student, teacher, cells, (workspace_bytes, with_grads, *rest) = _split(arguments)
     weights = _formed.upstream_weights(grad_loss, cells.token_weights)
@@ -540,7 +526,9 @@ register(
     "fused_linear_overlap_divergence_fwd",
     fake=_fwd_fake,
     setup_context=_fwd_setup_context,
-    backward=_fwd_backward,
+    backward=_formed.backward_again(
+        _OP, _DIFFERENTIABLE, lambda saved, wanted: [*saved[:-3], wanted, *saved[-2:]]
+    ),
     python=_fwd,
 )
 register(

@@ -275,20 +275,6 @@ def _fwd_fake(*arguments):
     return hidden.new_empty(hidden.shape[0], dtype=_checks.real_dtype(hidden))
 
 
-def _fwd_backward(_):
-    def backward(ctx, grad_loss):
-        if grad_loss is None:
-            return (None,) * len(ctx.is_tensor)
-        *arguments, workspace_bytes, compact_tokens = _formed.saved_inputs(ctx)
-        wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
-        formed = torch.ops.opd.fused_linear_sorted_l1_bwd(
-            grad_loss.contiguous(), *arguments, workspace_bytes, wanted, compact_tokens
-        )
-        return _formed.at_places(len(ctx.is_tensor), _DIFFERENTIABLE, wanted, formed)
-
-    return backward
-
-
 def _sources(student: Side, ranks: Ranks) -> tuple[Tensor | None, ...]:
     return *_row_chunks.sources(student), ranks.student_log_scales
 
@@ -319,7 +305,9 @@ register(
     "fused_linear_sorted_l1_fwd",
     fake=_fwd_fake,
     setup_context=lambda ctx, inputs, output: _formed.save_inputs(ctx, inputs),
-    backward=_fwd_backward,
+    backward=_formed.backward_again(
+        _OP, _DIFFERENTIABLE, lambda saved, wanted: [*saved[:-1], wanted, saved[-1]]
+    ),
     python=_fwd,
 )
 register(

@@ -8,11 +8,9 @@ python examples/cross_tokenizer/train_arm.py alm --seed 0 --root runs/mine/seed0
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections import defaultdict
@@ -22,7 +20,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 import vocabularies
-from records import arm_dir, claim, commit, finished, result_path, say, write_whole
+from records import arm_dir, claim, commit, finished, result_path, run_job, say, write_whole
 from world import Valley, as_lines
 
 ARMS = Path(__file__).parent / "arms"
@@ -225,26 +223,13 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
     return result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Run one job of the demo of two tokenizers.")
-    parser.add_argument("arm", choices=sorted(path.stem for path in ARMS.glob("*.yaml")))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=Path, default=Path("runs/cross_tokenizer/seed0"))
-    options = parser.parse_args()
-    from opd.schema import ConfigError
-    from opd.train import Interrupted
-
-    try:
-        run(options.root.resolve(), options.arm, options.seed)
-    except ConfigError as error:
-        say(str(error))
-        return 2
-    except (Interrupted, KeyboardInterrupt):
-        say("stopped")
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main())
+    JOBS = sorted(path.stem for path in ARMS.glob("*.yaml"))
+    sys.exit(
+        run_job(
+            "Run one job of the demo of two tokenizers.",
+            JOBS,
+            Path("runs/cross_tokenizer/seed0"),
+            run,
+        )
+    )

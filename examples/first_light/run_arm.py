@@ -8,10 +8,8 @@ python examples/first_light/run_arm.py on_policy_reverse_kl --seed 0 --root runs
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 import records
-from records import arm_dir, claim, commit, finished, result_path, say, write_whole
+from records import arm_dir, claim, commit, finished, result_path, run_job, say, write_whole
 
 ARMS = Path(__file__).parent / "arms"
 TRACES = "teacher_traces.jsonl"
@@ -141,27 +139,6 @@ def run(root: Path, arm: str, seed: int) -> dict[str, Any]:
     return result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Run one job of the demo.")
-    arms = sorted(path.stem for path in ARMS.glob("*.yaml"))
-    parser.add_argument("arm", choices=["teacher", *arms])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=Path, default=Path("runs/first_light/seed0"))
-    options = parser.parse_args()
-    from opd.schema import ConfigError
-    from opd.train import Interrupted
-
-    try:
-        run(options.root.resolve(), options.arm, options.seed)
-    except ConfigError as error:
-        say(str(error))
-        return 2
-    except (Interrupted, KeyboardInterrupt):
-        say("stopped")
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main())
+    JOBS = ["teacher", *sorted(path.stem for path in ARMS.glob("*.yaml"))]
+    sys.exit(run_job("Run one job of the demo.", JOBS, Path("runs/first_light/seed0"), run))

@@ -20,7 +20,7 @@ from opd.assembly import (
 )
 from opd.batch import Prompt, Trajectory
 from opd.config import TrainConfig
-from opd.data import is_chat, render_prompt, tokenize_rows, training_rows
+from opd.data import chat_template, is_chat, render_prompt, tokenize_rows, training_rows
 from opd.probe import probe
 from opd.rollouts import DatasetRollouts, Sampling, sample
 from opd.rollouts.hf import end_token_ids
@@ -271,7 +271,9 @@ class _View:
         for name, tokenizer in (("student", self.tokenizer), ("teacher", self.theirs)):
             if name in ids:
                 self._check_end_of_prompt(name, tokenizer, ids[name])
-        if self.translator is None and (not is_chat(first.row) or _template(self.theirs) is None):
+        if self.translator is None and (
+            not is_chat(first.row) or chat_template(self.theirs) is None
+        ):
             return
         rows = []
         for name, tokenizer in (("student", self.tokenizer), ("teacher", self.theirs)):
@@ -383,10 +385,6 @@ def _without_role(tokenizer: Any, found: opk.TokenBytes) -> str:
     names = [str(token) for i, token in added.items() if token.special and i not in known]
     rest = len(names) - _MOST_NAMES
     return " ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _template(tokenizer: Any) -> str | None:
-    return getattr(tokenizer, "chat_template", None)
 
 
 def _trained(trajectories: Sequence[Trajectory]) -> torch.Tensor:

@@ -207,6 +207,11 @@ def encode_prompt(
     return _encode(row, tokenizer, add_special_tokens, where)[0]
 
 
+def chat_template(tokenizer: Any) -> Any:
+    """A tokenizer's template of chats; None for those of texts."""
+    return getattr(tokenizer, "chat_template", None)
+
+
 def render_prompt(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[str, str | None]:
     """A row's prompt as text, chats by the tokenizer's template, and its completion or None."""
     prompt, completion = row.get("messages", row.get("prompt")), row.get("completion")
@@ -215,7 +220,7 @@ def render_prompt(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[s
     if isinstance(prompt, list):
         prompt, turn = _split_chat(prompt)
         completion = completion if turn is None else _content([turn], where)
-        if getattr(tokenizer, "chat_template", None) is None:
+        if chat_template(tokenizer) is None:
             raise ConfigError(f"{where}: is a chat, but the tokenizer has no chat template")
         prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     if not isinstance(prompt, str):

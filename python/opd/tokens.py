@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import opd_kernels as opk
+from opd.data import chat_template
 from opd.identity import first_difference, vocabulary
 from opd.model import load_tokenizer_at, resolve_model_path
 from opd.objectives import OBJECTIVES
@@ -161,7 +162,7 @@ def load_translator(
             f"{'teacher' if ours else 'student'}: the bytes of its tokens are not known, see the "
             "line above, so nothing can be said across tokenizers"
         )
-    if teacher_tokenizer is None or (not crosses and _lacks_template(teacher_tokenizer)):
+    if teacher_tokenizer is None or (not crosses and chat_template(teacher_tokenizer) is None):
         teacher_tokenizer = tokenizer
     if teacher_tokenizer.eos_token_id is None:
         raise ConfigError("teacher: its tokenizer has no end token, so it cannot say where to stop")
@@ -182,7 +183,3 @@ def _bytes_or_words(tokenizer: Any) -> opk.TokenBytes:
         return opk.TokenBytes(tokenizer, lossy=True)
     except opk.TokenBytesError:
         return _words(tokenizer)
-
-
-def _lacks_template(tokenizer: Any) -> bool:
-    return getattr(tokenizer, "chat_template", None) is None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Prompt, Trajectory, Translation, collate
-from opd.data import encode_prompt, is_chat
+from opd.data import chat_template, encode_prompt, is_chat
 from opd.schema import ConfigError
 
 # bits of `TokenBytes.symbols`
@@ -343,7 +343,7 @@ def turn_end_id(tokenizer: Any, token_bytes: opk.TokenBytes) -> int:
 
 def text_behind_a_turn(tokenizer: Any) -> str | None:
     """What a chat template writes behind what an assistant says; None without a template."""
-    if getattr(tokenizer, "chat_template", None) is None:
+    if chat_template(tokenizer) is None:
         return None
     said = "opd-said-this"
     turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": said}]

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 import opd_kernels as opk
+from opd.batch import Batch
 from opd.schema import Section
 
 
@@ -45,3 +47,27 @@ class ObjectiveSection(Section):
     def bind(self, parts: Parts) -> Any:
         """What is called in the loop: itself, or an object that knows the parts of the run."""
         return self
+
+
+class OfHiddenStates:
+    """What objectives on the teacher's hidden states say of themselves."""
+
+    needs_teacher: ClassVar[bool] = True
+    asks: ClassVar[str] = "hidden"
+    needs_behaviour_logprobs: ClassVar[bool] = False
+
+    def ask(self, teacher: Any, batch: Batch) -> None:
+        """What does not wait for the student, on the teacher's time."""
+        teacher.hidden()
+
+
+def teacher_divergence(name: str, params: Mapping[str, Any]) -> Any:
+    """The divergence of that name, with its parameters.
+
+    Raises:
+        ValueError: there is none, or it has no teacher.
+    """
+    divergence = opk.divergences.parse(name, **params)
+    if divergence.name == "cross_entropy":
+        raise ValueError("divergence: cross_entropy has no teacher; use kind: token_nll")
+    return divergence

@@ -168,12 +168,19 @@ class OnSharedTokens(ObjectiveSection):
     needs_pairs: ClassVar[bool] = False
     _shared: SharedVocab | None = PrivateAttr(None)
 
+    @property
+    def reads_shared(self) -> bool:
+        """Whether its options ask for what is shared, which takes seconds to find."""
+        return True
+
     def bind(self, parts: Parts) -> Self:
         """With what the vocabularies of the run share.
 
         Raises:
-            ValueError: they share no token, and it needs some.
+            ConfigError: they share no token, and it needs some.
         """
+        if not self.reads_shared:
+            return self
         bound = self.model_copy()
         bound._shared = SharedVocab(parts)
         if self.needs_pairs:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import opd_kernels as opk
 from opd.batch import Batch, Head, Law, Signal
-from opd.objectives.base import ObjectiveSection, Parts
+from opd.objectives.base import ObjectiveSection, OfHiddenStates, Parts, teacher_divergence
 from opd.objectives.crossing import SharedVocab, chunks_of
 from opd.objectives.projectors import LogitMap, attend, linear, project, standardised
 from opd.schema import ConfigError
 
 
-class Dskd(ObjectiveSection):
+class Dskd(OfHiddenStates, ObjectiveSection):
     """loss = (1 - kd_rate) / N sum_t -log Q(y_t)
          + kd_rate / N' sum_t [-log P_t2s(l_t) + m_t D(P_t2s, Q) + D(P, Q_s2t)],
     P_t2s = softmax(W_S t2s(h_T)), Q_s2t = softmax(W_T s2t(h_S)): h_T, h_S the hidden states, W_T,
@@ -56,9 +56,6 @@ class Dskd(ObjectiveSection):
     """
 
     crosses_tokenizers: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
-    asks: ClassVar[str] = "hidden"
-    needs_behaviour_logprobs: ClassVar[bool] = False
 
     kind: Literal["dskd"] = "dskd"
     version: Literal["v1", "v2"] = "v2"
@@ -71,14 +68,13 @@ class Dskd(ObjectiveSection):
 
     @model_validator(mode="after")
     def _check_divergence(self) -> Self:
-        if self.parsed_divergence.name == "cross_entropy":
-            raise ValueError("divergence: cross_entropy has no teacher; use kind: token_nll")
+        _ = self.parsed_divergence
         return self
 
     @cached_property
     def parsed_divergence(self) -> Any:
         """The divergence of the student's space."""
-        return opk.divergences.parse(self.divergence, **self.params)
+        return teacher_divergence(self.divergence, self.params)
 
     def bind(self, parts: Parts) -> BoundDskd:
         """With projectors between the two models of the run."""
@@ -105,13 +101,10 @@ class _Views:
     teacher_weights: Tensor
 
 
-class BoundDskd:
+class BoundDskd(OfHiddenStates):
     """`Dskd` between two models: its projectors, and its loss."""
 
     crosses_tokenizers: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
-    asks: ClassVar[str] = "hidden"
-    needs_behaviour_logprobs: ClassVar[bool] = False
     kind: ClassVar[str] = "dskd"
 
     def __init__(self, section: Dskd, parts: Parts) -> None:
@@ -161,10 +154,6 @@ class BoundDskd:
             self.module["t2s"].weight.copy_(onto_student.of(teacher, self._rows[1]))
         self._onto_teacher = LogitMap(teacher, self._rows[1], **workspace)
         self._s2t: tuple[tuple[int, int], Tensor] | None = None
-
-    def ask(self, teacher: Law, batch: Batch) -> None:
-        """What does not wait for the student, on the teacher's time."""
-        teacher.hidden()
 
     def __call__(
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int

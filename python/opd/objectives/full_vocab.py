@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.objectives.base import ObjectiveSection
+from opd.objectives.base import ObjectiveSection, OfHiddenStates, teacher_divergence
 
 STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
 
 
-class FullVocab(ObjectiveSection):
+class FullVocab(OfHiddenStates, ObjectiveSection):
     """loss = (1 / N) sum_t D(p_teacher(.|s_t), p_student(.|s_t)), N the tokens of the step.
 
     Attributes:
@@ -33,10 +33,6 @@ class FullVocab(ObjectiveSection):
 
     Source: GKD, arXiv:2306.13649; DistiLLM, arXiv:2402.03898.
     """
-
-    needs_teacher: ClassVar[bool] = True
-    asks: ClassVar[str] = "hidden"
-    needs_behaviour_logprobs: ClassVar[bool] = False
 
     kind: Literal["full_vocab"] = "full_vocab"
     divergence: str = "reverse_kl"
@@ -60,14 +56,7 @@ class FullVocab(ObjectiveSection):
             raise ValueError(
                 f"params: {', '.join(twice)} must be given once, not beside it as well"
             )
-        divergence = opk.divergences.parse(self.divergence, **params, **self.params)
-        if divergence.name == "cross_entropy":
-            raise ValueError("divergence: cross_entropy has no teacher; use kind: token_nll")
-        return divergence
-
-    def ask(self, teacher: Any, batch: Batch) -> None:
-        """What does not wait for the student, on the teacher's time."""
-        teacher.hidden()
+        return teacher_divergence(self.divergence, params | self.params)
 
     def __call__(
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int

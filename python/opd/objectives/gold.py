@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
+from opd.objectives.base import OfHiddenStates
 from opd.objectives.crossing import Chunks, OnSharedTokens, chunks_of, with_cross_entropy
 
 
-class Gold(OnSharedTokens):
+class Gold(OfHiddenStates, OnSharedTokens):
     """loss = (1 / C) sum over aligned chunks of D(p, q), of laws that are times a probability:
 
     merge "observed": q = Q(. | before the chunk) * probability of the chunk's later tokens, each
@@ -41,9 +42,6 @@ class Gold(OnSharedTokens):
     """
 
     crosses_tokenizers: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
-    asks: ClassVar[str] = "hidden"
-    needs_behaviour_logprobs: ClassVar[bool] = False
 
     kind: Literal["gold"] = "gold"
     merge: Literal["observed", "bayesian"] = "observed"
@@ -55,18 +53,20 @@ class Gold(OnSharedTokens):
     temperature: float = Field(1.0, gt=0)
     teacher_temperature: float | None = Field(None, gt=0)
 
-    def model_post_init(self, context: Any, /) -> None:
-        """Weights come together, and for the hybrid loss."""
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
         given = [self.shared_weight is not None, self.rest_weight is not None]
         if any(given) and not (all(given) and self.hybrid):
             raise ValueError(
                 "shared_weight and rest_weight must be given together and with hybrid: true, got "
                 f"{self.shared_weight}, {self.rest_weight} and hybrid: {self.hybrid}"
             )
+        return self
 
-    def ask(self, teacher: Any, batch: Batch) -> None:
-        """What does not wait for the student, on the teacher's time."""
-        teacher.hidden()
+    @property
+    def reads_shared(self) -> bool:
+        """Whether its options ask for what is shared: sorted laws do not."""
+        return self.hybrid
 
     def __call__(
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int

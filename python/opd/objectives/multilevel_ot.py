@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from opd.batch import Batch, Law, Signal, law_size
-from opd.objectives.base import ObjectiveSection
+from opd.objectives.base import ObjectiveSection, OfHiddenStates
 from opd.objectives.crossing import pairs_of, with_cross_entropy
 from opd.objectives.standardized import column_sums, columns
 
 
-class MultilevelOt(ObjectiveSection):
+class MultilevelOt(OfHiddenStates, ObjectiveSection):
     """loss = (1 / C) sum over texts of sum_t (sum_i |p_ti - q_ti| - w_log sum_i p'_ti log q'_ti)
     + w_sinkhorn sum_tu F_tu W_tu, over pairs of positions, C of them in the step.
 
@@ -45,9 +45,6 @@ class MultilevelOt(ObjectiveSection):
     """
 
     crosses_tokenizers: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
-    asks: ClassVar[str] = "hidden"
-    needs_behaviour_logprobs: ClassVar[bool] = False
 
     kind: Literal["multilevel_ot"] = "multilevel_ot"
     pairing: Literal["chunks", "positions"] = "chunks"
@@ -58,10 +55,6 @@ class MultilevelOt(ObjectiveSection):
     num_iterations: int = Field(20, ge=1)
     cross_entropy_weight: float = Field(0.0, ge=0)
     temperature: float = Field(1.0, gt=0)
-
-    def ask(self, teacher: Any, batch: Batch) -> None:
-        """What does not wait for the student, on the teacher's time."""
-        teacher.hidden()
 
     def __call__(
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
+from opd.objectives.base import OfHiddenStates, teacher_divergence
 from opd.objectives.crossing import (
     OnSharedTokens,
     chunks_of,
@@ -19,7 +20,7 @@ from opd.objectives.crossing import (
 )
 
 
-class Overlap(OnSharedTokens):
+class Overlap(OfHiddenStates, OnSharedTokens):
     """loss = (1 / C) sum over aligned chunks of D(cells of p_teacher, cells of p_student),
 
     both laws those of the chunk's first token, each read where its own model is at the end of the
@@ -44,9 +45,6 @@ class Overlap(OnSharedTokens):
 
     crosses_tokenizers: ClassVar[bool] = True
     needs_pairs: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
-    asks: ClassVar[str] = "hidden"
-    needs_behaviour_logprobs: ClassVar[bool] = False
 
     kind: Literal["overlap"] = "overlap"
     divergence: str = "reverse_kl"
@@ -57,8 +55,6 @@ class Overlap(OnSharedTokens):
 
     @model_validator(mode="after")
     def _check_divergence(self) -> Self:
-        if self._divergence.name == "cross_entropy":
-            raise ValueError("divergence: cross_entropy has no teacher; use kind: token_nll")
         # what the op refuses, before anything is loaded
         nothing = [torch.zeros(1, 2), torch.zeros(3, 2)] * 2
         ids = torch.zeros(1, dtype=torch.int64)
@@ -74,11 +70,7 @@ class Overlap(OnSharedTokens):
 
     @cached_property
     def _divergence(self) -> Any:
-        return opk.divergences.parse(self.divergence, **self.params)
-
-    def ask(self, teacher: Any, batch: Batch) -> None:
-        """What does not wait for the student, on the teacher's time."""
-        teacher.hidden()
+        return teacher_divergence(self.divergence, self.params)
 
     def __call__(
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
+from opd.objectives.base import OfHiddenStates
 from opd.objectives.crossing import (
     Chunks,
     OnSharedTokens,
@@ -21,7 +22,7 @@ from opd.objectives.crossing import (
 )
 
 
-class Simct(OnSharedTokens):
+class Simct(OfHiddenStates, OnSharedTokens):
     """loss = (1 / C) sum over aligned chunks of KL(Q' || P'), Q' = softmax(z' / temperature),
 
     z' = (the student's logits of the shared tokens where the chunk's first token is predicted, and,
@@ -49,18 +50,11 @@ class Simct(OnSharedTokens):
 
     crosses_tokenizers: ClassVar[bool] = True
     needs_pairs: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
-    asks: ClassVar[str] = "hidden"
-    needs_behaviour_logprobs: ClassVar[bool] = False
 
     kind: Literal["simct"] = "simct"
     span: Literal["logit", "logprob"] = "logit"
     temperature: float = Field(0.6, gt=0)
     cross_entropy_weight: float = Field(0.0, ge=0)
-
-    def ask(self, teacher: Any, batch: Batch) -> None:
-        """What does not wait for the student, on the teacher's time."""
-        teacher.hidden()
 
     def __call__(
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.objectives.base import ObjectiveSection
+from opd.objectives.base import ObjectiveSection, teacher_divergence
 from opd.sparse_law import SparseLaw
 
 _STATISTICS = (
@@ -63,8 +63,6 @@ class Topk(ObjectiveSection):
 
     @model_validator(mode="after")
     def _check_divergence(self) -> Self:
-        if self._divergence.name == "cross_entropy":
-            raise ValueError("divergence: cross_entropy has no teacher; use kind: token_nll")
         if self.tail == "drop" and self._divergence.name != "forward_kl":
             raise ValueError(
                 f"tail: must not be 'drop' with divergence {self._divergence.name!r}, whose sum "
@@ -84,7 +82,7 @@ class Topk(ObjectiveSection):
 
     @cached_property
     def _divergence(self) -> Any:
-        return opk.divergences.parse(self.divergence, **self.params)
+        return teacher_divergence(self.divergence, self.params)
 
     def ask(self, teacher: Law | SparseLaw, batch: Batch) -> None:
         """What does not wait for the student, on the teacher's time."""

@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
-from opd.objectives.base import ObjectiveSection
+from opd.objectives.base import ObjectiveSection, OfHiddenStates
 from opd.objectives.crossing import pairs_of, with_cross_entropy
 
 
-class Uld(ObjectiveSection):
+class Uld(OfHiddenStates, ObjectiveSection):
     """loss = (1 / C) sum over aligned chunks of sum_i |P_(i) - Q_(i)|, both laws sorted descending,
 
     the shorter followed by zeros; P and Q predict the first token of the chunk on their sides. Plus
@@ -34,19 +34,12 @@ class Uld(ObjectiveSection):
     """
 
     crosses_tokenizers: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
-    asks: ClassVar[str] = "hidden"
-    needs_behaviour_logprobs: ClassVar[bool] = False
 
     kind: Literal["uld"] = "uld"
     pairing: Literal["chunks", "positions"] = "chunks"
     cross_entropy_weight: float = Field(0.0, ge=0)
     temperature: float = Field(1.0, gt=0)
     teacher_temperature: float | None = Field(None, gt=0)
-
-    def ask(self, teacher: Any, batch: Batch) -> None:
-        """What does not wait for the student, on the teacher's time."""
-        teacher.hidden()
 
     def __call__(
         self, student: Law, teacher: Law | None, batch: Batch, num_step_tokens: int
