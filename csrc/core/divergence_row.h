@@ -331,14 +331,15 @@ T head_threshold(double head_mass, ForEntries&& for_entries) {
       }
     });
     int bin = -1;
-    for (int k = kBins - 1; k >= 0; --k) {
+    double upto = above;
+    for (int k = kBins - 1; k >= 0 && upto <= head_mass; --k) {
       if (!seen[k]) continue;
       bin = k;
-      if (above + mass[k] > head_mass) break;
-      above += mass[k];
+      above = upto;
+      upto += mass[k];
     }
-    // every token fits, or the row is NaN
-    if (bin < 0) return -std::numeric_limits<T>::infinity();
+    // every token fits, or the row is NaN; below, rounding alone may say so of a bin that does not
+    if (is_first && !(upto > head_mass)) return -std::numeric_limits<T>::infinity();
     prefix = (prefix << kBits) | static_cast<uint64_t>(bin);
   }
   const T boundary = value_of(prefix, T{});

@@ -35,9 +35,17 @@ inline void init(MemoryBarrier* barrier, unsigned count = 1) {
 }
 inline void fence_barrier_init() {}
 inline void arrive(MemoryBarrier* barrier) {
+  // over, though nobody has waited for it yet
+  if (barrier->pending == 0 && barrier->bytes == 0) {
+    barrier->pending = barrier->count;
+    barrier->parity ^= 1;
+  }
   if (barrier->pending == 0) emulation::fail("more arrivals than a memory barrier counts");
   --barrier->pending;
   ++emulation::machine().progress;
+}
+inline void arrive_in_block(MemoryBarrier* barrier, unsigned rank) {
+  arrive(in_block(barrier, rank));
 }
 inline void expect_bytes(MemoryBarrier* barrier, uint32_t bytes) {
   barrier->bytes += static_cast<int32_t>(bytes);
@@ -119,6 +127,18 @@ __device__ __forceinline__ void fence_barrier_init() {
 __device__ __forceinline__ void arrive(MemoryBarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
+}
+// ... at the barrier of a block of the cluster; the pointer is this block's. That block waits for it
+// with wait_for_cluster().
+__device__ __forceinline__ void arrive_in_block(MemoryBarrier* barrier, unsigned rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 signal;\n"
+      "mapa.shared::cluster.u32 signal, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [signal];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
 }
 // Arrives, and adds to the bytes that the phase waits for.
 __device__ __forceinline__ void expect_bytes(MemoryBarrier* barrier, uint32_t bytes) {

@@ -4,7 +4,8 @@
 // Of each kind of exchange there is one buffer: a block sends its log-sum-exps of a row only after
 // every block has sent its terms of the row before, and so has read the log-sum-exps of that row;
 // likewise for the other kinds, and for the warps within a block. A row does no exchange of a kind
-// twice: a fast block's second one would reach a slow block that has not read the first.
+// twice: a fast block's second one would reach a slow block that has not read the first. The search
+// for a head does, but sends nothing: it reads what stays where it is, cluster_head.cuh.
 #pragma once
 
 namespace opd {
@@ -27,6 +28,7 @@ class Reducer {
       row_ = rows.next([&](int64_t row) { skip(row); });
       if (row_ >= args_.num_tokens) return;
       reduce_lse();
+      if constexpr (F::kNeedsThreshold) find_head();
       if constexpr (F::kRowSums > 0) reduce_row_sums();
       reduce_terms();
     }
@@ -104,10 +106,35 @@ class Reducer {
     const RowLaws laws = laws_of(student_, teacher_, {values[0], values[1]}, {values[2], values[3]},
                                  &student_lse_, &teacher_lse_);
     if (lane_ == 0) *block_.laws() = laws;
+    teacher_largest_ = static_cast<float>(values[2]);
     publish(kLseExchange);
     if constexpr (kStatistics) {
       agree_ = values[4] == values[5];
       if (rank_ == 0) look_up_ids();
+    }
+  }
+
+  __device__ void find_head() {
+    const RowLaws::Side& teacher = block_.laws()->teacher;
+    ClusterHeadSearch search(base_.head_mass, log_probability(teacher_largest_, teacher),
+                             probability(teacher_largest_, teacher), args_.vocab_size);
+    while (true) {
+      if (lane_ == 0) *block_.head() = search.range();
+      publish(kHeadExchange);
+      if (search.is_over()) return;
+      const uint32_t turn = parity_ >> kHeadExchange & 1u;
+      parity_ ^= 1u << kHeadExchange;
+      wait(block_.gathered(kHeadExchange), turn);
+      const int cluster = args_.plan.cluster;
+      block_.head_bins(turn)->add_up(lane_);
+      if (cluster > 1) {
+        if (lane_ < cluster) arrive_in_block(block_.received(kHeadExchange), lane_);
+        wait_for_cluster(block_.received(kHeadExchange), turn);
+      }
+      block_.head_bins(turn ^ 1)->clear(lane_);
+      uint64_t above;
+      const int bin = find_bin(block_.head_bins(turn), cluster, search.room(), lane_, &above);
+      search.narrow(bin, above);
     }
   }
 
@@ -251,6 +278,7 @@ class Reducer {
   Factor student_{}, teacher_{};
   double student_lse_ = 0, teacher_lse_ = 0;
   double of_ids_[4] = {};
+  float teacher_largest_ = 0;
   bool agree_ = false;
 };
 

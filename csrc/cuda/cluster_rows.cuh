@@ -37,7 +37,7 @@ struct RowLaws {
   float ratio;          // of the factors, student / teacher
   float gap, gap_low;   // lse of the student - lse of the teacher
 };
-static_assert(sizeof(RowLaws) <= kScalarBytes - 32, "tuning.h must leave room for a row's scalars");
+static_assert(sizeof(RowLaws) <= kScalarBytes - 48, "tuning.h must leave room for a row's scalars");
 
 // A sum of exponentials relative to that of the largest logit, as stored.
 struct RelativeSum {
@@ -170,13 +170,17 @@ OPD_HD float log_probability(float logit, const RowLaws::Side& side) {
   return high + (low - low == 0.0f ? low : 0.0f);
 }
 
+OPD_HD float probability(float logit, const RowLaws::Side& side) {
+  return side.scale * detail::exp2_device(detail::fma_device(logit, side.exponents, -side.shift));
+}
+
 template <bool kLowParts>
 OPD_HD Entry<float> entry_of(float student, float teacher, const RowLaws& laws) {
   Entry<float> e;
   const RowLaws::Side& s = laws.student;
   const RowLaws::Side& t = laws.teacher;
-  e.q = s.scale * detail::exp2_device(detail::fma_device(student, s.exponents, -s.shift));
-  e.p = t.scale * detail::exp2_device(detail::fma_device(teacher, t.exponents, -t.shift));
+  e.q = probability(student, s);
+  e.p = probability(teacher, t);
   // difference() of math.h, but that an infinite one costs a single instruction
   const float scaled = product(laws.ratio, student);
   const float apart = scaled - teacher;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The warps that hold the row. Part of divergence_cluster.cuh.
 //
-// In order, of row n: wait for its laws, (row sums,) terms; exponentials of as much of row n + 1 as
-// is on chip; wait for the sums of row n, its gradient, which frees its chunks; the rest of the
-// exponentials of row n + 1.
+// In order, of row n: wait for its laws, (head, row sums,) terms; exponentials of as much of row
+// n + 1 as is on chip; wait for the sums of row n, its gradient, which frees its chunks; the
+// rest of the exponentials of row n + 1.
 #pragma once
 
 namespace opd {
@@ -52,7 +52,12 @@ class Sweeper {
       wait(block_.published(kLseExchange), parity);
       const RowLaws laws = *block_.laws();
       if constexpr (F::kRowSums > 0) {
-        send_row_sums(row_slot, laws, parity);
+        if constexpr (F::kNeedsThreshold) {
+          const F with_head = base_.with_threshold(find_head(row_slot, laws.teacher));
+          send_row_sums(row_slot, laws, with_head, parity);
+        } else {
+          send_row_sums(row_slot, laws, base_, parity);
+        }
         const F functor = *block_.functor();
         if constexpr (F::kHasTextbook) {
           functor.barely_overlaps() ? send_terms<true>(row_slot, laws, functor)
@@ -213,7 +218,34 @@ class Sweeper {
     if (lane_ == 0) arrive(block_.gathered(kKind));
   }
 
-  __device__ __forceinline__ void send_row_sums(int row_slot, const RowLaws& laws,
+  // The least log p of the head.
+  __device__ __forceinline__ float find_head(int row_slot, const RowLaws::Side& teacher) {
+    while (true) {
+      wait(block_.published(kHeadExchange), head_parity_);
+      head_parity_ ^= 1;
+      const HeadRange range = *block_.head();
+      if (range.shift < 0) return range.threshold;
+      const float least = least_logit(range, teacher.factor, teacher.lse);
+      LaneMasses masses(block_.head_bins(head_turn_)->masses(), range);
+      for_chunks(row_slot, [&](int slot, int chunk) {
+        for_quads<2, false>(slot, chunk, [&](const float4&, const float4& t, int) {
+          if (!(largest_of(t) >= least)) return;
+          const float logits[kQuad] = {t.x, t.y, t.z, t.w};
+#pragma unroll
+          for (int j = 0; j < kQuad; ++j) {
+            masses.add(log_probability(logits[j], teacher),
+                       [&] { return probability(logits[j], teacher); });
+          }
+        });
+      });
+      masses.flush();
+      __syncwarp();
+      if (lane_ == 0) arrive(block_.gathered(kHeadExchange));
+      head_turn_ ^= 1;
+    }
+  }
+
+  __device__ __forceinline__ void send_row_sums(int row_slot, const RowLaws& laws, const F& base,
                                                 uint32_t parity) {
     float sums[3] = {};
     for_chunks(row_slot, [&](int slot, int chunk) {
@@ -222,7 +254,7 @@ class Sweeper {
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
           float parts[3] = {};
-          base_.row_sums(entry_of<kReadsLowParts<F>>(student[j], teacher[j], laws), parts);
+          base.row_sums(entry_of<kReadsLowParts<F>>(student[j], teacher[j], laws), parts);
 #pragma unroll
           for (int k = 0; k < F::kRowSums; ++k) sums[k] += parts[k];
         }
@@ -361,7 +393,7 @@ class Sweeper {
   const int columns_;  // of the block's slice, from this warp's first on
   int most_;           // of a chunk
   LaneLse<kStatistics> student_lse_, teacher_lse_;
-  uint32_t again_parity_ = 0;
+  uint32_t again_parity_ = 0, head_parity_ = 0, head_turn_ = 0;
 };
 
 }  // namespace cuda

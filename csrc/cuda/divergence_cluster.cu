@@ -14,17 +14,10 @@ namespace {
 
 constexpr int kFloatsPer16Bytes = 4;
 
-// Calls fn with the functor of the divergence; false if it is not one that this kernel has.
+// Calls fn with the functor of the divergence; cross_entropy has none.
 template <class Fn>
-bool visit_cluster_divergence(const opd_divergence_component_t& component, Fn&& fn) {
-  bool taken = false;
-  visit_divergence(component.divergence, component.param0, component.param1, [&](auto functor) {
-    if constexpr (!decltype(functor)::kNeedsThreshold) {
-      fn(functor);
-      taken = true;
-    }
-  });
-  return taken;
+void visit_component(const opd_divergence_component_t& component, Fn&& fn) {
+  visit_divergence(component.divergence, component.param0, component.param1, fn);
 }
 
 template <class F>
@@ -35,6 +28,7 @@ RowNeeds needs_of(bool with_statistics) {
   needs.row_sum_values = F::kRowSums;
   needs.again_values = kAgainValues<F>;
   needs.functor_bytes = F::kRowSums > 0 ? static_cast<int>(sizeof(F)) : 0;
+  needs.head_bytes = F::kNeedsThreshold ? kClusterHeadBytes : 0;
   return needs;
 }
 
@@ -133,7 +127,7 @@ bool cluster_takes(const opd_divergence_args_t& args, const Device& device, RowL
   if (!is_plain(args.student) || !is_plain(args.teacher) || !takes_gradient(args)) return false;
   if ((args.statistics != nullptr) != (args.with_statistics != 0)) return false;
   bool fits = false;
-  visit_cluster_divergence(args.components[0], [&](auto functor) {
+  visit_component(args.components[0], [&](auto functor) {
     using F = decltype(functor);
     fits = args.statistics ? choose_launch<F, true>(args.vocab_size, device, launch)
                            : choose_launch<F, false>(args.vocab_size, device, launch);
@@ -147,7 +141,7 @@ void forward_grad_cluster(const opd_divergence_args_t& args, const RowLaunch& ro
   const Shape shape{clusters * plan.cluster, plan.threads(), plan.shared_bytes(), plan.cluster};
   ClusterArgs out = cluster_args(args);
   out.plan = plan;
-  visit_cluster_divergence(args.components[0], [&](auto functor) {
+  visit_component(args.components[0], [&](auto functor) {
     using F = decltype(functor);
     out.statistics ? launch(shape, stream, &forward_grad_cluster_kernel<F, true>, out, functor)
                    : launch(shape, stream, &forward_grad_cluster_kernel<F, false>, out, functor);

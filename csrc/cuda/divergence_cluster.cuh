@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of divergence_cluster.h. A cluster of blocks holds a row of both logits in shared
-// memory, spread over its warps. Sweeps over the row: sums of exponentials; sums that terms need
-// first; terms, with dterm and q put where the logits were; gradient, after which the memory takes
-// what comes next. One more warp in each block adds up what the others found, exchanges it with the
-// other blocks and hands back what the next sweep needs; meanwhile the others sum the exponentials
-// of the row after, which is on chip already. Another warp does nothing but start copies. Nothing
-// depends on which cluster takes a row or when.
+// memory, spread over its warps. Sweeps over the row: sums of exponentials; the search for a
+// head, and sums, that terms need first; terms, with dterm and q put where the logits were;
+// gradient, after which the memory takes what comes next. One more warp in each block adds up
+// what the others found, exchanges it with the other blocks and hands back what the next sweep
+// needs; meanwhile the others sum the exponentials of the row after, which is on chip already.
+// Another warp does nothing but start copies. Nothing depends on which cluster takes a row or
+// when.
 #pragma once
 
+#include "bits.cuh"
 #include "cluster_rows.cuh"
+#include "head_search.cuh"
 #include "reduce.cuh"
 
 namespace opd {
 namespace cuda {
 
-enum Exchange { kLseExchange, kRowSumExchange, kAgainExchange, kTermExchange };
+enum Exchange { kLseExchange, kRowSumExchange, kAgainExchange, kTermExchange, kHeadExchange };
+static_assert(kHeadExchange + 1 == kExchangeKinds, "tuning.h must leave room for their barriers");
 
 // Row sums that some rows need once more, in double.
 template <class F>
@@ -64,6 +68,7 @@ template <> constexpr bool kReadsLowParts<SkewReverseKl> = false;
 template <> constexpr bool kReadsLowParts<TotalVariation> = false;
 template <> constexpr bool kReadsLowParts<Todi> = false;
 template <> constexpr bool kReadsLowParts<ConcreteScore> = false;
+template <> constexpr bool kReadsLowParts<AdaptiveKl> = false;
 
 // The rows of weight other than 0 that fall to this cluster, in order. Every lane of a warp makes
 // the same calls; on_skipped(row) is called for the others.
@@ -117,6 +122,14 @@ struct RingPosition {
     if (++slot == ring) slot = 0, parity ^= 1;
   }
 };
+
+}  // namespace cuda
+}  // namespace opd
+
+#include "cluster_head.cuh"
+
+namespace opd {
+namespace cuda {
 
 // What both kinds of warp know.
 template <class F, bool kStatistics>
@@ -178,6 +191,13 @@ struct BlockView {
   __device__ int* again() const {
     return reinterpret_cast<int*>(shared + args.plan.layout.scalars + kScalarBytes - 32);
   }
+  // what the search for a head takes next, and the set of bins that it takes in this turn
+  __device__ HeadRange* head() const {
+    return reinterpret_cast<HeadRange*>(shared + args.plan.layout.scalars + kScalarBytes - 48);
+  }
+  __device__ HeadBins* head_bins(uint32_t turn) const {
+    return reinterpret_cast<HeadBins*>(shared + args.plan.layout.head) + turn;
+  }
   __device__ F* functor() const { return reinterpret_cast<F*>(shared + args.plan.layout.functor); }
 
   __device__ Factor factor(const SideArgs& side, int64_t row) const {
@@ -220,10 +240,14 @@ __global__ void __launch_bounds__(32 * (kMaxRowWarps + kOtherWarps), 1)
     for (int i = 0; i < kExchangeKinds; ++i) {
       const Exchange kind = static_cast<Exchange>(i);
       init(block.gathered(kind), args.plan.warps);
-      init(block.received(kind));
+      // signals of the blocks themselves, or bytes of theirs that one thread expects
+      init(block.received(kind), kind == kHeadExchange ? args.plan.cluster : 1);
       init(block.published(kind));
     }
     fence_barrier_init();
+  }
+  if constexpr (F::kNeedsThreshold) {
+    if (block.warp < 2) block.head_bins(block.warp)->clear(block.lane);
   }
   // nobody stores into a block whose barriers are not there yet
   sync_cluster();

@@ -1,63 +1,70 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head of the teacher's law: its most probable tokens, up to a mass.
+// The head of the teacher's law: its most probable tokens, up to a mass, found by one block.
 #pragma once
 
 #include "divergence_summands.cuh"
-#include "laws.cuh"
+#include "head_search.cuh"
 
 namespace opd {
 namespace cuda {
 
-// The least log p whose {log p >= it} has mass of at most head_mass; the largest log p if that
-// alone has more; -inf if every token fits. A radix select by mass, four bits of log p at a time:
-// exact, and tied tokens stay together. Each thread has bins of its own, so that nothing depends on
-// the order of threads. for_entries(fn) calls fn(entries, count) for the columns of this thread.
-template <class ForEntries>
-__device__ float head_threshold(double head_mass, const SharedRow& shared,
-                                ForEntries&& for_entries) {
-  constexpr int kBits = 4;
-  static_assert(kBins == 1 << kBits, "a bin for each digit");
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  uint32_t prefix = 0;
-  double above = 0.0;
-  for (int shift = 32 - kBits; shift >= 0; shift -= kBits) {
-    unsigned seen = 0;
-    for (int bin = 0; bin < kBins; ++bin) shared.lanes[bin * threads + thread] = 0.0f;
-    for_entries([&](const Entry<float>(&e)[kVector], int count) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(ordered_bits(e[i].lp));
-        // in two shifts: a shift by all 32 bits is not defined
-        const bool in_reach = (bits >> shift >> kBits) == prefix;
-        if (i >= count || !in_reach) continue;
-        const int bin = static_cast<int>(bits >> shift) & (kBins - 1);
-        shared.lanes[bin * threads + thread] += e[i].p;
-        seen |= 1u << bin;
-      }
-    });
-    double mass[kBins];
-#pragma unroll
-    for (int bin = 0; bin < kBins; ++bin) {
-      mass[bin] = reduce_block(static_cast<double>(shared.lanes[bin * threads + thread]),
-                               shared.scratch, 0.0, Sum());
-    }
-    seen = reduce_block(seen, reinterpret_cast<unsigned*>(shared.scratch), 0u, BitOr());
-    int digit = -1;
-    bool exceeds = false;
-#pragma unroll
-    for (int bin = kBins - 1; bin >= 0; --bin) {
-      if (exceeds || !(seen >> bin & 1)) continue;
-      digit = bin;
-      exceeds = above + mass[bin] > head_mass;
-      above += exceeds ? 0.0 : mass[bin];
-    }
-    // every token fits, or the row is NaN
-    if (!exceeds) return -kInfinity;
-    prefix = prefix << kBits | static_cast<uint32_t>(digit);
+using RowHeadSearch = HeadSearch<kHeadBinBits>;
+
+// The bin that the search narrows to, -1 if there is none, and the mass that goes with it. Every
+// thread calls it after a barrier and gets the result. `scratch`: 32 numbers of shared memory.
+__device__ inline int find_bin(const MassBins& bins, uint64_t room, uint64_t* scratch,
+                               uint64_t* mass) {
+  constexpr int kFoundBin = kWarp - 1, kFoundMass = kWarp - 2;
+  constexpr uint64_t kNone = ~uint64_t{0};
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  // of this thread, a power of two; those of thread 0 are the last
+  const int count = kHeadBins / static_cast<int>(blockDim.x);
+  const int first = kHeadBins - count * (thread + 1);
+  uint64_t sum = 0;
+  // each lane from elsewhere: their bins lie a multiple of the banks apart
+  for (int i = 0; i < count; ++i) sum += bins.at(first + ((i + lane) & (count - 1)));
+  uint64_t upto = sum_to_lane(sum);
+  if (lane == kWarp - 1) scratch[warp] = upto;
+  if (thread == 0) scratch[kFoundBin] = kNone;
+  __syncthreads();
+  uint64_t all = 0;
+  for (int w = 0; w < warps; ++w) {
+    upto += w < warp ? scratch[w] : 0;
+    all += scratch[w];
   }
-  const float boundary = value_of(prefix, 0.0f);
-  // the boundary's own tokens do not fit, unless there is nothing above them
-  return above > 0.0 ? ::nextafterf(boundary, kInfinity) : boundary;
+  uint64_t above = upto - sum;
+  if (above <= room && room < upto) {
+    int bin = first + count - 1;
+    for (; above + bins.at(bin) <= room; --bin) above += bins.at(bin);
+    scratch[kFoundBin] = static_cast<uint64_t>(bin);
+    scratch[kFoundMass] = above;
+  }
+  __syncthreads();
+  const bool none = scratch[kFoundBin] == kNone;
+  *mass = none ? all : scratch[kFoundMass];
+  return none ? -1 : static_cast<int>(scratch[kFoundBin]);
+}
+
+// for_each(lane masses) adds the columns of this thread to them, once for each time that it is
+// called. The shared lanes are nobody's: a barrier has come before, and one comes after.
+template <class ForEach>
+__device__ float head_threshold(RowHeadSearch search, const SharedRow& shared, ForEach&& for_each) {
+  uint32_t* const words = reinterpret_cast<uint32_t*>(shared.lanes);
+  const MassBins bins{words, words + kHeadBins};
+  while (!search.is_over()) {
+    for (int i = threadIdx.x; i < 2 * kHeadBins; i += blockDim.x) words[i] = 0;
+    __syncthreads();
+    LaneMasses lane(bins, search.range());
+    for_each(lane);
+    lane.flush();
+    __syncthreads();
+    uint64_t mass;
+    const int bin =
+        find_bin(bins, search.room(), reinterpret_cast<uint64_t*>(shared.scratch), &mass);
+    search.narrow(bin, mass);
+  }
+  return search.range().threshold;
 }
 
 }  // namespace cuda

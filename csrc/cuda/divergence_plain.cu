@@ -7,10 +7,7 @@ namespace cuda {
 
 namespace {
 
-// the head of adaptive_kl takes shared memory that these kernels do not have
-constexpr bool is_plain_id(int id) {
-  return id >= 0 && id < kCrossEntropy && id != OPD_ADAPTIVE_KL;
-}
+constexpr bool is_plain_id(int id) { return id >= 0 && id < kCrossEntropy; }
 
 constexpr int kThreads = 512;
 

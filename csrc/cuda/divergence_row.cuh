@@ -5,6 +5,10 @@
 // leaving dterm and q in memory between, as the CPU does, would move 36 bytes per column, not 28.
 // Sums and terms walk the row backwards, from the end that the L2 cache still holds.
 //
+// adaptive_kl reads the teacher's side twice more to find its head: not at all where one token has
+// more than the head may, once more where head_mass is near 1. By itself it takes its row sums and
+// its terms in one read.
+//
 // A thread keeps float32 sums of its columns, which are the same whatever the grid; blocks add them
 // up in double, in one order.
 #pragma once
@@ -190,6 +194,37 @@ struct RowKernel : RowSums<kId> {
     if (with_terms) close_terms(term_lane, grad_lane, teacher_lane, statistics);
   }
 
+  // adaptive_kl by itself: its weights follow from sums over the row, but what they weigh can be
+  // summed in the same read.
+  __device__ __forceinline__ void walk_both_ways() const {
+    using F = decltype(functor_of<OPD_ADAPTIVE_KL>(0.0, 0.0));
+    static_assert(F::kRowSums == 2, "of the head and of the rest");
+    double* const state = component_state(0);
+    const F base = F(call.components[0].param0).with_threshold(state[kThreshold]);
+    float distances[2] = {}, terms[2] = {}, dterms[2] = {};  // lanes; forward, then reverse
+    this->for_each_entries(true, [&](const Entry<float>(&e)[kVector], int) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        float own[2];
+        base.row_sums(e[i], own);
+        distances[0] += own[0], distances[1] += own[1];
+        terms[0] += ForwardKl{}.term(e[i]), terms[1] += ReverseKl{}.term(e[i]);
+        dterms[0] += ForwardKl{}.dterm(e[i]), dterms[1] += ReverseKl{}.dterm(e[i]);
+      }
+    });
+    add_to(state + kRowSum, distances[0]);
+    add_to(state + kRowSum + 1, distances[1]);
+    const double forward = block_sum(terms[0]), reverse = block_sum(terms[1]);
+    const double dforward = block_sum(dterms[0]), dreverse = block_sum(dterms[1]);
+    if (threadIdx.x == 0) {
+      const F f = base.with_row_sums(state + kRowSum);
+      state[kTermSum] += zero_times(f.forward, forward) + zero_times(f.reverse, reverse);
+      shared.state[kGradSum] += static_cast<double>(coefficient(0)) *
+                                (f.forward * dforward + f.reverse * dreverse);
+    }
+    __syncthreads();
+  }
+
   __device__ __forceinline__ void close_terms(const float* term_lane, float grad_lane,
                                               float teacher_lane,
                                               const float (&statistics)[4]) const {
@@ -327,7 +362,9 @@ struct RowKernel : RowSums<kId> {
     if (steps & kLse) this->add_lse();
     if (steps & kCloseLse) this->close_lse();
     if (steps & kHead) this->find_thresholds();
-    if (steps & kRowSums) this->add_row_sums();
+    if constexpr (kId != OPD_ADAPTIVE_KL) {
+      if (steps & kRowSums) this->add_row_sums();
+    }
     if constexpr (kGeneral) {
       // one loop over the terms, which has every divergence in it
 #pragma unroll 1
@@ -346,7 +383,13 @@ struct RowKernel : RowSums<kId> {
         if (!with_terms && (steps & kGradient)) zero_rest(wanted);
       }
     } else {
-      if (steps & kTerms) walk_terms(std::true_type{}, Gradient{});
+      if (steps & kTerms) {
+        if constexpr (kId == OPD_ADAPTIVE_KL) {
+          if (coefficient(0) != 0.0f) walk_both_ways();
+        } else {
+          walk_terms(std::true_type{}, Gradient{});
+        }
+      }
       if (steps & kFinish) finish();
       if (steps & kGradient) {
         Gradient gradient;

@@ -76,22 +76,22 @@ struct SharedRow {
   double* state;     // kStateSize + kComponentState for each component
   double* scratch;   // 32, of the reductions
   double* functors;  // kFunctorSize for each component
-  float* lanes;      // kLaneRows for each thread
+  float* lanes;      // of each thread and component; the head's bins before
 };
 
 constexpr int kMaxState = kStateSize + OPD_MAX_COMPONENTS * kComponentState;
 constexpr int kScratch = 32;
-constexpr int kBins = 16;  // of the head's radix select
-static_assert(int(kBins) >= int(OPD_MAX_COMPONENTS), "a lane for the term of each component");
+// of the search for a head, which takes two reads of most rows then
+constexpr int kHeadBinBits = 13, kHeadBins = 1 << kHeadBinBits;
 
 inline int64_t shared_bytes_of(const Call& call, bool is_general, int threads) {
   const int64_t doubles = kMaxState + kScratch;
-  if (!is_general) return doubles * 8;
-  int64_t rows = call.num_components;
+  int64_t words = is_general ? int64_t{call.num_components} * threads : 0;
   for (int j = 0; j < call.num_components; ++j) {
-    if (needs_threshold(call.components[j])) rows = kBins;
+    if (needs_threshold(call.components[j])) words = std::max<int64_t>(words, 2 * kHeadBins);
   }
-  return (doubles + OPD_MAX_COMPONENTS * kFunctorSize) * 8 + rows * threads * 4;
+  if (words == 0) return doubles * 8;
+  return (doubles + OPD_MAX_COMPONENTS * kFunctorSize) * 8 + words * 4;
 }
 
 __device__ __forceinline__ SharedRow shared_row() {

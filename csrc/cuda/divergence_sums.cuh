@@ -142,17 +142,58 @@ struct RowSums {
                        });
   }
 
+  // The head of the target's law, for the components that need it. The teacher's own is found
+  // without the student's logits.
   __device__ __forceinline__ void find_thresholds() const {
-    if constexpr (kGeneral) {
-      for (int j = 0; j < call.num_components; ++j) {
+    if constexpr (kGeneral || kId == OPD_ADAPTIVE_KL) {
+      const Shifts<float> shifts(shared.state);
+      const bool is_mixture = kGeneral && call.target == OPD_TARGET_MIXTURE;
+      const bool is_teacher = !kGeneral || call.target == OPD_TARGET_TEACHER;
+      float unused;
+      // of a mixture nobody knows it
+      const float largest =
+          is_mixture ? 1.0f
+                     : log_probability(static_cast<float>(shared.state[kTeacherLargest]),
+                                       shifts.teacher, &unused);
+      const float alone = is_mixture ? 0.0f : exp_nonpositive(largest);
+      for (int j = 0; j < num_components(); ++j) {
         const opd_divergence_component_t& component = call.components[j];
         if (!needs_threshold(component) || coefficient(j) == 0.0f) continue;
-        const float threshold = head_threshold(
-            component.param0, shared, [&](auto&& fn) { for_each_entries(false, fn); });
+        const RowHeadSearch search(component.param0, largest, alone, call.vocab_size);
+        const float threshold = head_threshold(search, shared, [&](LaneMasses& lane) {
+          if (is_teacher) return add_teacher_masses(shifts.teacher, lane);
+          for_each_entries(false, [&](const Entry<float>(&e)[kVector], int count) {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+              if (i < count) lane.add(e[i].lp, [&] { return e[i].p; });
+            }
+          });
+        });
         if (threadIdx.x == 0) component_state(j)[kThreshold] = threshold;
         __syncthreads();
       }
     }
+  }
+
+  // The same p as in the entries.
+  __device__ __forceinline__ void add_teacher_masses(const Shift<float>& shift,
+                                                     LaneMasses& lane) const {
+    const float least = least_logit(lane.range(), 1.0f, shift.high);
+    for_each_vector<2>(TeacherLaw<kGeneral>{laws.teacher}, call.vocab_size, false, false,
+                       [&](int column, int count, const uint4& bits) {
+                         float z[kVector], unused[kVector];
+                         laws.teacher.widen(bits, column, count, z, unused);
+                         const float largest =
+                             detail::max_device(detail::max_device(z[0], z[1]),
+                                                detail::max_device(z[2], z[3]));
+                         if (!(largest >= least)) return;
+#pragma unroll
+                         for (int i = 0; i < kVector; ++i) {
+                           float low;
+                           const float lp = log_probability(z[i], shift, &low);
+                           if (i < count) lane.add(lp, [&] { return exp_nonpositive(lp); });
+                         }
+                       });
   }
 
   __device__ __forceinline__ void add_row_sums() const {

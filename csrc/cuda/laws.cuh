@@ -251,6 +251,15 @@ struct Laws {
   SideRow<kGeneral> student, teacher;
 };
 
+// The teacher's row alone, for for_each_vector().
+template <bool kGeneral>
+struct TeacherLaw {
+  __device__ __forceinline__ uint4 load(int column, int count) const {
+    return row.load(column, count);
+  }
+  const SideRow<kGeneral>& row;
+};
+
 // The teacher's side becomes weight * teacher + rest * student, both weights in (0, 1); `through`
 // is d log(mixture) / d log q.
 __device__ __forceinline__ Entry<float> mixed_entry(const Entry<float>& e, float weight, float rest,
@@ -274,7 +283,7 @@ __device__ __forceinline__ void for_each_vector(const Laws& laws, int vocab_size
   for (int k = 0; k < num_tiles; ++k) {
     const int begin = (descending ? num_tiles - 1 - k : k) * tile;
     const int first = begin + kVector * static_cast<int>(threadIdx.x);
-    LawBits bits[kVectors] = {};
+    decltype(laws.load(0, 0)) bits[kVectors] = {};
 #pragma unroll
     for (int u = 0; u < kVectors; ++u) {
       const int count = vocab_size - (first + u * step);

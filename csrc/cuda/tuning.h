@@ -17,7 +17,10 @@ constexpr int kMaxRowWarps = 8;
 constexpr int kOtherWarps = 2;
 constexpr int kPass = 128;  // columns that a warp takes at once
 constexpr int kBarrierBytes = 8;
-constexpr int kExchangeKinds = 4;  // log-sum-exps, row sums, row sums again, terms
+constexpr int kExchangeKinds = 5;  // log-sum-exps, row sums, row sums again, terms, heads
+// of the search for a head: bits of a bin's number; two sets of bins of 8 bytes and of their groups
+constexpr int kClusterHeadBits = 10;
+constexpr int kClusterHeadBytes = 2 * 8 * ((1 << kClusterHeadBits) + 32);
 
 // The most blocks of a cluster by the text of OPD_CLUSTER_BLOCKS, nullptr or empty where it is not
 // set: a switch to debug and to measure with. 0 keeps every call from the kernel; -1: not a number
@@ -36,13 +39,13 @@ inline int cluster_blocks_of(const char* text) {
 // What a divergence makes the blocks exchange, in doubles per block and row, and keep.
 struct RowNeeds {
   int lse_values = 4, row_sum_values = 0, again_values = 0, term_values = 2;
-  int functor_bytes = 0;
+  int functor_bytes = 0, head_bytes = 0;
   int values() const { return lse_values + row_sum_values + again_values + term_values; }
 };
 
 // Byte offsets into a block's shared memory; the ring begins at 0.
 struct RowLayout {
-  int chunk_barriers, exchange_barriers, partials, inbox, scalars, functor, end;
+  int chunk_barriers, exchange_barriers, partials, inbox, scalars, functor, head, end;
 };
 
 struct RowPlan {
@@ -72,7 +75,8 @@ inline RowLayout layout_of(int cluster, int warps, int chunk, int ring, const Ro
   at.inbox = at.partials + 8 * needs.values() * warps;
   at.scalars = static_cast<int>(round_up(at.inbox + 8 * needs.values() * cluster, 16));
   at.functor = at.scalars + kScalarBytes;
-  at.end = static_cast<int>(round_up(at.functor + needs.functor_bytes, 16));
+  at.head = static_cast<int>(round_up(at.functor + needs.functor_bytes, 16));
+  at.end = static_cast<int>(round_up(at.head + needs.head_bytes, 16));
   return at;
 }
 

@@ -104,17 +104,6 @@ def reads_teacher(coefficients, COMPONENTS: tl.constexpr):
 
 
 @triton.jit
-def _mass(laws, shifts, threshold, TARGET: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Mass of the tokens with log p >= threshold."""
-    mass = tl.zeros((BLOCK_V,), tl.float32)
-    for begin in range(0, laws.vocab_size, BLOCK_V):
-        columns = begin + tl.arange(0, BLOCK_V)
-        e, _ = load_mixed_entry(laws, shifts, columns, columns < laws.vocab_size, TARGET)
-        mass += tl.where(e.lp >= threshold, e.p, 0.0)
-    return total_of(mass)
-
-
-@triton.jit
 def _threshold(bits):
     return -bits.to(tl.int32).to(tl.float32, bitcast=True)
 
@@ -123,16 +112,29 @@ def _threshold(bits):
 def _head_threshold(laws, shifts, c, TARGET: tl.constexpr, BLOCK_V: tl.constexpr):
     """The least log p whose {log p >= it} has mass of at most head_mass; the largest log p if that
     alone has more. Bisects the bits of -log p, four parts at a time: exact, and tied tokens stay
-    together."""
+    together. One read of the target where a token has more than the head may, else fourteen."""
     head_mass = tl.full((), 0.0, tl.float64) + c[0] + c[1]
     largest = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    most = tl.zeros((BLOCK_V,), tl.float32)
+    everything = tl.zeros((BLOCK_V,), tl.float32)
     for begin in range(0, laws.vocab_size, BLOCK_V):
         columns = begin + tl.arange(0, BLOCK_V)
         e, _ = load_mixed_entry(laws, shifts, columns, columns < laws.vocab_size, TARGET)
         largest = tl.where(e.lp > largest, e.lp, largest)
-    largest = tl.max(largest, 0)
-    alone = _mass(laws, shifts, largest, TARGET, BLOCK_V)
-    everything = _mass(laws, shifts, float("-inf"), TARGET, BLOCK_V)
+        most = tl.where(e.p > most, e.p, most)
+        everything += e.p
+    threshold = tl.max(largest, 0)
+    if tl.max(most, 0) <= head_mass:
+        fits = _least_bits_that_fit(laws, shifts, head_mass, TARGET, BLOCK_V)
+        # none where the most probable tokens have more together
+        fitting = tl.where(_threshold(fits) > threshold, threshold, _threshold(fits))
+        threshold = tl.where(total_of(everything) <= head_mass, float("-inf"), fitting)
+    return threshold
+
+
+@triton.jit
+def _least_bits_that_fit(laws, shifts, head_mass, TARGET: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The bits of the largest -log p whose {-log p <= it} has mass of at most head_mass."""
     # mass at the bits `fits` is at most head_mass, at `exceeds` more
     fits = tl.full((), _LEAST_BITS, tl.int64)
     exceeds = tl.full((), _MOST_BITS, tl.int64)
@@ -156,8 +158,7 @@ def _head_threshold(laws, shifts, c, TARGET: tl.constexpr, BLOCK_V: tl.constexpr
         exceeds = tl.where(high_fits, exceeds, above)
         below = tl.where(low_fits, low, fits)
         fits = tl.where(high_fits, high, tl.where(middle_fits, middle, below))
-    threshold = tl.where(everything <= head_mass, float("-inf"), _threshold(fits))
-    return tl.where(alone > head_mass, largest, threshold)
+    return fits
 
 
 @triton.jit

@@ -25,6 +25,7 @@ namespace {
 
 using opd::cuda::Device;
 
+constexpr Device kSmallH200 = {4, 90, 227 * 1024};
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Kind {
@@ -41,6 +42,7 @@ constexpr Kind kKinds[] = {
     {OPD_TODI, 0, 0},               {OPD_ALPHA_BETA, 0.2, 0.7},   {OPD_ALPHA_BETA, 0, 0.7},
     {OPD_ALPHA_BETA, 0.4, 0},       {OPD_ALPHA_BETA, 0.5, -0.5},  {OPD_ALPHA_BETA, 0, 0},
     {OPD_CONCRETE_SCORE, 0, 0},     {OPD_CONCRETE_SCORE, 1, 2},   {OPD_CONCRETE_SCORE, 0, 2},
+    {OPD_ADAPTIVE_KL, 0.5, 0},      {OPD_ADAPTIVE_KL, 0.95, 0},
 };
 constexpr Kind kReverseKl = {OPD_REVERSE_KL, 0, 0};
 
@@ -182,6 +184,11 @@ Result emulated(const Problem& problem, const Kind& kind, const Device& device,
   opd::cuda::RowLaunch rows;
   Device here = device;
   here.ordinal = opd::cuda::current_device().ordinal;
+  // the bins of a search, beside what device_for() counts
+  const bool has_head = kind.divergence == OPD_ADAPTIVE_KL;
+  if (has_head && here.shared_bytes_per_block < kSmallH200.shared_bytes_per_block) {
+    here.shared_bytes_per_block += opd::cuda::kClusterHeadBytes;
+  }
   const bool taken = opd::cuda::cluster_takes(args, here, &rows);
   expect::that(taken, "a call that the cluster kernel takes");
   if (taken) opd::cuda::forward_grad_cluster(args, rows, nullptr);
@@ -289,8 +296,6 @@ Device device_for(int64_t vocab_size, int cluster, double rows, int multiprocess
   const int64_t slice = (vocab_size + cluster - 1) / cluster;
   return {multiprocessors, 90, static_cast<int>(slice * 8 * rows) + 6144};
 }
-
-constexpr Device kSmallH200 = {4, 90, 227 * 1024};
 
 // Through the entry point, with a gradient of its own.
 Result by_entry_point(const Problem& problem, const Kind& kind) {
@@ -467,6 +472,67 @@ void check_mass_out_of_range() {
   }
 }
 
+// Loss of adaptive_kl where the head is the tokens of mask, by its formula.
+double adaptive_kl(const std::vector<double>& p, const std::vector<double>& q,
+                   const std::vector<bool>& in_head) {
+  double head = 0, rest = 0, forward = 0, reverse = 0;
+  for (size_t v = 0; v < p.size(); ++v) {
+    (in_head[v] ? head : rest) += std::fabs(p[v] - q[v]);
+    if (p[v] > 0) forward += p[v] * std::log(p[v] / q[v]);
+    reverse += q[v] * std::log(q[v] / p[v]);
+  }
+  return (head * forward + rest * reverse) / (head + rest);
+}
+
+// The search for a head: rows that need no pass, one or many; several blocks, which a seed has run
+// apart from each other; masses that fit exactly.
+void check_heads() {
+  Problem problem = make_problem(8, 1000, 61);
+  for (int64_t v = 0; v < 1000; ++v) {
+    float* const teacher = &problem.teacher[v];
+    teacher[0] = 0.7f;
+    teacher[1000] = v == 999 ? 1.0f : -kInfinity;
+    teacher[2000] = static_cast<float>(v % 3);
+    teacher[3000] = v == 700 ? 30.0f : 0.0f;
+    teacher[4000] = v % 2 ? -kInfinity : teacher[4000];
+    opd::BFloat16 bits;
+    opd::from_real(teacher[5000], &bits);
+    teacher[5000] = opd::to_real(bits);
+    teacher[6000] = v < 9 ? 0.25f * static_cast<float>(v % 5) : -30.0f;
+  }
+  for (const double head_mass : {0.02, 0.5, 0.95, 1 - 1e-9}) {
+    for (const int cluster : {1, 2, 4, 16}) {
+      check(problem, {OPD_ADAPTIVE_KL, head_mass, 0},
+            device_for(1000, cluster, 2.3, cluster));
+    }
+  }
+  check(make_problem(3, 20000, 62), {OPD_ADAPTIVE_KL, 0.5, 0}, {16, 90, 60000});
+  emulated_multiprocessors() = 16;
+  const Problem large = make_problem(1, 151936, 64);
+  const Kind kind = {OPD_ADAPTIVE_KL, 0.5, 0};
+  compare(large, kind, by_entry_point(large, kind));
+  expect::that(emulation::machine().cluster_size == 16, "a large row is on chip");
+  // powers of two, in logits of ln 2: 1/2, 1/4 and two eighths
+  Problem exact = make_problem(1, 4, 63);
+  exact.teacher_scale = 0.69314718055994531;
+  exact.teacher = {-3, -1, -3, -2};
+  double sum = 0;
+  std::vector<double> q, p = {0.125, 0.5, 0.125, 0.25};
+  for (float z : exact.student) sum += std::exp(static_cast<double>(z));
+  for (float z : exact.student) q.push_back(std::exp(static_cast<double>(z)) / sum);
+  struct Case {
+    double head_mass;
+    std::vector<bool> in_head;
+  };
+  const std::vector<bool> one = {false, true, false, false}, two = {false, true, false, true};
+  for (const Case& at : {Case{0.4, one}, Case{0.5, one}, Case{std::nextafter(0.75, 0.0), one},
+                         Case{0.75, two}, Case{0.8, two}, Case{std::nextafter(1.0, 0.0), two}}) {
+    const Result got = emulated(exact, {OPD_ADAPTIVE_KL, at.head_mass, 0}, kSmallH200);
+    const double expected = adaptive_kl(p, q, at.in_head);
+    expect::near(got.loss[0], expected, 1e-6 * expected, "the loss of a head that fits exactly");
+  }
+}
+
 // A device without room for the cluster of choice takes smaller ones, or the kernel that streams.
 void check_parts_of_a_gpu() {
   struct Case {
@@ -554,11 +620,8 @@ void check_refusals() {
   expect::that(!takes([](auto& args) { args.target = OPD_TARGET_MIXTURE; }), "target");
   expect::that(!takes([](auto& args) { args.grad.dtype = OPD_BFLOAT16; }), "16-bit rows elsewhere");
   expect::that(!takes([](auto& args) { args.student.matrix.dtype = OPD_BFLOAT16; }), "16 bits");
-  static const opd_divergence_component_t others[] = {{OPD_ADAPTIVE_KL, 0.5, 0, nullptr},
-                                                      {OPD_CROSS_ENTROPY, 0, 0, nullptr}};
-  for (const auto& other : others) {
-    expect::that(!takes([&](auto& args) { args.components = &other; }), "another divergence");
-  }
+  static const opd_divergence_component_t other = {OPD_CROSS_ENTROPY, 0, 0, nullptr};
+  expect::that(!takes([](auto& args) { args.components = &other; }), "no divergence");
 }
 
 // OPD_CLUSTER_BLOCKS=0: every call goes to the kernel that streams, and is as right.
@@ -582,6 +645,7 @@ int main() {
   check_16_bit_gradients();
   check_special_values();
   check_mass_out_of_range();
+  check_heads();
   check_parts_of_a_gpu();
   check_questions();
   check_refusals();

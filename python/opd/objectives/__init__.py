@@ -14,6 +14,7 @@ from opd.objectives.dskd import Dskd
 from opd.objectives.full_vocab import FullVocab
 from opd.objectives.gold import Gold
 from opd.objectives.mined import Mined
+from opd.objectives.minillm import Minillm
 from opd.objectives.multilevel_ot import MultilevelOt
 from opd.objectives.overlap import Overlap
 from opd.objectives.sampled_token import SampledToken
@@ -30,6 +31,7 @@ OBJECTIVES = {
     "full_vocab": FullVocab,
     "gold": Gold,
     "mined": Mined,
+    "minillm": Minillm,
     "multilevel_ot": MultilevelOt,
     "overlap": Overlap,
     "sampled_token": SampledToken,
@@ -46,6 +48,7 @@ ObjectiveConfig = (
     | FullVocab
     | Gold
     | Mined
+    | Minillm
     | MultilevelOt
     | Overlap
     | SampledToken
@@ -87,6 +90,7 @@ __all__ = [
     "FullVocab",
     "Gold",
     "Mined",
+    "Minillm",
     "MultilevelOt",
     "Objective",
     "ObjectiveConfig",

@@ -13,7 +13,7 @@ import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
 from opd.objectives.base import ObjectiveSection, OfHiddenStates, teacher_divergence
 
-_STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
+STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
 
 
 class FullVocab(OfHiddenStates, ObjectiveSection):
@@ -76,7 +76,7 @@ class FullVocab(OfHiddenStates, ObjectiveSection):
             token_weights=torch.full(
                 (batch.num_tokens,), 1.0 / num_step_tokens, device=hidden.device
             ),
-            statistics=_STATISTICS,
+            statistics=STATISTICS,
             vocab_size=student.vocab_size,
             workspace_bytes=student.workspace_bytes,
             gradient_tolerance=self.gradient_tolerance,

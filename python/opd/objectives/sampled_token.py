@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+import opd_kernels as opk
 from opd.batch import Batch, Law, Signal
 from opd.objectives.base import ObjectiveSection
 from opd.sparse_law import SparseLaw
@@ -72,13 +73,9 @@ class SampledToken(ObjectiveSection):
         return Signal(loss=loss, statistics=statistics)
 
 
-def discounted_sums(values: Tensor, segment_ends: Tensor, discount: float) -> Tensor:
-    """out[t] = sum over k >= t in the same segment of discount**(k - t) values[k]. [T] -> [T]."""
-    if discount == 0.0:
-        return values
-    out = values.clone()
-    ends = set(segment_ends.tolist())
-    for t in range(len(values) - 2, -1, -1):
-        if t + 1 not in ends:
-            out[t] += discount * out[t + 1]
-    return out
+def discounted_sums(
+    values: Tensor, segment_ends: Tensor, discount: float, *, first_step: int = 0
+) -> Tensor:
+    """out[t] = sum_{k >= first_step} discount**k values[t + k], within a segment. [T] -> [T]."""
+    offsets = torch.cat([segment_ends.new_zeros(1), segment_ends]).to(values.device)
+    return opk.segment_scan(values, offsets, discount=discount, first_step=first_step)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from opd.model import PROBE_TOLERANCE, LanguageModel
 from opd.schema import ConfigError
@@ -24,7 +26,7 @@ class CachedReader:
     if j >= W - length[b]. So what the model sees is ordinary left padding; tokens that are next
     to each other are in adjacent slots, which sliding windows and ALiBi count; and the cache is
     never wider than the longest row. Rows that lose different numbers of tokens are moved by one
-    gather per layer; keys carry their rotation with them, so that moving them changes nothing.
+    copy per layer; keys carry their rotation with them, so that moving them changes nothing.
 
     Args:
         model: in eval mode.
@@ -44,7 +46,9 @@ class CachedReader:
         # tokens of each row, those read again included
         self.num_read = torch.zeros(num_rows, dtype=torch.int64)
 
-    def read(self, tokens: Tensor, ends: Tensor, num_states: int = 1) -> Tensor:
+    def read(
+        self, tokens: Tensor, ends: Tensor, num_states: int = 1, *, owned: Tensor | None = None
+    ) -> Tensor:
         """Hidden states at the last `num_states` tokens of each row. [B, num_states, D].
 
         Args:
@@ -53,6 +57,9 @@ class CachedReader:
                 shorter than the last one; its tokens before the last `num_states` are as they
                 were when they were read.
             num_states: >= 1. Places before a row's first token hold numbers without meaning.
+            owned: [B] int64 on the CPU, <= ends, >= 1: what a row has beyond so many tokens is
+                read, all at the place of the last of them, so that the row grows like the others
+                and no cache is moved. Its states have no meaning, and the next read forgets it.
         """
         kept = torch.minimum(self._lengths, (ends - num_states).clamp_min(0))
         # one width for all rows: some read a few tokens again
@@ -62,10 +69,12 @@ class CachedReader:
         slots = int(kept.max()) + width
         # one copy to the device: each waits for what runs there
         device = tokens.device
-        ends_there = ends.to(device)[:, None]
+        both = torch.stack([ends, ends if owned is None else owned]).to(device)
+        ends_there, owned_there = both[..., None]
         place = (torch.arange(width, device=device) + ends_there - width).clamp_min(0)
         mask = torch.arange(slots, device=device) >= slots - ends_there
-        states = self._model.states(tokens.gather(1, place), mask.long(), place, self._cache)
+        position = torch.minimum(place, owned_there - 1)
+        states = self._model.states(tokens.gather(1, place), mask.long(), position, self._cache)
         self.num_read = self.num_read + ends - kept
         if self._cache is not None:
             self._lengths, self._slots = ends.clone(), slots
@@ -78,6 +87,36 @@ class CachedReader:
             rows = rows.to(layer.keys.device)
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
+    def split(self, rows: Tensor) -> CachedReader:
+        """A reader of some of the sequences, which has read what this one has; its `num_read` is
+        0. Indices, on the CPU."""
+        part = copy.copy(self)
+        if self._cache is not None:
+            part._cache = copy.copy(self._cache)
+            part._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
+        part.keep_rows(rows)
+        part.num_read = torch.zeros_like(part.num_read)
+        part._align(part._lengths)
+        part._slots = int(part._lengths.max())
+        return part
+
+    def join(self, others: Sequence[CachedReader]) -> None:
+        """Take in the sequences of others, behind its own. They are used up."""
+        readers = [self, *others]
+        self._slots = max(reader._slots for reader in readers)
+        for layers in zip(*(reader._layers() for reader in readers), strict=True):
+            for name in ("keys", "values"):
+                parts = [getattr(layer, name) for layer in layers]
+                missing = (self._slots - part.shape[2] for part in parts)
+                padded = [
+                    pad(part, (0, 0, more, 0)) for part, more in zip(parts, missing, strict=True)
+                ]
+                setattr(layers[0], name, torch.cat(padded))
+                for layer in layers[1:]:
+                    setattr(layer, name, None)
+        self._lengths = torch.cat([reader._lengths for reader in readers])
+        self.num_read = torch.cat([reader.num_read for reader in readers])
+
     def _align(self, kept: Tensor) -> None:
         """Let each row be its first kept[b] tokens, at the right edge of the narrowest cache."""
         width, dropped = int(kept.max()), self._lengths - kept
@@ -87,21 +126,28 @@ class CachedReader:
         starts = self._slots - dropped - width
         is_slice = bool((starts == starts[0]).all())
         first = int(starts[0])
-        slots = (torch.arange(width) + starts[:, None]).clamp_min(0)[:, None, :, None]
+        slots = (torch.arange(width) + starts[:, None]).clamp_min(0)[:, None]
         for layer in self._layers():
             # once for each device that has layers
             slots = slots if is_slice else slots.to(layer.keys.device)
             for name in ("keys", "values"):
                 old = getattr(layer, name)
-                if is_slice:
-                    new = old[:, :, first : first + width]
-                else:
-                    new = old.gather(2, slots.expand(-1, old.shape[1], -1, old.shape[3]))
+                new = old[:, :, first : first + width] if is_slice else _picked(old, slots)
                 setattr(layer, name, new)
 
     def _layers(self) -> list[Any]:
         layers = [] if self._cache is None else self._cache.layers
         return [layer for layer in layers if layer.is_initialized]
+
+
+def _picked(cache: Tensor, slots: Tensor) -> Tensor:
+    """[B, H, W', D], slots [B, 1, W'] of a cache [B, H, W, D]; whole rows of D are copied, which is
+    several times as fast as a gather of numbers."""
+    num_rows, num_heads, width, size = cache.shape
+    starts = width * torch.arange(num_rows * num_heads, device=cache.device)
+    index = (starts.view(num_rows, num_heads, 1) + slots).flatten()
+    picked = cache.reshape(-1, size).index_select(0, index)
+    return picked.view(num_rows, num_heads, slots.shape[2], size)
 
 
 def can_take_back(model: LanguageModel) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opd.batch import Prompt, Trajectory
 from opd.metrics import Clock
+from opd.rollouts.cached_reader import CachedReader
 from opd.rollouts.hf import Sampling
 from opd.rollouts.writer import draw, make_writer, refuse_broken, verify
 from opd.rollouts.writing import STUDENT, TEACHER, Desk, PairRollouts, Writing
@@ -168,16 +169,20 @@ class SpeculativeRollouts(PairRollouts):
             teacher=self.teacher,
         )
         switched: list[Writing] = []
+        readers: list[CachedReader] = []
         while desk.writings:
             with self._clock("draft"):
                 draft = self._draft(desk)
             with self._clock("verify"):
                 told = self._verify(desk, draft)
-            switched += self._take(desk, draft, told)
+            some, reader = self._take(desk, draft, told)
+            if some:
+                switched += some
+                readers.append(reader)
         if switched:
             before = sum(len(writing.ids) for writing in switched)
             with self._clock("teach"):
-                self._let_teacher_write(switched)
+                self._let_teacher_write(switched, readers)
             self._counts.num_taught += sum(len(writing.ids) for writing in switched) - before
 
     def _draft(self, desk: Desk) -> _Draft:
@@ -192,9 +197,11 @@ class SpeculativeRollouts(PairRollouts):
             uniforms = desk.uniforms(2 * self.config.num_draft + 1)
         drafted, states = [], []
         for place in range(length):
-            # rows without room read their last token again: none is read beyond the limit
-            ends = desk.ends + budget.clamp_max(place)
-            states.append(desk.readers["student"].read(desk.tokens, ends)[:, 0])
+            # rows without room go on as well: nothing of theirs is at a place beyond the limit, and
+            # what they draft does not count
+            owned = desk.ends + budget.clamp_max(place)
+            reader = desk.readers["student"]
+            states.append(reader.read(desk.tokens, desk.ends + place, owned=owned)[:, 0])
             coins = None if uniforms is None else uniforms[:, place]
             ids, _ = draw(self.student, states[-1], coins, is_greedy=self.is_greedy)
             desk.put(ids, place)
@@ -257,9 +264,13 @@ class SpeculativeRollouts(PairRollouts):
             divergence=told.divergence.tolist() if "history" in own else None,
         )
 
-    def _take(self, desk: Desk, draft: _Draft, told: _Told) -> list[Writing]:
-        """Give each row its tokens. Returns the rows that the teacher goes on with alone."""
+    def _take(
+        self, desk: Desk, draft: _Draft, told: _Told
+    ) -> tuple[list[Writing], CachedReader | None]:
+        """Give each row its tokens. Returns the rows that the teacher goes on with alone, and what
+        it has read of them."""
         counts, alive, switched = [], [], []
+        reader = None
         for row, writing in enumerate(desk.writings):
             accepted, before = told.num_accepted[row], len(writing.ids)
             is_refused = accepted < told.num_real[row]
@@ -283,11 +294,14 @@ class SpeculativeRollouts(PairRollouts):
                 is_done = self.finish(writing)
             is_switched = is_refused and not is_done and self.config.mode == "threshold"
             if is_switched:
-                switched.append(writing)
+                switched.append(row)
             counts.append(len(writing.ids) - before)
             alive.append(not is_done and not is_switched)
+        writings = [desk.writings[row] for row in switched]
+        if switched:
+            reader = desk.readers["teacher"].split(torch.tensor(switched))
         desk.go_on(counts, alive)
-        return switched
+        return writings, reader
 
     def _history(self, desk: Desk) -> Tensor:
         """[B, window], the last divergences of each row, NaN where there are none yet."""
@@ -296,9 +310,14 @@ class SpeculativeRollouts(PairRollouts):
         padded = [[math.nan] * (size - len(row)) + row for row in rows]
         return torch.tensor(padded, device=desk.device)
 
-    def _let_teacher_write(self, writings: Sequence[Writing]) -> None:
-        """The rest of some completions, without drafts."""
+    def _let_teacher_write(
+        self, writings: Sequence[Writing], readers: Sequence[CachedReader]
+    ) -> None:
+        """The rest of some completions, without drafts; the readers have read them so far."""
+        reader, *others = readers
+        reader.join(others)
         desk = Desk(writings, limit=self.config.max_completion_length, teacher=self.teacher)
+        desk.readers["teacher"] = reader
         while desk.writings:
             uniforms = desk.uniforms(1)[:, 0]
             ids, logprobs = draw(self.teacher, desk.read("teacher"), uniforms)

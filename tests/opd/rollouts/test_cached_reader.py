@@ -9,6 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from opd.model import LanguageModel
+from opd.rollouts import cached_reader
 from opd.rollouts.cached_reader import CachedReader, can_take_back, reading, right_padded
 from opd.schema import ConfigError
 
@@ -64,6 +65,55 @@ def test_the_cache_is_as_wide_as_the_longest_row_and_nothing_is_read_twice(famil
     reader.read(tokens[:1], torch.tensor([6]))
     assert {layer.keys.shape[2] for layer in reader._cache.layers} == {6}
     assert reader.num_read.tolist() == [7]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bloom"])
+@torch.no_grad()
+def test_split_and_joined_readers_go_on_without_reading_again(family, family_model):
+    model = LanguageModel(family_model(family, seed=3))
+    tokens = torch.randint(1, 45, (5, 28), generator=torch.Generator().manual_seed(5))
+    ends = torch.tensor([9, 3, 12, 2, 5])
+    reader = CachedReader(model, len(ends))
+    reader.read(tokens, ends)
+    rows = [torch.tensor(some) for some in ([4, 1], [0], [3])]
+    first, *others = [reader.split(some) for some in rows]
+    first.read(tokens[rows[0]], ends[rows[0]] + 1)
+    first.join(others)
+    order = torch.cat(rows)
+    now = ends[order] + torch.tensor([2, 2, 1, 1])
+    states = first.read(tokens[order], now)[:, 0]
+    for row, (own, end) in enumerate(zip(order.tolist(), now.tolist(), strict=True)):
+        expected = _alone(model, tokens[own, :end])
+        torch.testing.assert_close(states[row], expected, rtol=1e-4, atol=2e-5)
+    assert first.num_read.tolist() == [2, 2, 1, 1]
+    # what they came from is as it was
+    states = reader.read(tokens, ends + 1)[:, 0]
+    expected = _alone(model, tokens[2, :13])
+    torch.testing.assert_close(states[2], expected, rtol=1e-4, atol=2e-5)
+    assert reader.num_read.tolist() == (ends + 1).tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+@torch.no_grad()
+def test_what_a_row_does_not_own_moves_no_cache_and_is_forgotten(family, family_model, monkeypatch):
+    model = LanguageModel(family_model(family, seed=3))
+    tokens = torch.randint(1, 45, (2, 32), generator=torch.Generator().manual_seed(5))
+    # the first row is full: the model has 28 positions
+    ends, owned = torch.tensor([27, 6]), torch.tensor([28, 28])
+    reader = CachedReader(model, 2)
+    reader.read(tokens, ends)
+    with monkeypatch.context() as context:
+        context.setattr(cached_reader, "_picked", None)
+        for _ in range(3):
+            ends = ends + 1
+            states = reader.read(tokens, ends, owned=torch.minimum(ends, owned))[:, 0]
+            expected = _alone(model, tokens[1, : ends[1]])
+            torch.testing.assert_close(states[1], expected, rtol=1e-4, atol=2e-5)
+    tokens[:, 27:] = torch.flip(tokens, [1])[:, 27:]
+    states = reader.read(tokens, torch.tensor([28, 10]))[:, 0]
+    for row, end in enumerate((28, 10)):
+        expected = _alone(model, tokens[row, :end])
+        torch.testing.assert_close(states[row], expected, rtol=1e-4, atol=2e-5)
 
 
 def test_rows_are_moved_by_one_copy_to_the_device_however_many_layers(family_model):

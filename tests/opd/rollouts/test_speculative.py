@@ -423,6 +423,34 @@ def test_a_row_by_itself_reads_each_token_once_a_round(pair, tokenizer, prompts)
         assert t.tokens_read == {"student": student, "teacher": teacher}
 
 
+def test_a_teacher_that_takes_over_reads_nothing_again(pair, tokenizer, prompts):
+    num_draft, limit = 3, 18
+    trajectories, _ = _collect(
+        pair(),
+        tokenizer,
+        prompts,
+        mode="threshold",
+        threshold=1.2,
+        window=2,
+        num_draft=num_draft,
+        max_completion_length=limit,
+        num_generations=2,
+        generation_batch_size=1,
+    )
+    num_alone = 0
+    for t in trajectories:
+        writers = _writers(t)
+        num_ours = writers.count(STUDENT)
+        # a round for each num_draft tokens of the student, its last one ends in the teacher's
+        num_rounds = num_ours // num_draft + 1 if TEACHER in writers else -(-num_ours // num_draft)
+        starts = [num_draft * number for number in range(num_rounds)]
+        num_read = t.prompt_length - 1 + sum(min(num_draft, limit - n) + 1 for n in starts)
+        behind = max(0, writers.count(TEACHER) - 1)
+        num_alone += behind
+        assert t.tokens_read["teacher"] == num_read + behind
+    assert num_alone > 10
+
+
 def test_a_broken_model_is_said_so(pair, tokenizer, prompts):
     student, teacher = pair()
     engine = SpeculativeConfig(max_completion_length=4).build(student, teacher, tokenizer, seed=0)
