@@ -18,8 +18,9 @@ from benchmarks.peers import Peer
 
 # seconds that a first call may take: with a compiler, and without
 FIRST_CALL_S = {True: 25.0, False: 3.0}
-# and until a compiler is taken to hang
+# and until a compiler is taken to hang; who may have one at the first call
 SILENT_S = 120.0
+COMPILERS = (contestants.COMPILED, "flashinfer")
 # ours with one of torch's defaults off, in case cuBLAS makes use of it for float32 results too
 FLOAT32_REDUCTIONS = "no reduced-precision reduction"
 # a peer this many times slower than ours needs no further round
@@ -70,9 +71,8 @@ def starts(device: Device, context: Context, name: str, run: Run, who: str = "")
     if who in context.done:
         context.left_out(name, "its call ended an earlier process of this part")
         return False
-    with context.underway(
-        who, again=True, silent_s=SILENT_S if contestants.COMPILED in who else 0.0
-    ):
+    compiles = any(word in who for word in COMPILERS)
+    with context.underway(who, again=True, silent_s=SILENT_S if compiles else 0.0):
         try:
             run()
             device.synchronize()
