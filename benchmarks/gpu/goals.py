@@ -94,7 +94,7 @@ def _topk(results: dict) -> Worst | None:
 
 def _fused_topk(results: dict) -> Worst | None:
     rows = rows_of(results, "ours", Timing)
-    rows = [row for row in rows if row.contestant.startswith(FUSED_TOPK)]
+    rows = [row for row in rows if row.contestant.startswith(f"{FUSED_TOPK} ")]
     return _largest([Worst(row.ratio_to_floor, f"{row.contestant}: {row.case}") for row in rows])
 
 
