@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu import cases, goals
 from benchmarks.gpu.device import Device
+from benchmarks.gpu.part_peers import with_float32_reductions
 from benchmarks.shapes import Shape
 from tests.gpu.conftest import logits_of
 
@@ -95,6 +96,19 @@ def test_dz_of_16_bits_costs_what_the_goal_allows():
             once = (halved(exact) - exact).norm()
             twice = (halved(gradient(halved(grad_logits))) - exact).norm()
             assert 1.25 < twice / once < limit
+
+
+def test_reductions_in_float32_are_asked_for_and_taken_back():
+    flags, seen = torch.backends.cuda.matmul, []
+
+    def run() -> None:
+        seen.append(flags.allow_bf16_reduced_precision_reduction)
+        raise KeyError
+
+    before = flags.allow_bf16_reduced_precision_reduction
+    with pytest.raises(KeyError):
+        with_float32_reductions(run)()
+    assert seen == [False] and flags.allow_bf16_reduced_precision_reduction == before
 
 
 @pytest.mark.cuda
