@@ -206,7 +206,7 @@ class Transport:
         deadline: Deadline,
         content: bytes | None,
         headers: Mapping[str, str],
-    ) -> tuple[bytes, httpx2.Response]:
+    ) -> tuple[bytearray, httpx2.Response]:
         # a try must not outlast the deadline
         longest = max(0.1, min(self._request_timeout_s, deadline.left()))
         request = self._client.build_request(
@@ -241,19 +241,19 @@ class Transport:
             raise HttpRefused(self.url, path, reply.status_code, _message(body))
         return body, reply
 
-    def _read(self, reply: httpx2.Response, deadline: Deadline) -> bytes:
-        parts, total = [], 0
+    def _read(self, reply: httpx2.Response, deadline: Deadline) -> bytearray:
+        # one that grows in place: tensors are views of it, see `opd.wire`
+        body = bytearray()
         for part in reply.iter_bytes():
-            total += len(part)
-            if total > self._max_reply_bytes:
+            body += part
+            if len(body) > self._max_reply_bytes:
                 raise BadReply(
                     f"teacher {self.url}: a reply of more than {self._max_reply_bytes} bytes; ask "
                     "for fewer sequences at a time, or raise max_reply_bytes"
                 )
             if deadline.left() <= 0:
                 raise _Transient("the reply was still coming in", silent=True)
-            parts.append(part)
-        return b"".join(parts)
+        return body
 
     def _wait_for(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -346,7 +346,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return min(max(seconds, 0.0), 60.0) if seconds == seconds else None
 
 
-def _message(body: bytes) -> str:
+def _message(body: bytes | bytearray) -> str:
     """What a server says in the body of an error, in one short line."""
     import json
 
