@@ -130,7 +130,7 @@ def serving(path: Path, teacher: str, *, with_orjson: bool = False) -> Iterator[
         yield found[1]
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(60)
 
 
 @pytest.mark.parametrize("num_topk", [64, 128], ids=["k64", "k128"])
