@@ -3,10 +3,10 @@
 
 A server of its own process scores texts, and both forms carry the same law, to the bit. JSON is
 per text lists of K ids and K log-probs a row, a form like TRL's and SGLang's, written by Python's
-`json.dumps` and read with `json.loads` and `torch.tensor`. SGLang's /generate writes by orjson,
-which takes less time and is not measured: the ratio is that of Python's json. vLLM's, a map of
-{logprob, rank, decoded_token} per token, is three times as long and takes four times as long to
-write and read: this is the lighter of the two.
+`json.dumps` and read with `json.loads` and `torch.tensor`. SGLang's /generate writes by orjson:
+where that is installed it is a variant beside, on both sides; the goal is of Python's json. vLLM's,
+a map of {logprob, rank, decoded_token} per token, is three times as long and takes four times as
+long to write and read: this is the lighter of the two.
 
 `stored`: the teacher has scored these texts before, so that requests, replies and their checks are
 all of the time: the transport alone. `live`: it is a model of one narrow layer over 2K tokens. Its
@@ -17,6 +17,7 @@ teacher whose forward pass is nearly all of the time; the share of it is measure
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 from urllib.request import urlopen
 
 import pytest
@@ -55,9 +57,42 @@ def save_model(path: Path, vocab_size: int) -> None:
     LlamaForCausalLM(config).save_pretrained(path)
 
 
-def serve_stored(path: str) -> None:
-    """A server whose teacher has scored every text before: only the transport is left."""
+def serve(path: str, teacher: str, *, with_orjson: bool) -> None:
+    """A server, in this process."""
     from opd.server import serve
+
+    if with_orjson:
+        write_by_orjson()
+    if teacher == "stored":
+        remember(serve)
+    serve.serve(serve.parse_options({**OPTIONS, "model": path}))
+
+
+def write_by_orjson() -> None:
+    """The server's JSON."""
+    import orjson
+
+    from opd.server import replies
+
+    def json_body(value):
+        body = orjson.dumps(value)
+        checksum = replies.json_checksum(body)
+        return body, {"content-type": replies.JSON_TYPE, replies.CRC_HEADER: checksum}
+
+    replies.json_body = json_body
+
+
+def read_by_orjson():
+    """The client's JSON, while it lasts."""
+    import orjson
+
+    from opd.clients import opd_replies
+
+    return patch.object(opd_replies, "read_json", lambda body, where: orjson.loads(body))
+
+
+def remember(serve) -> None:
+    """Every text has been scored before: only the transport is left."""
 
     class Stored(serve.Engine):
         """Keeps what it has computed."""
@@ -73,15 +108,15 @@ def serve_stored(path: str) -> None:
             return [self._stored[key] for key in keys]
 
     serve.Engine = Stored
-    serve.serve(serve.parse_options({**OPTIONS, "model": path}))
 
 
 @contextlib.contextmanager
-def serving(path: Path, teacher: str) -> Iterator[str]:
-    """URL of a server."""
-    code = f"from opd.server.serve import *; serve(parse_options({OPTIONS | {'model': str(path)}}))"
-    if teacher == "stored":
-        code = f"from benchmarks.bench_teacher_transport import *; serve_stored({str(path)!r})"
+def serving(path: Path, teacher: str, *, with_orjson: bool = False) -> Iterator[str]:
+    """URL of a server in a process of its own."""
+    code = (
+        "from benchmarks.bench_teacher_transport import serve; "
+        f"serve({str(path)!r}, {teacher!r}, with_orjson={with_orjson})"
+    )
     server = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -95,7 +130,7 @@ def serving(path: Path, teacher: str) -> Iterator[str]:
         yield found[1]
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(60)
 
 
 @pytest.mark.parametrize("num_topk", [64, 128], ids=["k64", "k128"])
@@ -103,8 +138,12 @@ def serving(path: Path, teacher: str) -> Iterator[str]:
 def bench_topk(benchmark, tmp_path, teacher, num_topk):
     """ids, log-probs, tail, entropy and the token's own log-prob of every token."""
     save_model(tmp_path, 2 * num_topk)
-    with serving(tmp_path, teacher) as url:
-        compare(benchmark, url, teacher, num_topk)
+    with contextlib.ExitStack() as servers:
+        url = servers.enter_context(serving(tmp_path, teacher))
+        fast_url = None
+        if importlib.util.find_spec("orjson"):
+            fast_url = servers.enter_context(serving(tmp_path, teacher, with_orjson=True))
+        compare(benchmark, url, fast_url, teacher, num_topk)
     harness.assert_goals(benchmark)
 
 
@@ -126,8 +165,16 @@ def share_of_forward(url: str, ask: Callable[[], object]) -> float:
     return statistics.median(shares)
 
 
-def compare(benchmark, url: str, teacher: str, num_topk: int) -> None:
-    """Binary and JSON in turns, the same law to the bit."""
+def compare(benchmark, url: str, fast_url: str | None, teacher: str, num_topk: int) -> None:
+    """Binary and JSON in turns, the same law to the bit.
+
+    Args:
+        benchmark: of pytest.
+        url: of a server.
+        fast_url: of one whose JSON is by orjson; None: there is none.
+        teacher: of the server.
+        num_topk: K.
+    """
     from opd.clients import connect
 
     torch.manual_seed(0)
@@ -135,15 +182,24 @@ def compare(benchmark, url: str, teacher: str, num_topk: int) -> None:
     texts = list(torch.randint(0, vocab_size, (NUM_SEQUENCES, LENGTH)))
     starts = [PROMPT] * NUM_SEQUENCES
 
-    def asking(wire):
+    def asking(wire, url=url):
         client = connect("opd", url, vocab_size=vocab_size, wire=wire, concurrency=2)
         return lambda: client.score(texts, starts, num_topk=num_topk)
 
     variants = {harness.OURS: asking("binary"), "JSON": asking("json")}
-    ours, theirs = (variants[name]() for name in variants)
-    for one, other in zip(ours, theirs, strict=True):
-        assert torch.equal(one.ids, other.ids) and torch.equal(one.logprobs, other.logprobs)
-        assert torch.equal(one.tail_logprob, other.tail_logprob)
+    if fast_url is not None:
+        ask = asking("json", fast_url)
+
+        def ask_fast():
+            with read_by_orjson():
+                return ask()
+
+        variants["JSON by orjson"] = ask_fast
+    ours, *others = (variants[name]() for name in variants)
+    for theirs in others:
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one.ids, other.ids) and torch.equal(one.logprobs, other.logprobs)
+            assert torch.equal(one.tail_logprob, other.tail_logprob)
     benchmark.group = f"teacher transport, {teacher} teacher"
     turns = harness.take_turns(benchmark, variants, rounds=15, slow_rounds=5)
     ratios = harness.record(benchmark, turns, floor=harness.OURS)

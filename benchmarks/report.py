@@ -39,7 +39,7 @@ machine a figure moves by a fifth between runs, and a best time may fall below i
 
 REPRODUCE = """## How to reproduce
 
-    make peers   # optional: the `bench` extra (Liger-Kernel, TRL, orda-kernel) into .venv
+    make peers   # optional: the `bench` extra (Liger-Kernel, TRL, orda-kernel, orjson) into .venv
     make bench   # about a quarter of an hour on two cores; `make bench-full`: every divergence
 
 on a machine that does nothing else. Peers that are not installed are left out. It ends with an
@@ -189,7 +189,8 @@ QUESTIONS = {
         "How much quicker are binary frames than JSON?",
         "A request to a server in a process of its own and its reply read into tensors: the JSON "
         "reply's time over that of our frames. `stored`: the server has the laws and does nothing "
-        "else; `live`: a tiny teacher computes them first.",
+        "else; `live`: a tiny teacher computes them first, which takes both sides as long. JSON is "
+        "Python's; `JSON by orjson` is that package on both sides.",
     ),
     "align_tokens": (
         "How much quicker is the alignment of tokens than one in Python?",

@@ -11,22 +11,26 @@ All numbers are little-endian:
     24             the body: a safetensors file, whose metadata has one key, "opd": a JSON object
 
 Every bit of a frame is covered: by the magic, the version, the length or the checksum. The body
-says dtype and shape of each tensor; safetensors checks that they fill it exactly. Which tensors a
-message has: docs/teacher_server.md.
+says dtype and shape of each tensor, and they fill it exactly. Which tensors a message has:
+docs/teacher_server.md.
+
+A reply has megabytes, and each copy of it costs as much as its checksum: a frame is joined from the
+tensors' own memory in one go, and the tensors of a message are views of its bytes. The library of
+safetensors copies on both sides, so its format is written and read here.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 MAGIC = b"OPDWIRE\0"
@@ -39,6 +43,19 @@ CRC_HEADER = "x-opd-crc32"
 # of weights and hidden states
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KEY = "opd"
+_META = "__metadata__"
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
+_BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
+_LENGTH = struct.Struct("<Q")
+# the tensors begin at a multiple of it, the wider dtypes first: each is aligned
+_ALIGNMENT = 8
 
 
 class WireError(ValueError):
@@ -81,13 +98,36 @@ class Message:
         return tensor
 
 
-def pack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
-    """The frame of a message."""
-    body = safetensors_torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={_KEY: json.dumps(dict(meta), allow_nan=False)},
-    )
-    return FRAME.pack(MAGIC, VERSION, zlib.crc32(body), len(body)) + body
+def pack(tensors: Mapping[str, Tensor | Sequence[Tensor]], meta: Mapping[str, Any]) -> bytes:
+    """The frame of a message; several tensors of one name are joined along their first axis."""
+    parts = {
+        name: [tensors_of] if isinstance(tensors_of, Tensor) else tensors_of
+        for name, tensors_of in tensors.items()
+    }
+    header: dict[str, Any] = {_META: {_KEY: json.dumps(dict(meta), allow_nan=False)}}
+    chunks, end = [], 0
+    for name, found in sorted(parts.items(), key=lambda item: -item[1][0].dtype.itemsize):
+        begin = end
+        for tensor in found:
+            chunks.append(_bytes_of(tensor))
+            end += chunks[-1].nbytes
+        shape = [sum(tensor.shape[0] for tensor in found), *found[0].shape[1:]]
+        header[name] = {
+            "dtype": _NAMES[found[0].dtype],
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    chunks = [_LENGTH.pack(len(text)) + text, *chunks]
+    checksum, length = 0, 0
+    for chunk in chunks:
+        checksum, length = zlib.crc32(chunk, checksum), length + len(chunk)
+    return b"".join([FRAME.pack(MAGIC, VERSION, checksum, length), *chunks])
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
 
 
 def checksum_of(frame: bytes) -> int:
@@ -100,8 +140,8 @@ def json_checksum(body: bytes) -> str:
     return f"{zlib.crc32(body):08x}"
 
 
-def unpack(data: bytes | memoryview) -> Message:
-    """The message of a frame.
+def unpack(data: bytes | bytearray | memoryview) -> Message:
+    """The message of a frame. Its tensors are views of a bytearray, which is theirs from then on.
 
     Raises:
         WireError: it is truncated, corrupted, of another version, or no frame at all.
@@ -126,17 +166,48 @@ def unpack(data: bytes | memoryview) -> Message:
             f"the message has the checksum {actual:08x} and says {checksum:08x}; it was damaged "
             "on the way"
         )
-    return _parse(bytes(body), checksum)
+    # tensors can be written to, so bytes that cannot are copied
+    return _parse(memoryview(bytearray(body)) if body.readonly else body, checksum)
 
 
-def _parse(body: bytes, checksum: int) -> Message:
+def _parse(body: memoryview, checksum: int) -> Message:
     try:
-        tensors = safetensors_torch.load(body)
-        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
-        meta = json.loads(header["__metadata__"][_KEY])
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        header, data = _split(body)
+        meta = json.loads(header.pop(_META)[_KEY])
+        tensors, end = {}, 0
+        # in the order of their bytes, each begins where the one before it ends
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            tensors[name], end = _tensor(entry, data, end)
+        if end != len(data):
+            raise ValueError(f"its tensors have {end} bytes of {len(data)}")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         # RecursionError is a RuntimeError
         raise WireError(f"the message's body is not what opd writes: {error!r}") from None
     if not isinstance(meta, dict):
         raise WireError(f"the message's metadata must be an object, got {type(meta).__name__}")
     return Message(tensors, meta, checksum)
+
+
+def _split(body: memoryview) -> tuple[dict[str, Any], memoryview]:
+    """Header and bytes of the tensors."""
+    if len(body) < _LENGTH.size:
+        raise ValueError(f"it has {len(body)} bytes")
+    (length,) = _LENGTH.unpack_from(body)
+    begin = _LENGTH.size + length
+    if begin > len(body) or begin % _ALIGNMENT:
+        raise ValueError(f"its header cannot have {length} bytes")
+    return json.loads(bytes(body[_LENGTH.size : begin])), body[begin:]
+
+
+def _tensor(entry: dict[str, Any], data: memoryview, begin: int) -> tuple[Tensor, int]:
+    """A tensor of the header, which must begin here, and where it ends."""
+    dtype, shape = _BY_NAME[entry["dtype"]], entry["shape"]
+    if not all(type(size) is int and size >= 0 for size in shape) or begin % dtype.itemsize:
+        raise ValueError(f"no tensor of {dtype} has the shape {shape!r:.100} at byte {begin}")
+    count = math.prod(shape)
+    end = begin + count * dtype.itemsize
+    if entry["data_offsets"] != [begin, end] or end > len(data):
+        raise ValueError(f"{dtype} {shape!r:.100} must be bytes {begin} to {end} of {len(data)}")
+    if not count:
+        return torch.empty(shape, dtype=dtype), end
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=begin).view(shape), end

@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from opd.wire import FRAME, MAGIC, WireError, pack, unpack
 
@@ -27,6 +28,15 @@ def safetensors(header: object, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
+def aligned(header: object, data: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return safetensors(text + b" " * (-len(text) % 8), data)
+
+
+META = {"__metadata__": {"opd": "{}"}}
+I32 = {"dtype": "I32", "shape": [1], "data_offsets": [0, 4]}
+
+
 def test_what_goes_in_comes_out():
     message = unpack(pack(TENSORS, {"a": 1, "text": "é", "none": None}))
     assert message.meta == {"a": 1, "text": "é", "none": None}
@@ -34,6 +44,31 @@ def test_what_goes_in_comes_out():
     for name, tensor in TENSORS.items():
         assert torch.equal(message.tensors[name], tensor)
         assert message.tensors[name].dtype == tensor.dtype
+
+
+def test_the_library_of_safetensors_reads_what_is_written_and_writes_what_is_read():
+    data = pack(TENSORS, {"a": 1})
+    for name, tensor in load(data[FRAME.size :]).items():
+        assert torch.equal(tensor, TENSORS[name]) and tensor.dtype == TENSORS[name].dtype
+    message = unpack(frame(save(TENSORS, metadata={"opd": "{}"})))
+    assert message.tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(message.tensors[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_parts_are_joined():
+    parts = [torch.arange(6).reshape(3, 2)[:, :1], torch.empty(0, 1).long(), torch.tensor([[7]])]
+    message = unpack(pack({"x": parts, "y": [torch.empty(0, 3)] * 2}, {}))
+    assert message.tensors["x"].tolist() == [[0], [2], [4], [7]]
+    assert message.tensors["y"].shape == (0, 3)
+
+
+def test_tensors_are_views_of_a_bytearray_and_never_of_bytes():
+    data = pack({"a": torch.zeros(2, dtype=torch.int32)}, {})
+    unpack(data).tensors["a"].fill_(-1)
+    assert data == pack({"a": torch.zeros(2, dtype=torch.int32)}, {})
+    body = bytearray(data)
+    unpack(body).tensors["a"].fill_(-1)
+    assert body.endswith(b"\xff" * 8)
 
 
 def test_the_bytes_are_those_of_the_page():
@@ -82,6 +117,34 @@ def test_every_cut_is_seen():
         safetensors({"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, b"abcd"),
         safetensors({"a": {"dtype": "I32", "shape": [1], "data_offsets": [0, 4]}}, b"abcdefgh"),
         safetensors({"a": {"dtype": "I32", "shape": [-1], "data_offsets": [0, 4]}}, b"abcd"),
+        *(
+            aligned({**META, "a": entry}, b"abcdefgh")
+            for entry in (
+                None,
+                {},
+                {"dtype": "I32", "shape": [1], "data_offsets": [0, 4]},
+                {"dtype": "I32", "shape": [1], "data_offsets": [4, 8]},
+                {"dtype": "I32", "shape": [True, 2], "data_offsets": [0, 8]},
+                {"dtype": "I32", "shape": [4], "data_offsets": [0, 16]},
+                {"dtype": "I32", "shape": [2.0], "data_offsets": [0, 8]},
+                {"dtype": "I32", "shape": "", "data_offsets": [0, 4]},
+                {"dtype": "I32", "shape": [1 << 62, 0], "data_offsets": [0, 0]},
+                {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]},
+                {"dtype": [], "shape": [2], "data_offsets": [0, 8]},
+            )
+        ),
+        # tensors that lie upon each other, leave a gap, are not aligned, and a header that is not
+        aligned({**META, "a": I32, "b": I32}, b"abcd"),
+        aligned({**META, "a": I32, "b": {**I32, "data_offsets": [8, 12]}}, b"abcdefghabcd"),
+        aligned(
+            {
+                **META,
+                "a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]},
+                "b": {**I32, "data_offsets": [2, 6]},
+            },
+            b"abcdef",
+        ),
+        safetensors(json.dumps({**META, "a": I32}).encode() + b" " * 7, b"abcd"),
     ],
 )
 def test_well_framed_nonsense_is_refused(body):

@@ -27,6 +27,8 @@ TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
 # what another try may change: busy, timed out, restarting, a gateway in between
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+# what OpenSSL says of a server that speaks plain http
+_NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
 _REMIND_S = 30.0
 # with the pauses between them some 20 s: time for an engine that died to take its server along
 _MAX_FAULTS = 8
@@ -206,7 +208,7 @@ class Transport:
         deadline: Deadline,
         content: bytes | None,
         headers: Mapping[str, str],
-    ) -> tuple[bytes, httpx2.Response]:
+    ) -> tuple[bytearray, httpx2.Response]:
         # a try must not outlast the deadline
         longest = max(0.1, min(self._request_timeout_s, deadline.left()))
         request = self._client.build_request(
@@ -224,6 +226,7 @@ class Transport:
             finally:
                 reply.close()
         except (httpx2.TransportError, httpx2.DecodingError) as error:
+            self._refuse_tls(error)
             silent = isinstance(error, httpx2.ReadTimeout)
             raise _Transient(_words(error), silent=silent) from None
         if reply.status_code in _TRANSIENT:
@@ -241,19 +244,33 @@ class Transport:
             raise HttpRefused(self.url, path, reply.status_code, _message(body))
         return body, reply
 
-    def _read(self, reply: httpx2.Response, deadline: Deadline) -> bytes:
-        parts, total = [], 0
+    def _refuse_tls(self, error: BaseException | None) -> None:
+        """What another try does not change: a certificate, a server without https."""
+        while error is not None and not isinstance(error, ssl.SSLError):
+            error = error.__cause__ or error.__context__
+        if isinstance(error, ssl.SSLCertVerificationError):
+            raise TeacherRefused(
+                f"teacher {self.url}: its certificate is not accepted ({error.verify_message}); "
+                "set SSL_CERT_FILE to a file with the certificate of whoever signed it"
+            ) from None
+        if error is not None and error.reason in _NO_TLS:
+            raise TeacherRefused(
+                f"teacher {self.url}: answers without https; begin the URL with http://"
+            ) from None
+
+    def _read(self, reply: httpx2.Response, deadline: Deadline) -> bytearray:
+        # one that grows in place: tensors are views of it, see `opd.wire`
+        body = bytearray()
         for part in reply.iter_bytes():
-            total += len(part)
-            if total > self._max_reply_bytes:
+            body += part
+            if len(body) > self._max_reply_bytes:
                 raise BadReply(
                     f"teacher {self.url}: a reply of more than {self._max_reply_bytes} bytes; ask "
                     "for fewer sequences at a time, or raise max_reply_bytes"
                 )
             if deadline.left() <= 0:
                 raise _Transient("the reply was still coming in", silent=True)
-            parts.append(part)
-        return b"".join(parts)
+        return body
 
     def _wait_for(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -283,7 +300,11 @@ class HttpRefused(TeacherRefused):
     """A status that says that the request is at fault."""
 
     def __init__(self, url: str, path: str, status: int, message: str) -> None:
-        super().__init__(f"teacher {url}: {path} was refused with status {status}: {message}")
+        if status == 404:
+            hint = "; is the URL that of another kind of server, or has it a path too much?"
+        else:
+            hint = ""
+        super().__init__(f"teacher {url}: {path} was refused with status {status}: {message}{hint}")
         self.status = status
         self.reason = message
 
@@ -346,7 +367,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return min(max(seconds, 0.0), 60.0) if seconds == seconds else None
 
 
-def _message(body: bytes) -> str:
+def _message(body: bytes | bytearray) -> str:
     """What a server says in the body of an error, in one short line."""
     import json
 

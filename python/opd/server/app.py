@@ -34,6 +34,8 @@ _SCORES: dict[str, Signal] = {
     "/v1/token_logprobs": "token_logprobs",
     "/v1/hidden_states": "hidden",
 }
+# read in less time than a thread takes to wake up
+_SMALL_BODY = 1 << 16
 # nobody waits for this reply
 _GONE = 499
 Handler = Callable[[Request], Awaitable[Response]]
@@ -142,13 +144,10 @@ class Server:
             body = await self._body(request)
             signal = _SCORES[request.url.path]
             kind = request.headers.get("content-type", "")
-            parsed = await asyncio.to_thread(
-                parse_request,
-                body,
-                content_type=kind,
-                signal=signal,
-                limits=self.engine.limits,
+            parse = partial(
+                parse_request, body, content_type=kind, signal=signal, limits=self.engine.limits
             )
+            parsed = parse() if len(body) <= _SMALL_BODY else await asyncio.to_thread(parse)
             job = self.batcher.submit(parsed)
         except QueueFull as error:
             wait = {"retry-after": str(error.retry_after_s)}

@@ -126,7 +126,7 @@ class Engine:
         }
         return tensors, meta
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def score(self, pieces: Sequence[Piece]) -> list[Rows]:
         """Of each sequence what its request asks for, [C, ...] on the CPU, in one forward pass."""
         scored = [piece for piece in pieces if piece.num_rows]

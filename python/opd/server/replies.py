@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ def reply_body(
         "fingerprint": fingerprint,
     }
     if not request.is_json:
-        tensors = {name: _joined([rows[name] for rows in results]) for name in results[0]}
+        tensors = {name: [rows[name] for rows in results] for name in results[0]}
         return pack(tensors, meta), {"content-type": CONTENT_TYPE}
     if any(tensor.isnan().any() for rows in results for tensor in rows.values()):
         raise RequestError(
@@ -35,16 +34,6 @@ def reply_body(
         )
     lists = [{name: _finite(rows[name]).tolist() for name in rows} for rows in results]
     return json_body({"meta": meta, "results": lists})
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """torch.cat, by numpy: replies are made in several threads at once, and torch would start a
-    team of its own for each of them, which fight with the model's for the cores.
-    """
-    if not any(part.numel() for part in parts):
-        return torch.cat(parts)
-    raw = np.concatenate([part.contiguous().view(torch.uint8).numpy() for part in parts])
-    return torch.from_numpy(raw).view(parts[0].dtype)
 
 
 def json_body(value: dict[str, Any]) -> tuple[bytes, dict[str, str]]:

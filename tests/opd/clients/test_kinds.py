@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -385,3 +386,37 @@ def test_a_server_that_comes_up_late_is_found(engine):
         assert not asked.done()
         with running(engine, port=port):
             assert asked.result()[0].ids.shape == (2, 4)
+
+
+def test_a_server_without_https_is_no_dead_one():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        transport = Transport(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(TeacherRefused, match="answers without https; begin the URL with http:"):
+            transport.call("GET", "/", deadline=Deadline(20))
+        thread.join()
+
+
+def test_a_certificate_that_is_not_accepted_is_no_dead_server():
+    def answer(request):
+        error = ssl.SSLCertVerificationError()
+        error.verify_message = "self-signed certificate"
+        raise httpx2.ConnectError("handshake") from error
+
+    transport = Transport("https://teacher:1", transport=httpx2.MockTransport(answer))
+    with pytest.raises(TeacherRefused, match=r"\(self-signed certificate\); set SSL_CERT_FILE"):
+        transport.call("GET", "/", deadline=Deadline(20))
+
+
+def test_a_path_that_is_not_there_says_what_may_be_wrong():
+    answer = httpx2.MockTransport(lambda request: httpx2.Response(404, text="Not Found"))
+    with pytest.raises(TeacherRefused, match=r"404: Not Found; is the URL that of another kind"):
+        Transport("http://teacher:1/v1", transport=answer).call("GET", "/", deadline=Deadline(20))
