@@ -7,6 +7,7 @@
 | `OPD_CPU_GEMM` | own, library: the GEMMs on a CPU; unset: the quicker. Read on import |
 | `TRITON_INTERPRET` | Triton's own: 1 runs Triton kernels on CPU tensors, for tests |
 | `OPD_CUDA_EMULATION` | path of opd_emulated.so: CUDA kernels on CPU tensors, for tests |
+| `OPD_CLUSTER_BLOCKS` | read in C++: 0 keeps calls from the cluster kernel: docs/kernels.md |
 """
 
 from __future__ import annotations
