@@ -34,7 +34,8 @@ def bytes_held(cut, hidden_sizes, itemsize=2, low_rank=0, packs_columns=False):
     columns, tokens = cut.slice_columns, cut.chunk_tokens
     # column sums of dZ; which columns count, and their ids
     held = (4 + 9 * packs_columns) * cut.vocab_size
-    held += 4 * columns * (tokens + len(others) * cut.teacher_tokens)
+    # rows begin at a multiple of 8 elements
+    held += 4 * -(-columns // 8) * 8 * (tokens + len(others) * cut.teacher_tokens)
     # hidden states of the chunk and of its part, gathered; dX of the chunk
     held += itemsize * (tokens * student + cut.teacher_tokens * sum(others)) + 4 * tokens * student
     partial = 4 * cut.grad_hidden_splits * tokens * student if cut.grad_hidden_splits > 1 else 0
