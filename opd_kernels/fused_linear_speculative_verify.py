@@ -320,7 +320,9 @@ class _Call(NamedTuple):
         return final
 
     def _logits(self, side: int, buffer: int, hidden: Tensor) -> Tensor:
-        logits = _buffers.rows_of(self.buffers[buffer], len(hidden), self.spec.laws[side].vocab_size)
+        logits = _buffers.rows_of(
+            self.buffers[buffer], len(hidden), self.spec.laws[side].vocab_size
+        )
         if len(hidden):
             hidden = hidden.float() if _gemms.widens(hidden) else hidden
             _linear.form_logits(_OP, logits, hidden, self.heads[side], None, self.head_slice_rows)
