@@ -133,6 +133,13 @@ def test_plan_never_holds_more_than_the_workspace(seed):
     assert kinds == {(True, False), (True, True), (False, False)}
 
 
+def test_plan_counts_what_aligns_the_rows_of_an_odd_vocabulary():
+    odd, padded = (cut(8192, vocab_size, (2048, 4096), GIB) for vocab_size in (50_257, 50_264))
+    assert (odd.chunk_tokens, odd.teacher_tokens) == (padded.chunk_tokens, padded.teacher_tokens)
+    # but for the column sums of dZ
+    assert odd.workspace_bytes == padded.workspace_bytes - 4 * 7
+
+
 def test_plan_of_more_budget_has_no_shorter_chunks_until_they_are_long_enough():
     tokens = [
         min(1024, cut(10**6, QWEN, (2048, 5120), budget, whole_rows="so").chunk_tokens)
