@@ -304,8 +304,7 @@ class _Run:
     def _form(self, model: int, hidden: Tensor, columns: slice) -> Tensor:
         """Logits [C, columns] of student (0), teacher (1) or reference (2), in their buffer."""
         width = columns.stop - columns.start
-        flat = self.buffers[model].view(-1)[: hidden.shape[0] * width]
-        out = flat.view(hidden.shape[0], width)
+        out = _buffers.rows_of(self.buffers[model], hidden.shape[0], width)
         name = ("student_logits", "teacher_logits", "reference_logits")[model]
         with _linear.phase(hidden, OP, name):
             head = self.inputs.heads()[model][columns]
@@ -404,7 +403,7 @@ class _Run:
         """
         wanted, gradients = self.options.with_grads, self.gradients
         head = self.inputs.student_lm_head_weight[columns]
-        hidden, spare = chunk.hidden, self.buffers[1].view(-1)
+        hidden, spare = chunk.hidden, self.buffers[1]
         grad_logits = _gemms.gradient_of(logits, head, self.grad_dtype)
         packed = None
         if self.options.gradient_tolerance and (wanted[0] or wanted[1]):
@@ -445,14 +444,13 @@ class _Run:
     def _pack(
         self, chunk: _Chunk, grad_logits: Tensor, head: Tensor
     ) -> sparse_gradient.Packed | None:
-        flat = self.buffers[1].view(-1)[: grad_logits.numel()]
         with _linear.phase(grad_logits, OP, "pack"):
             packed, dropped = sparse_gradient.pack(
                 self.rows,
                 grad_logits,
                 chunk.laws.token_weights,
                 self.options.gradient_tolerance,
-                flat.view(grad_logits.shape),
+                self.buffers[1][: grad_logits.numel()].view(grad_logits.shape),
                 head,
                 self.plan.head_slice_rows,
             )
@@ -469,9 +467,7 @@ class _Run:
         """
         if grad_logits.dtype == head.dtype or not _gemms.on_gpu(head):
             return grad_logits, spare
-        size = grad_logits.numel()
-        rounded = spare.view(head.dtype)[:size].view(grad_logits.shape)
-        return rounded.copy_(grad_logits), spare[-(-size // 2) :]
+        return _buffers.rounded_in(spare, grad_logits, head.dtype)
 
     def _add_grad_weight(
         self,

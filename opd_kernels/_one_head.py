@@ -78,7 +78,8 @@ def fill(
 
     def run_chunk(buffer: Tensor, begin: int, end: int) -> None:
         here = slice(begin, end)
-        chunk, logits = _linear.take(inputs.hidden, None, begin, end), buffer[: end - begin]
+        chunk = _linear.take(inputs.hidden, None, begin, end)
+        logits = _buffers.rows_of(buffer, end - begin, law.vocab_size)
         _linear.form_logits(
             op, logits, chunk, inputs.lm_head_weight, low_rank, plan.head_slice_rows
         )

@@ -225,9 +225,8 @@ def check(
     fixed_bytes, row_bytes = _cpu_bytes(heads)
     if _gemms.on_gpu(heads[0]):
         fixed_bytes, row_bytes = sum(head.dtype.itemsize * head.shape[1] for head in heads), 0
-    smallest = (
-        fixed_bytes + per_token + _checks.real_dtype(heads[0]).itemsize * len(heads) * columns
-    )
+    row_of_logits = _checks.real_dtype(heads[0]).itemsize * _buffers.row_stride(heads[0], columns)
+    smallest = fixed_bytes + per_token + len(heads) * row_of_logits
     if workspace_bytes == _checks.DEFAULT_WORKSPACE_BYTES:
         per_call = 0
     _checks.workspace(op, workspace_bytes, per_call + smallest + row_bytes, whole_rows)
@@ -290,15 +289,21 @@ class _Costs:
     student_token: int
     other_token: int
     multiprocessors: int
+    # where the buffers are
+    like: Tensor
 
     def student(self, columns: int, *, is_slice: bool = False) -> int:
         """Per token of a chunk. Slices add dX up, on a copy of its rows, and keep a state."""
         more = self.itemsize * self.hidden_size + _STATE_BYTES if is_slice else 0
-        return self.student_token + self.itemsize * columns + more
+        return self.student_token + self.row_of_logits(columns) + more
 
     def other(self, columns: int) -> int:
         """Per token of a part, all other models together."""
-        return self.other_token + self.num_others * self.itemsize * columns
+        return self.other_token + self.num_others * self.row_of_logits(columns)
+
+    def row_of_logits(self, columns: int) -> int:
+        """With what it takes that the next row is aligned."""
+        return self.itemsize * _buffers.row_stride(self.like, columns)
 
     def splits(self, tokens: int, part: int, columns: int) -> int:
         """Slices of dX; their sums take the place of a teacher's logits, which dZ has used up."""
@@ -336,6 +341,7 @@ def _costs(
         student_token=student,
         other_token=sum(sizes[1:]),
         multiprocessors=multiprocessors(heads[0].device),
+        like=heads[0],
     )
 
 
@@ -433,6 +439,9 @@ def _gpu_slices(op: str, num_tokens: int, costs: _Costs, workspace_bytes: int, f
     aligned = min(vocab_size, _aligned_up(columns))
     if token_bytes(aligned) <= budget:
         columns = aligned
+    elif token_bytes(columns) > budget:
+        # what rows are aligned to was not in the count
+        columns -= columns % _buffers.ROW_ALIGNMENT
     tokens = max(1, min(num_tokens, _aligned(budget // token_bytes(columns))))
     if num_tokens > tokens:
         even = -(-num_tokens // -(-num_tokens // tokens))

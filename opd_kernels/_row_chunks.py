@@ -137,14 +137,20 @@ def _teacher_width(student: Side, teacher: Side) -> int:
     """Columns of the buffer of the teacher's logits, in which a narrow dZ is rounded."""
     widths = [teacher.law.vocab_size]
     if _gemms.grad_dtype(student.lm_head_weight) != _gemms.AS_LOGITS:
-        widths.append(-(-student.law.vocab_size // 2))
+        widths.append(-(-_stride(student, student.law.vocab_size) // 2))
     return max(widths)
 
 
 def _more_per_row(student: Side, teacher: Side, scratch: Scratch) -> int:
     """Beside what a plan counts, for which both models have the student's vocabulary."""
     itemsize = _checks.real_dtype(student.hidden).itemsize
-    return itemsize * (_teacher_width(student, teacher) - student.law.vocab_size) + scratch.per_row
+    widths = _teacher_width(student, teacher), student.law.vocab_size
+    of_teacher, of_student = (_stride(student, width) for width in widths)
+    return itemsize * (of_teacher - of_student) + scratch.per_row
+
+
+def _stride(side: Side, columns: int) -> int:
+    return _buffers.row_stride(side.hidden, columns)
 
 
 def run(
@@ -228,8 +234,7 @@ class _Run:
         ):
             with _linear.phase(side.hidden, self.op, "take"):
                 taken = _linear.take(side.hidden, self.token_idx, begin, end, masked)
-            vocab_size = side.law.vocab_size
-            out = buffer.view(-1)[: (end - begin) * vocab_size].view(end - begin, vocab_size)
+            out = _buffers.rows_of(buffer, end - begin, side.law.vocab_size)
             with _linear.phase(taken, self.op, f"{name}_logits"):
                 _gemms.logits_into(out, taken, side.lm_head_weight, self.plan.head_slice_rows)
             logits.append(out)
@@ -254,7 +259,7 @@ class _Run:
         ):
             if wanted:
                 _linear.put(target, self.token_idx, begin, end, values)
-        self._backproject(hidden, logits[0], buffers[1].view(-1), begin, end)
+        self._backproject(hidden, logits[0], buffers[1], begin, end)
 
     def _backproject(
         self, hidden: Tensor, grad_logits: Tensor, spare: Tensor, begin: int, end: int
@@ -269,9 +274,7 @@ class _Run:
         operand = grad_logits
         if _gemms.grad_dtype(head) != _gemms.AS_LOGITS:
             # as wide as the head's GEMMs take it
-            size = operand.numel()
-            operand = spare.view(head.dtype)[:size].view(operand.shape).copy_(operand)
-            spare = spare[-(-size // 2) :]
+            operand, spare = _buffers.rounded_in(spare, operand, head.dtype)
         if with_hidden:
             with _linear.phase(hidden, self.op, "grad_hidden"):
                 grad_hidden = _gemms.grad_hidden(

@@ -217,7 +217,8 @@ class _Run:
         ):
             for begin, end in self.plan.chunks():
                 # a function, so that its gathered rows are gone before the next chunk's exist
-                self._run_chunk(buffer[: end - begin], begin, end)
+                logits = _buffers.rows_of(buffer, end - begin, self.law.vocab_size)
+                self._run_chunk(logits, begin, end)
         gradients = self.gradients
         if self.unit is not None:
             for value in (self.loss, *gradients):

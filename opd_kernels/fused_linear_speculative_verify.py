@@ -220,7 +220,8 @@ def cut(
     more = 0
     if not _in_waves(heads[0], mode):
         whole_rows = f"all {places} places of a sequence at a time"
-        more = (places - 1) * len(heads) * vocab_size * _checks.real_dtype(heads[0]).itemsize
+        stride = _buffers.row_stride(heads[0], vocab_size)
+        more = (places - 1) * len(heads) * stride * _checks.real_dtype(heads[0]).itemsize
     if heads[0].device.type == "cpu" and workspace_bytes == _checks.DEFAULT_WORKSPACE_BYTES:
         workspace_bytes = max(_DEFAULT_ON_CPU, 2 * more)
     _plan.check(op, vocab_size, heads, workspace_bytes, whole_rows=whole_rows, per_token=more)
@@ -319,7 +320,9 @@ class _Call(NamedTuple):
         return final
 
     def _logits(self, side: int, buffer: int, hidden: Tensor) -> Tensor:
-        logits = self.buffers[buffer][: len(hidden)]
+        logits = _buffers.rows_of(
+            self.buffers[buffer], len(hidden), self.spec.laws[side].vocab_size
+        )
         if len(hidden):
             hidden = hidden.float() if _gemms.widens(hidden) else hidden
             _linear.form_logits(_OP, logits, hidden, self.heads[side], None, self.head_slice_rows)

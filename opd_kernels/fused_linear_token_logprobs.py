@@ -238,7 +238,7 @@ def _run_backward(head_sum: Tensor | None, grad_logprobs, grad_lse, grad_entropy
         with _linear.phase(hidden, _OP, "take"):
             chunk = _linear.take(hidden, token_idx, begin, end, is_active[here])
             *upstream, token_ids, chunk_lse, chunk_entropy = (values[here] for values in per_token)
-        logits = buffer[: end - begin]
+        logits = _buffers.rows_of(buffer, end - begin, law.vocab_size)
         projected = _linear.form_logits(_OP, logits, chunk, head, low_rank, plan.head_slice_rows)
         with _linear.phase(chunk, _OP, "rows"):
             rows.token_logprobs_bwd_(

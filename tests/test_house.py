@@ -132,7 +132,6 @@ ONLY_OF_KERNELS = frozenset(
 
 # modules without a test file of their own name, and what tests them
 TESTED_ELSEWHERE = {
-    "opd_kernels/_buffers.py": "tests/opd_kernels/test_gemm.py",
     "opd_kernels/_catalogue.py": "tests/opd_kernels/test_divergences.py",
     "opd_kernels/_checks.py": "the error texts of each op's test",
     "opd_kernels/_divergence_paths.py": "tests/opd_kernels/test_fused_linear_divergence.py",

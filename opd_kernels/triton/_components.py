@@ -36,15 +36,18 @@ _MOST_BITS = tl.constexpr(0x42B00000)  # 88
 
 
 class Loss(NamedTuple):
-    """constants: a tuple for each component; coefficients [J, T] and the rest pointers or None."""
+    """constants: a tuple for each component; coefficients [J, T] and the rest pointers or None.
+
+    The last two are arguments of a kernel's own, which puts them here.
+    """
 
     constants: Any
     coefficients: Any
     token_weights: Any
     labels: Any
     label_weights: Any
-    num_labels: Any
-    num_tokens: Any
+    num_labels: Any = None
+    num_tokens: Any = None
 
 
 @triton.jit

@@ -12,11 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._components import coefficients_of, row_sums_of, rows_of, thresholds_of, token_weight_of
-from ._ids import cross_entropy_of, label_coefficient
+from ._components import (
+    Loss,
+    coefficients_of,
+    row_sums_of,
+    rows_of,
+    thresholds_of,
+    token_weight_of,
+)
+from ._ids import Ids, cross_entropy_of, label_coefficient
 from ._laws import Laws, add_lse, shifts_of, slope_of
 from ._packing import NUM_STATISTICS, Packed, has_row_sums, takes_laws
-from ._rows import gradient_in_place, launch
+from ._rows import COUNTS, gradient_in_place, launch
 from ._state import (
     CROSS_ENTROPY_SUM,
     GRAD_SUM,
@@ -54,7 +61,7 @@ def _shifts_of_row(state_row_ptr):
     return shifts_of(tl.load(state_row_ptr + STUDENT_LSE), tl.load(state_row_ptr + TEACHER_LSE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _lse_kernel(
     laws, loss, state_ptr, first_column, COMPONENTS: tl.constexpr, TARGET: tl.constexpr,
     WITH_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -80,11 +87,13 @@ def _lse_kernel(
                 tl.store(argmax_ptr, argmax)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _row_sums_kernel(
-    laws, loss, state_ptr, COMPONENTS: tl.constexpr, TARGET: tl.constexpr, BLOCK_V: tl.constexpr
-):
+    laws, loss, num_tokens, state_ptr, COMPONENTS: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    loss = Loss(*loss[:5], None, num_tokens)
     state_row_ptr = state_row(state_ptr, row, COMPONENTS)
     if token_weight_of(loss, row) != 0.0:
         here = Laws(
@@ -100,13 +109,16 @@ def _row_sums_kernel(
         put_row_sums(state_row_ptr, sums, COMPONENTS, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _terms_kernel(
-    laws, loss, ids, state_ptr, first_column, COMPONENTS: tl.constexpr, TARGET: tl.constexpr,
-    LIVE: tl.constexpr, WITH_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
+    laws, loss, ids, num_tokens, num_labels, num_topk_ids, state_ptr, first_column,
+    COMPONENTS: tl.constexpr, TARGET: tl.constexpr, LIVE: tl.constexpr,
+    WITH_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_LABELS: tl.constexpr,
+    BLOCK_TOPK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    loss = Loss(*loss[:5], 1 if BLOCK_LABELS == 1 else num_labels, num_tokens)
+    ids = Ids(ids.token_ids, ids.topk_ids, num_topk_ids)
     state_row_ptr = state_row(state_ptr, row, COMPONENTS)
     if token_weight_of(loss, row) != 0.0:
         here = Laws(
@@ -139,12 +151,13 @@ def _terms_kernel(
         put_terms(state_row_ptr, terms, grad_sum, teacher_grad_sum, COMPONENTS, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _finish_kernel(
-    loss, state_ptr, loss_ptr, statistics_ptr, COMPONENTS: tl.constexpr,
+    loss, num_tokens, state_ptr, loss_ptr, statistics_ptr, COMPONENTS: tl.constexpr,
     WITH_STATISTICS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    loss = Loss(*loss[:5], None, num_tokens)
     state_row_ptr = state_row(state_ptr, row, COMPONENTS)
     weight = token_weight_of(loss, row)
     if weight == 0.0:
@@ -167,13 +180,15 @@ def _finish_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _divergence_bwd_kernel(
-    laws, loss, grad_loss_ptr, state_ptr, grad_ptr, stride_grad, grad_width, first_column,
-    COMPONENTS: tl.constexpr, TARGET: tl.constexpr, LIVE: tl.constexpr, NARROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_LABELS: tl.constexpr,
+    laws, loss, num_tokens, num_labels, grad_loss_ptr, state_ptr, grad_ptr, stride_grad,
+    grad_width, first_column, COMPONENTS: tl.constexpr, TARGET: tl.constexpr, LIVE: tl.constexpr,
+    NARROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_LABELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    # one label is compiled for: what it reads once is not read again for each tile
+    loss = Loss(*loss[:5], 1 if BLOCK_LABELS == 1 else num_labels, num_tokens)
     state_row_ptr = state_row(state_ptr, row, COMPONENTS)
     weight = token_weight_of(loss, row)
     grad_loss = tl.load(grad_loss_ptr + row)
@@ -215,8 +230,9 @@ def launch_bwd(
     names = ("COMPONENTS", "TARGET", "LIVE", "BLOCK_V", "BLOCK_LABELS")
     launch(
         _divergence_bwd_kernel, grad.shape[0], packed.num_warps, packed.laws, packed.loss,
-        grad_loss, state, grad, grad.stride(0), grad.shape[1], first_column, NARROWS=narrows,
-        maxnreg=packed.max_registers, **{name: packed.constants[name] for name in names},
+        packed.num_tokens, packed.num_labels, grad_loss, state, grad, grad.stride(0),
+        grad.shape[1], first_column, NARROWS=narrows, maxnreg=packed.max_registers,
+        **{name: packed.constants[name] for name in names},
     )  # fmt: skip
 
 
@@ -276,18 +292,19 @@ def _launch_phase(
             packed.num_warps,
             packed.laws,
             packed.loss,
+            packed.num_tokens,
             state,
             **chosen,
         )
     elif phase == TERMS:
         launch(
-            _terms_kernel, state.shape[0], packed.num_warps, *packed[:3], state, first_column,
+            _terms_kernel, state.shape[0], packed.num_warps, *packed[:6], state, first_column,
             WITH_STATISTICS=with_statistics, **constants,
         )  # fmt: skip
     elif phase == FINISH:
         launch(
-            _finish_kernel, state.shape[0], 1, packed.loss, state, loss, statistics,
-            COMPONENTS=packed.components, WITH_STATISTICS=with_statistics,
+            _finish_kernel, state.shape[0], 1, packed.loss, packed.num_tokens, state, loss,
+            statistics, COMPONENTS=packed.components, WITH_STATISTICS=with_statistics,
         )  # fmt: skip
 
 

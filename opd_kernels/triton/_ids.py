@@ -19,11 +19,11 @@ from ._math import exp
 
 
 class Ids(NamedTuple):
-    """Pointers of [T] and [T, num_topk], or None."""
+    """Pointers of [T] and [T, num_topk_ids], or None; the number is a kernel's own argument."""
 
     token_ids: Any
     topk_ids: Any
-    num_topk: Any
+    num_topk_ids: Any = None
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def id_statistics(
         lq, lp = _sum_where(inside, log_q, error), _sum_where(inside, log_p, error)
     if ids.topk_ids is not None:
         columns, inside, error = _columns_of(
-            ids.topk_ids, row, ids.num_topk, first_column, laws.vocab_size, WHOLE, BLOCK_TOPK
+            ids.topk_ids, row, ids.num_topk_ids, first_column, laws.vocab_size, WHOLE, BLOCK_TOPK
         )
         log_q, log_p = _logprobs_at(laws, shifts, columns, inside, TARGET)
         q = _sum_where(inside, exp(log_q), error)

@@ -23,11 +23,14 @@ STATE_PER_COMPONENT = 4
 
 
 class Packed(NamedTuple):
-    """A call: three tuples of runtime values, and what its kernels are compiled for."""
+    """A call: three tuples of runtime values, its counts, and what its kernels are compiled for."""
 
     laws: Laws
     loss: Loss
     ids: Ids
+    num_tokens: int
+    num_labels: int
+    num_topk_ids: int
     constants: dict[str, object]
     num_warps: int
 
@@ -97,7 +100,7 @@ def pack(
     is_live = live_target and (target == MIXTURE.value or from_student is not None)
     components = tuple(divergences)
     num_labels = 0 if labels is None else labels.shape[1]
-    num_topk = 0 if topk_ids is None else topk_ids.shape[1]
+    num_topk_ids = 0 if topk_ids is None else topk_ids.shape[1]
     block_v, num_warps = tile(vocab_size)
     return Packed(
         Laws(
@@ -110,16 +113,18 @@ def pack(
                 for j, divergence in enumerate(components)
             ),
             coefficients, token_weights, labels if num_labels else None, label_weights,
-            num_labels, student_logits.shape[0],
         ),
-        Ids(token_ids, topk_ids if num_topk else None, num_topk),
+        Ids(token_ids, topk_ids if num_topk_ids else None),
+        student_logits.shape[0],
+        num_labels,
+        num_topk_ids,
         {
             "COMPONENTS": components,
             "TARGET": target,
             "LIVE": is_live,
             "BLOCK_V": block_v,
             "BLOCK_LABELS": triton.next_power_of_2(max(num_labels, 1)),
-            "BLOCK_TOPK": triton.next_power_of_2(max(num_topk, 1)),
+            "BLOCK_TOPK": triton.next_power_of_2(max(num_topk_ids, 1)),
         },
         num_warps,
     )  # fmt: skip

@@ -12,6 +12,13 @@ import triton.language as tl
 
 from ._math import exp_minus_distance
 
+# integers that change from batch to batch: no kernel is compiled again for 1 or a multiple of 16.
+# In a tuple they would be specialised whatever a kernel says
+COUNTS = (
+    "num_tokens", "num_labels", "num_topk_ids", "num_ids", "num_programs", "num_columns",
+    "num_rows", "num_teacher_rows", "num_student_rows", "first_column",
+)  # fmt: skip
+
 
 def tile(vocab_size: int) -> tuple[int, int]:
     """(BLOCK_V, num_warps) for rows of this length.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._components import (
     ADAPTIVE_KL,
+    Loss,
     coefficients_of,
     row_sums_of,
     rows_of,
@@ -23,10 +24,10 @@ from ._components import (
     token_weight_of,
 )
 from ._divergence_phases import divergence_bwd_, divergence_phase_, launch_bwd
-from ._ids import cross_entropy_of, label_coefficient
+from ._ids import Ids, cross_entropy_of, label_coefficient
 from ._laws import Laws, add_lse, shifts_of, slope_of
 from ._packing import NUM_STATISTICS, Packed, takes_laws
-from ._rows import gradient_in_place, launch
+from ._rows import COUNTS, gradient_in_place, launch
 from ._state import (
     STUDENT_ARGMAX,
     STUDENT_LARGEST,
@@ -97,13 +98,17 @@ def _open_row(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _divergence_fwd_kernel(
-    laws, loss, ids, state_ptr, loss_ptr, statistics_ptr, COMPONENTS: tl.constexpr,
-    TARGET: tl.constexpr, LIVE: tl.constexpr, WITH_STATISTICS: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
+    laws, loss, ids, num_tokens, num_labels, num_topk_ids, state_ptr, loss_ptr, statistics_ptr,
+    COMPONENTS: tl.constexpr, TARGET: tl.constexpr, LIVE: tl.constexpr,
+    WITH_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_LABELS: tl.constexpr,
+    BLOCK_TOPK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    # one label is compiled for: what it reads once is not read again for each tile
+    loss = Loss(*loss[:5], 1 if BLOCK_LABELS == 1 else num_labels, num_tokens)
+    ids = Ids(ids.token_ids, ids.topk_ids, num_topk_ids)
     state_row_ptr = state_row(state_ptr, row, COMPONENTS)
     weight = token_weight_of(loss, row)
     zero_state(state_row_ptr, COMPONENTS)
@@ -144,14 +149,17 @@ def _divergence_fwd_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _divergence_fwd_grad_kernel(
-    laws, loss, ids, loss_ptr, statistics_ptr, grad_ptr, stride_grad, COMPONENTS: tl.constexpr,
-    TARGET: tl.constexpr, LIVE: tl.constexpr, WITH_STATISTICS: tl.constexpr,
-    OVERWRITES_TWICE: tl.constexpr, NARROWS: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
+    laws, loss, ids, num_tokens, num_labels, num_topk_ids, loss_ptr, statistics_ptr, grad_ptr,
+    stride_grad, COMPONENTS: tl.constexpr, TARGET: tl.constexpr, LIVE: tl.constexpr,
+    WITH_STATISTICS: tl.constexpr, OVERWRITES_TWICE: tl.constexpr, NARROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_LABELS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    # one label is compiled for: what it reads once is not read again for each tile
+    loss = Loss(*loss[:5], 1 if BLOCK_LABELS == 1 else num_labels, num_tokens)
+    ids = Ids(ids.token_ids, ids.topk_ids, num_topk_ids)
     weight = token_weight_of(loss, row)
     student_row_ptr = laws.student.logits + row * laws.student.stride
     grad_row_ptr = grad_ptr + row * stride_grad
@@ -230,7 +238,7 @@ def divergence_fwd(
     state = loss.new_empty(num_tokens, packed.state_size, dtype=torch.float64)
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)
     launch(
-        _divergence_fwd_kernel, num_tokens, packed.num_warps, *packed[:3], state, loss,
+        _divergence_fwd_kernel, num_tokens, packed.num_warps, *packed[:6], state, loss,
         statistics, WITH_STATISTICS=with_statistics, maxnreg=packed.max_registers,
         **packed.constants,
     )  # fmt: skip
@@ -263,7 +271,7 @@ def divergence_fwd_grad_(
     statistics = loss.new_empty(NUM_STATISTICS, num_tokens if with_statistics else 0)
     grad = gradient_in_place(student_logits, grad_dtype)
     launch(
-        _divergence_fwd_grad_kernel, num_tokens, packed.num_warps, *packed[:3], loss,
+        _divergence_fwd_grad_kernel, num_tokens, packed.num_warps, *packed[:6], loss,
         statistics, grad, grad.stride(0), NARROWS=grad_dtype != -1, WITH_STATISTICS=with_statistics,
         OVERWRITES_TWICE=packed.overwrites_twice, maxnreg=packed.max_registers, **packed.constants,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from ._laws import load_side
 from ._math import exp
 from ._packing import _side
-from ._rows import launch
+from ._rows import COUNTS, launch
 
 _BLOCK_V, _BLOCK_N, _NUM_WARPS = 1024, 64, 8
 _MOST_PROGRAMS = 1024
@@ -127,7 +127,7 @@ def _store_draws(
         tl.store(logprobs_ptr + n, tl.where(has_law, float("-inf"), nan), mask=is_none)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _sample_tokens_fwd_kernel(
     law, uniforms_ptr, ids_ptr, weights_ptr, logprobs_ptr, lse_ptr, ends_ptr, draws_ptr,
     num_tokens, vocab_size, num_draws, num_programs, num_blocks, factor, BLOCK_V: tl.constexpr,

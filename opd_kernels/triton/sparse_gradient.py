@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import launch, tile
+from ._rows import COUNTS, launch, tile
 
 _LARGEST_FLOAT32 = tl.constexpr(3.4028234663852886e38)
 # columns that one program marks, and rows that it has in flight
@@ -20,7 +20,7 @@ _MARK_COLUMNS, _MARK_ROWS = 512, 8
 _MARK_WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _sparse_gradient_mark_kernel(
     grad_ptr, token_weights_ptr, kept_ptr, num_tokens, vocab_size, stride_grad, tolerance,
     HAS_WEIGHTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -48,7 +48,7 @@ def _sparse_gradient_mark_kernel(
     tl.store(kept_ptr + columns, kept.to(tl.uint8), mask=columns < vocab_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _sparse_gradient_pack_kernel(
     packed_ptr, grad_ptr, token_weights_ptr, columns_ptr, kept_ptr, dropped_ptr, vocab_size,
     num_columns, stride_grad, HAS_WEIGHTS: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -21,7 +21,7 @@ from torch import Tensor
 from ._laws import load_side
 from ._math import exp
 from ._packing import _side
-from ._rows import launch, split
+from ._rows import COUNTS, launch, split
 from .topk_logprobs import _order
 
 _COLUMNS = 2048
@@ -30,9 +30,8 @@ _CUT_COLUMNS, _CANDIDATES = 512, 4
 
 
 class Sizes(NamedTuple):
-    """Rows of the call, columns of a row, tiles of a row."""
+    """Columns of a row, tiles of a row."""
 
-    num_rows: Any
     vocab_size: Any
     num_tiles: Any
 
@@ -43,7 +42,6 @@ class CutLaw(NamedTuple):
     side: Any
     lse: Any
     floor: Any
-    num_rows: Any
     rows: Any
     scale: Any
 
@@ -70,15 +68,15 @@ def _load(side, rows, columns, inside):
     return load_side(side, rows[:, None], columns, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _row_tiles_kernel(
-    law, token_ids_ptr, sums_ptr, largest_ptr, argmax_ptr, before_ptr, sizes,
+    law, token_ids_ptr, sums_ptr, largest_ptr, argmax_ptr, before_ptr, sizes, num_rows,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     group = program // sizes.num_tiles
     tile = program - group * sizes.num_tiles
-    rows, is_row = _rows_of(group, sizes.num_rows, ROWS)
+    rows, is_row = _rows_of(group, num_rows, ROWS)
     ids = tl.load(token_ids_ptr + rows)
     # an id that no row can have is the caller's error: no answer, and no read beyond the row
     is_read = is_row & (ids >= -1) & (ids < sizes.vocab_size)
@@ -101,13 +99,13 @@ def _row_tiles_kernel(
     tl.store(before_ptr + at, tl.sum(is_before.to(tl.int32), 1), mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _close_rows_kernel(
     law, token_ids_ptr, sums_ptr, largest_ptr, argmax_ptr, before_ptr, lse_ptr, floor_ptr,
-    logprobs_ptr, ranks_ptr, row_argmax_ptr, row_largest_ptr, sizes, ROWS: tl.constexpr,
-    TILES: tl.constexpr,
+    logprobs_ptr, ranks_ptr, row_argmax_ptr, row_largest_ptr, sizes, num_rows,
+    ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    rows, is_row = _rows_of(tl.program_id(0), sizes.num_rows, ROWS)
+    rows, is_row = _rows_of(tl.program_id(0), num_rows, ROWS)
     tiles = tl.arange(0, TILES)[None, :] + tl.zeros((ROWS, 1), tl.int32)
     inside = is_row[:, None] & (tiles < sizes.num_tiles)
     at = rows[:, None] * sizes.num_tiles + tiles
@@ -259,10 +257,10 @@ def _cut_rows_kernel(
 
 
 @triton.jit
-def _law_rows(law, at, is_row):
+def _law_rows(law, num_rows, at, is_row):
     """(rows of a side that rows `at` of the call take, whether there is one, lse, floor, scale)."""
     rows = tl.load(law.rows + at, mask=is_row, other=-1)
-    has_row = (rows >= 0) & (rows < law.num_rows)
+    has_row = (rows >= 0) & (rows < num_rows)
     rows = tl.where(has_row, rows, 0)
     lse = tl.load(law.lse + rows, mask=has_row, other=float("nan"))
     floor = tl.load(law.floor + rows, mask=has_row, other=float("nan"))
@@ -285,24 +283,24 @@ def _logprobs(law, rows, has_row, lse, floor, ids):
     return tl.where(has_law, logprobs, float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _pair_tiles_kernel(
-    teacher, student, mass_ptr, overlap_ptr, of_teacher_ptr, sizes, HAS_STUDENT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    teacher, student, mass_ptr, overlap_ptr, of_teacher_ptr, sizes, num_rows, num_teacher_rows,
+    num_student_rows, HAS_STUDENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     group = program // sizes.num_tiles
     tile = program - group * sizes.num_tiles
-    at, is_row = _rows_of(group, sizes.num_rows, ROWS)
+    at, is_row = _rows_of(group, num_rows, ROWS)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :] + tl.zeros((ROWS, 1), tl.int32)
     is_column = columns < sizes.vocab_size
-    rows, has_row, lse, floor, factor = _law_rows(teacher, at, is_row)
+    rows, has_row, lse, floor, factor = _law_rows(teacher, num_teacher_rows, at, is_row)
     has_law = has_row & (tl.abs(lse) < float("inf"))
     p = _probabilities(teacher, rows, lse, floor, columns, has_law[:, None] & is_column)
     r = factor.to(tl.float32)[:, None] * p
     least = tl.zeros_like(p)
     if HAS_STUDENT:
-        rows, has_row, lse, floor, factor = _law_rows(student, at, is_row)
+        rows, has_row, lse, floor, factor = _law_rows(student, num_student_rows, at, is_row)
         has_law = has_law & has_row & (factor != 0.0) & (tl.abs(lse) < float("inf"))
         q = _probabilities(student, rows, lse, floor, columns, has_law[:, None] & is_column)
         r -= factor.to(tl.float32)[:, None] * q
@@ -313,21 +311,21 @@ def _pair_tiles_kernel(
     tl.store(of_teacher_ptr + to, tl.sum(p.to(tl.float64), 1), mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _draw_kernel(
     teacher, student, uniforms_ptr, mass_ptr, overlap_ptr, of_teacher_ptr, row_mass_ptr,
-    row_overlap_ptr, tokens_ptr, student_logprobs_ptr, teacher_logprobs_ptr, sizes,
-    HAS_STUDENT: tl.constexpr, DRAWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TILES: tl.constexpr,
+    row_overlap_ptr, tokens_ptr, student_logprobs_ptr, teacher_logprobs_ptr, sizes, num_rows,
+    num_teacher_rows, num_student_rows, HAS_STUDENT: tl.constexpr, DRAWS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    at, is_row = _rows_of(tl.program_id(0), sizes.num_rows, ROWS)
+    at, is_row = _rows_of(tl.program_id(0), num_rows, ROWS)
     tiles = tl.arange(0, TILES)[None, :] + tl.zeros((ROWS, 1), tl.int32)
     inside = is_row[:, None] & (tiles < sizes.num_tiles)
     from_tile = at[:, None] * sizes.num_tiles + tiles
     sums = tl.load(mass_ptr + from_tile, mask=inside, other=0.0)
     mass = tl.sum(sums, 1)
     overlap = tl.sum(tl.load(overlap_ptr + from_tile, mask=inside, other=0.0), 1)
-    rows, has_row, lse, floor, factor = _law_rows(teacher, at, is_row)
+    rows, has_row, lse, floor, factor = _law_rows(teacher, num_teacher_rows, at, is_row)
     has_law = has_row & (tl.abs(lse) < float("inf"))
     nan = tl.full((ROWS,), float("nan"), tl.float64)
     student_logprob = nan
@@ -336,7 +334,7 @@ def _draw_kernel(
     has_student = tl.zeros((ROWS,), tl.int1)
     if HAS_STUDENT:
         student_rows, has_student_row, student_lse, student_floor, less = _law_rows(
-            student, at, is_row
+            student, num_student_rows, at, is_row
         )
         has_student = has_student_row & (less != 0.0)
         is_sound = tl.abs(student_lse) < float("inf")
@@ -397,10 +395,7 @@ def speculative_verify_rows_fwd(
     num_rows = len(token_ids)
     rows, columns, num_tiles, num_warps = _tiling(vocab_size)
     tiles = triton.next_power_of_2(num_tiles)
-    law, sizes = (
-        _side(logits, bias, numbers, temperatures),
-        Sizes(num_rows, vocab_size, num_tiles),
-    )
+    law, sizes = _side(logits, bias, numbers, temperatures), Sizes(vocab_size, num_tiles)
     lse, logprobs = (logits.new_empty(num_rows, dtype=torch.float64) for _ in range(2))
     floor, row_largest = (logits.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     ranks, row_argmax = (logits.new_empty(num_rows, dtype=torch.int32) for _ in range(2))
@@ -411,11 +406,11 @@ def speculative_verify_rows_fwd(
     of_tiles = sums, largest, argmax, before
     launch(
         _row_tiles_kernel, groups * num_tiles, num_warps, law, token_ids, *of_tiles, sizes,
-        ROWS=rows, COLUMNS=columns,
+        num_rows, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
     launch(
         _close_rows_kernel, groups, num_warps, law, token_ids, *of_tiles, lse, floor, logprobs,
-        ranks, row_argmax, row_largest, sizes, ROWS=rows, TILES=tiles,
+        ranks, row_argmax, row_largest, sizes, num_rows, ROWS=rows, TILES=tiles,
     )  # fmt: skip
     has_top_k, has_top_p = 0 < top_k < vocab_size, top_p < 1.0
     if has_top_k or has_top_p:
@@ -454,18 +449,21 @@ def speculative_verify_residual_fwd(
     rows, columns, num_tiles, num_warps = _tiling(vocab_size)
     teacher = CutLaw(
         _side(teacher_logits, teacher_bias, numbers[3:6], teacher_temperatures),
-        teacher_lse, teacher_floor, len(teacher_logits), teacher_rows, teacher_scale,
+        teacher_lse, teacher_floor, teacher_rows, teacher_scale,
     )  # fmt: skip
     student = None
     if student_logits is not None and len(student_logits) > 0:
         student = CutLaw(
             _side(student_logits, student_bias, numbers[0:3], student_temperatures),
-            student_lse, student_floor, len(student_logits), student_rows, student_scale,
+            student_lse, student_floor, student_rows, student_scale,
         )  # fmt: skip
     # Triton 3.6 cannot ask whether a tuple with a None in it is None
     has_student = student is not None
-    sizes = Sizes(num_rows, vocab_size, num_tiles)
-    of_tiles = teacher_lse.new_empty((3, num_rows, num_tiles)).unbind()
+    sizes = Sizes(vocab_size, num_tiles)
+    num_student_rows = len(student_logits) if has_student else 0
+    counts = num_rows, len(teacher_logits), num_student_rows
+    # each of its own: a third of one piece would be aligned for some numbers of rows only
+    of_tiles = [teacher_lse.new_empty((num_rows, num_tiles)) for _ in range(3)]
     mass, overlap, student_logprobs, teacher_logprobs = (
         teacher_lse.new_empty(num_rows) for _ in range(4)
     )
@@ -473,11 +471,11 @@ def speculative_verify_residual_fwd(
     groups = triton.cdiv(num_rows, rows)
     launch(
         _pair_tiles_kernel, groups * num_tiles, num_warps, teacher, student, *of_tiles, sizes,
-        HAS_STUDENT=has_student, ROWS=rows, COLUMNS=columns,
+        *counts, HAS_STUDENT=has_student, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
     launch(
         _draw_kernel, groups, num_warps, teacher, student, uniforms, *of_tiles, mass, overlap,
-        tokens, student_logprobs, teacher_logprobs, sizes, HAS_STUDENT=has_student, DRAWS=draws,
-        ROWS=rows, COLUMNS=columns, TILES=triton.next_power_of_2(num_tiles),
+        tokens, student_logprobs, teacher_logprobs, sizes, *counts, HAS_STUDENT=has_student,
+        DRAWS=draws, ROWS=rows, COLUMNS=columns, TILES=triton.next_power_of_2(num_tiles),
     )  # fmt: skip
     return mass, overlap, tokens, student_logprobs, teacher_logprobs

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._laws import load_side, load_uncapped, slope_of
 from ._math import exp, exp_minus_distance, log1p_float64, softcap_slope
 from ._packing import _side
-from ._rows import gradient_in_place, launch, split, tile
+from ._rows import COUNTS, gradient_in_place, launch, split, tile
 
 # ids that a program has in registers at a time, where it does not need them all at once
 _IDS = 512
@@ -65,7 +65,7 @@ def _moved(largest, total, weighted, reference):
     return decay * total, decay * (weighted + total * distance)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _topk_divergence_fwd_kernel(
     law, token_ids_ptr, marks_ptr, logprobs_ptr, tail_logprob_ptr, lse_ptr, entropy_ptr, num_ids,
     vocab_size, num_words, BLOCK_IDS: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -125,7 +125,7 @@ def _topk_divergence_fwd_kernel(
         tl.store(logprobs_ptr + row * num_ids + k, logprobs, mask=k < num_ids)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _topk_divergence_bwd_kernel(
     law, token_ids_ptr, grad_ids_ptr, grad_rest_ptr, lse_ptr, grad_logits_ptr, num_ids, vocab_size,
     grad_width, stride_grad, NARROWS: tl.constexpr, BLOCK_IDS: tl.constexpr, BLOCK_V: tl.constexpr,

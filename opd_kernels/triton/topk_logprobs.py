@@ -19,7 +19,7 @@ from torch import Tensor
 from ._laws import load_side
 from ._math import exp_minus_distance, log1p_float64
 from ._packing import _side
-from ._rows import launch, tile
+from ._rows import COUNTS, launch, tile
 
 # the list of a program holds what a hostile row may put there; programs share this much memory
 _LIST_BYTES = 64 << 20
@@ -229,7 +229,7 @@ def _store_token_logprobs(
         tl.store(out_ptr + j, tl.where(is_number, logprobs, float("nan")), mask=j < num_ids)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _topk_logprobs_fwd_kernel(
     law, token_ids_ptr, ids_ptr, logprobs_ptr, lse_ptr, tail_logprob_ptr, entropy_ptr,
     token_logprobs_ptr, lists_ptr, num_tokens, vocab_size, num_topk, num_ids, num_programs,

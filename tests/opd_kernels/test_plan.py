@@ -34,7 +34,8 @@ def bytes_held(cut, hidden_sizes, itemsize=2, low_rank=0, packs_columns=False):
     columns, tokens = cut.slice_columns, cut.chunk_tokens
     # column sums of dZ; which columns count, and their ids
     held = (4 + 9 * packs_columns) * cut.vocab_size
-    held += 4 * columns * (tokens + len(others) * cut.teacher_tokens)
+    # rows begin at a multiple of 8 elements
+    held += 4 * -(-columns // 8) * 8 * (tokens + len(others) * cut.teacher_tokens)
     # hidden states of the chunk and of its part, gathered; dX of the chunk
     held += itemsize * (tokens * student + cut.teacher_tokens * sum(others)) + 4 * tokens * student
     partial = 4 * cut.grad_hidden_splits * tokens * student if cut.grad_hidden_splits > 1 else 0
@@ -130,6 +131,13 @@ def test_plan_never_holds_more_than_the_workspace(seed):
             assert found.chunk_tokens % 128 == 0 or found.teacher_tokens < 128, found
         kinds.add((found.whole_rows, found.teacher_tokens < found.chunk_tokens))
     assert kinds == {(True, False), (True, True), (False, False)}
+
+
+def test_plan_counts_what_aligns_the_rows_of_an_odd_vocabulary():
+    odd, padded = (cut(8192, vocab_size, (2048, 4096), GIB) for vocab_size in (50_257, 50_264))
+    assert (odd.chunk_tokens, odd.teacher_tokens) == (padded.chunk_tokens, padded.teacher_tokens)
+    # but for the column sums of dZ
+    assert odd.workspace_bytes == padded.workspace_bytes - 4 * 7
 
 
 def test_plan_of_more_budget_has_no_shorter_chunks_until_they_are_long_enough():
