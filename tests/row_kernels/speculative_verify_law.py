@@ -15,6 +15,7 @@ from tests.verification_laws import (
     of_each,
 )
 
+
 @pytest.mark.parametrize("mode", EXACT_MODES)
 @pytest.mark.parametrize("pair", ["random", "equal"])
 def test_speculative_verify_has_the_law_of_the_teacher(gpu, pair, mode):
