@@ -111,6 +111,26 @@ def texts_of(chain: Chain, drafts: Drafts, v, generator: torch.Generator) -> Ten
     return torch.stack(texts, 1)
 
 
+class DistinctRows:
+    """Row kernels that see each row with its id once: that of a chain has few, over and over.
+
+    What they say of a row is to be no other in other company, which is for a test of its own.
+    """
+
+    def __init__(self, kernels) -> None:
+        self._kernels = kernels
+
+    def __getattr__(self, name: str):
+        return getattr(self._kernels, name)
+
+    def speculative_verify_rows_fwd(self, logits: Tensor, ids: Tensor, *law) -> tuple[Tensor, ...]:
+        rows = torch.cat([logits, ids.to(logits.dtype).unsqueeze(1)], 1)
+        distinct, place = rows.unique(dim=0, return_inverse=True)
+        logits, ids = distinct[:, :-1].contiguous(), distinct[:, -1].to(ids.dtype)
+        values = self._kernels.speculative_verify_rows_fwd(logits, ids, *law)
+        return tuple(value[place] for value in values)
+
+
 # -- how many are kept -----------------------------------------------------------------------------
 
 
