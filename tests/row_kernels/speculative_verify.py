@@ -382,13 +382,16 @@ def test_fused_linear_speculative_verify_decides_as_the_reference_does(gpu, mode
     drafts = (student @ heads[0].t()).flatten(0, 1).softmax(-1).multinomial(1, generator=generator)
     uniforms = torch.rand(2, 4, generator=generator, dtype=F64)
     arguments = drafts.view(2, 3), student, heads[0], teacher, heads[1]
-    got, truth = (
-        opk.fused_linear_speculative_verify(
-            *arguments, uniforms=uniforms, mode=mode, top_p=0.9, backend=backend
+    normal = torch.randn(2, 301, generator=generator)
+    pair = 0.3 * normal[:, : student.shape[2]], normal.t(), 0.5
+    for options in ({"top_p": 0.9}, {"student_lora": pair}):
+        got, truth = (
+            opk.fused_linear_speculative_verify(
+                *arguments, uniforms=uniforms, mode=mode, backend=backend, **options
+            )
+            for backend in (gpu.name, "reference")
         )
-        for backend in (gpu.name, "reference")
-    )
-    same(got, truth, rtol=1e-5, atol=1e-5)
+        same(got, truth, rtol=1e-5, atol=1e-5)
 
 
 def test_speculative_verify_of_equal_models_keeps_every_draft(gpu):
