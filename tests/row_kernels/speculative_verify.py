@@ -363,6 +363,19 @@ def test_speculative_verify_decides_as_the_reference_does(gpu, mode):
     same(got, truth, rtol=1e-5, atol=1e-5)
 
 
+def test_speculative_verify_by_thresholds_of_many_is_that_of_each(gpu):
+    # one by one the laws of a sequence are a launch, together those of a place
+    drafts = drafts_of(4, 3, 150, F32, seed=5)
+    options = drafts.options("threshold", threshold=0.25, backend=gpu.name)
+    got = opk.speculative_verify(*drafts[:3], **options)
+    assert got.num_accepted.unique().numel() > 1
+    for i in range(4):
+        one = slice(i, i + 1)
+        few = {"uniforms": drafts.uniforms[one], "history": options["history"][one]}
+        alone = opk.speculative_verify(*(t[one] for t in drafts[:3]), **(options | few))
+        same(alone, type(got)(*(None if value is None else value[one] for value in got)))
+
+
 def test_speculative_verify_of_no_drafts_draws_from_the_teacher(gpu):
     drafts = drafts_of(4, 0, 150, F32)
     got, truth = (
