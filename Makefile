@@ -85,7 +85,8 @@ test-full: build test-core
 # a test at a time: each is long, and none needs what another has made
 test-laws: build
 	@mkdir -p build
-	$(BIN)/python -m pytest tests -q -m laws -n $(WORKERS) --dist load --junitxml=build/laws.xml
+	$(BIN)/python -m pytest tests -q -m laws -n $(WORKERS) --dist load -o junit_family=xunit1 \
+	  --junitxml=build/laws.xml
 
 # make test compiles all of them for Hopper and the quick ones for sm_80
 test-cuda-compile: build

@@ -60,7 +60,7 @@ def chain_of(pair: str, vocab_size: int = _VOCAB_SIZE, seed: int = 6) -> Chain:
 
 
 def even_work(num_sequences: int) -> dict[int, int]:
-    """Sequences for each number of drafts, in whole turns: no fewer in all, as many drafts of each."""
+    """Sequences for each number of drafts: whole turns, no fewer in all, as many drafts of each."""
     harmonic = sum(1 / num_drafts for num_drafts in NUM_DRAFTS)
     share = num_sequences / harmonic
     return {n: math.ceil(share / n / _TURN) * _TURN for n in NUM_DRAFTS}
