@@ -19,8 +19,8 @@ CORE_CUDA := -DOPD_CUDA=$(if $(filter 1,$(OPD_CUDA)),ON,OFF)
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build test test-full test-core test-cuda-compile test-vllm demo demo-full demo-transports \
-  demo-cross-tokenizer demo-cross-tokenizer-full bench bench-full peers fuzz lint clean
+.PHONY: help build test test-full test-core test-cuda-compile test-laws test-vllm demo demo-full \
+  demo-transports demo-cross-tokenizer demo-cross-tokenizer-full bench bench-full peers fuzz lint clean
 
 help:
 	@echo "make demo       train a small model on-policy from scratch on the CPU, through the fused kernel"
@@ -35,7 +35,9 @@ help:
 	@echo "                docs/benchmarks.md; a quarter of an hour on a quiet machine"
 	@echo "make bench-full the same, and every divergence against torch.compile"
 	@echo "make peers      what they are compared with: the bench extra (Liger, TRL, orda) into .venv"
-	@echo "make test-full  the tests with the slow ones, and the core under sanitizers"
+	@echo "make test-full  the tests with the slow ones but test-laws, and the core under sanitizers"
+	@echo "make test-laws  what comes out of verification, 200,000 samples of each law on each backend;"
+	@echo "                a quarter of an hour of two cores; p-values go to build/laws.xml"
 	@echo "make test-cuda-compile"
 	@echo "                every CUDA kernel for sm_80, sm_90a and sm_100a, and the machine code held to"
 	@echo "                limits; needs nvcc, no GPU"
@@ -78,7 +80,13 @@ test-full: build test-core
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/asan -G Ninja -DOPD_TORCH=OFF -DOPD_CUDA=OFF -DOPD_SANITIZE=ON >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/asan
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/asan --output-on-failure -j $$(nproc)
-	$(BIN)/python -m pytest tests -q -m "not cuda" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -q -m "not laws and not cuda" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# a test at a time: each is long, and none needs what another has made
+test-laws: build
+	@mkdir -p build
+	$(BIN)/python -m pytest tests -q -m laws -n $(WORKERS) --dist load -o junit_family=xunit1 \
+	  --junitxml=build/laws.xml
 
 # make test compiles all of them for Hopper and the quick ones for sm_80
 test-cuda-compile: build

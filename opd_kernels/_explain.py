@@ -142,5 +142,6 @@ def _verification(module, tensors: tuple[Tensor, ...], options: dict) -> _plan.P
         options.get("workspace_bytes", _checks.DEFAULT_WORKSPACE_BYTES),
         options.get("mode", "rejection"),
         options.get("with_acceptance", False),
+        0 if options.get("student_lora") is None else options["student_lora"][0].shape[0],
     )
     return plan

@@ -289,17 +289,19 @@ def _divergences(kernels, spec, student_logits, teacher_logits, num_sequences, w
         vocab_size=teacher.vocab_size,
     )
     stride = teacher_logits.shape[0] // max(1, num_sequences)
-    losses = [
-        kernels.divergence_fwd(
-            student_logits[i * width : (i + 1) * width],
-            teacher_logits[i * stride : i * stride + width],
-            None,
-            *laws,
-            False,
+
+    def of_rows(student_rows: slice, teacher_rows: slice) -> Tensor:
+        return kernels.divergence_fwd(
+            student_logits[student_rows], teacher_logits[teacher_rows], None, *laws, False
         )[0]
-        for i in range(num_sequences)
-    ]
-    return torch.stack(losses).double()
+
+    # a launch takes rows of one stride: those of a sequence or those of a place, which are fewer
+    if num_sequences <= width:
+        starts = ((i * width, i * stride) for i in range(num_sequences))
+        losses = [of_rows(slice(q, q + width), slice(p, p + width)) for q, p in starts]
+        return torch.stack(losses).double()
+    losses = [of_rows(slice(i, None, width), slice(i, None, stride)) for i in range(width)]
+    return torch.stack(losses, 1).double()
 
 
 def _block_weights(student: Tensor, teacher: Tensor) -> Tensor:

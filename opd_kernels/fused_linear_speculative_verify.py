@@ -56,6 +56,7 @@ def fused_linear_speculative_verify(
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
+    student_lora: tuple[Tensor, Tensor, float] | None = None,
     vocab_size: int | None = None,
     num_topk: int = 25,
     threshold: float | None = None,
@@ -75,6 +76,8 @@ def fused_linear_speculative_verify(
         teacher_hidden: [B, G + 1, Dt].
         teacher_lm_head_weight: [V, Dt] of the same dtype.
         student_bias, teacher_bias: [V] of the heads.
+        student_lora: (A [r, Ds], B [V, r], scaling): the student's head is W + scaling * B @ A,
+            which is never formed.
         vocab_size: the leading rows of the heads that count, where they are padded differently.
         workspace_bytes: budget for logits and other temporaries. The default of 1 GiB stands for
             56 MiB on a CPU, or two sequences where a step takes whole ones, also where it is given.
@@ -102,6 +105,10 @@ def fused_linear_speculative_verify(
         raise ValueError(
             f"{_OP}: student_hidden and student_lm_head_weight must be given together, got one."
         )
+    if student_lora is not None and student_lm_head_weight is None:
+        raise ValueError(
+            f"{_OP}: student_lora must be None without student_lm_head_weight, to which it adds."
+        )
     models = {"teacher": (teacher_hidden, teacher_lm_head_weight)}
     if student_hidden is not None:
         models = {"student": student} | models
@@ -120,6 +127,7 @@ def fused_linear_speculative_verify(
     for name, hidden in hiddens.items():
         check_places(name, hidden, drafts, int(name == "teacher_hidden"), _OP)
     rows = _laws.rows_of(_OP, teacher_hidden)
+    low_rank = _checks.lora(rows, student_lora, student_lm_head_weight)
     laws = [
         pack_law(
             rows,
@@ -151,7 +159,15 @@ def fused_linear_speculative_verify(
         with_acceptance,
         _OP,
     )
-    cut(_OP, drafts.shape, vocab_size, list(heads.values()), workspace_bytes, mode)
+    cut(
+        _OP,
+        drafts.shape,
+        vocab_size,
+        list(heads.values()),
+        workspace_bytes,
+        mode,
+        low_rank=0 if student_lora is None else low_rank[0].shape[0],
+    )
     chosen = _dispatch.select(_OP, _dispatch.meta_of(teacher_hidden), backend)
     if chosen == "reference":
         values = reference.fused_linear_speculative_verify(
@@ -175,6 +191,7 @@ def fused_linear_speculative_verify(
             teacher_softcap=teacher_softcap,
             student_logit_scale=student_logit_scale,
             teacher_logit_scale=teacher_logit_scale,
+            student_lora=student_lora,
             vocab_size=vocab_size,
             num_topk=num_topk,
             threshold=threshold,
@@ -186,6 +203,7 @@ def fused_linear_speculative_verify(
             drafts,
             hiddens.get("student_hidden"),
             heads.get("student_lm_head_weight"),
+            *(None if tensor is None else tensor.detach() for tensor in low_rank),
             hiddens["teacher_hidden"],
             heads["teacher_lm_head_weight"],
             *law_arguments(laws),
@@ -204,6 +222,7 @@ def cut(
     workspace_bytes: int,
     mode: str,
     with_acceptance: bool = False,
+    low_rank: int = 0,
 ) -> tuple[_plan.Plan, bool]:
     """How a call of drafts [B, G] is cut, and whether the teacher's logits take the student's room.
 
@@ -234,6 +253,7 @@ def cut(
         workspace_bytes,
         whole_rows=whole_rows,
         in_parts=False,
+        low_rank=low_rank,
         trained=False,
     )
     tokens = shape[0] * places
@@ -270,6 +290,7 @@ class _Call(NamedTuple):
     drafts: Tensor
     hidden: tuple[Tensor | None, Tensor]
     heads: tuple[Tensor | None, Tensor]
+    low_rank: tuple[_gemms.LowRank | None, None]
     # the student's and the teacher's; a third for rows of the student, where these share theirs
     buffers: tuple[Tensor, ...]
     head_slice_rows: int
@@ -325,7 +346,9 @@ class _Call(NamedTuple):
         )
         if len(hidden):
             hidden = hidden.float() if _gemms.widens(hidden) else hidden
-            _linear.form_logits(_OP, logits, hidden, self.heads[side], None, self.head_slice_rows)
+            _linear.form_logits(
+                _OP, logits, hidden, self.heads[side], self.low_rank[side], self.head_slice_rows
+            )
         return logits
 
 
@@ -333,6 +356,8 @@ def _fwd(
     drafts,
     student_hidden,
     student_head,
+    student_lora_a,
+    student_lora_b,
     teacher_hidden,
     teacher_head,
     student_bias,
@@ -348,8 +373,19 @@ def _fwd(
     num_sequences, num_drafts = drafts.shape
     outputs = _verify.empty_verdict(drafts, num_sequences, num_drafts, spec)
     heads = [head for head in (student_head, teacher_head) if head is not None]
-    shape, mode, more = drafts.shape, spec.mode, spec.with_acceptance
-    plan, shares_room = cut(_OP, shape, vocab_size, heads, workspace_bytes, mode, more)
+    low_rank = None
+    if student_lora_a is not None:
+        low_rank = _gemms.LowRank.of(student_lora_a, student_lora_b, student_head, _gemms.AS_LOGITS)
+    plan, shares_room = cut(
+        _OP,
+        drafts.shape,
+        vocab_size,
+        heads,
+        workspace_bytes,
+        spec.mode,
+        spec.with_acceptance,
+        0 if low_rank is None else len(low_rank.down),
+    )
     in_waves = _in_waves(drafts, spec.mode)
     rows = plan.chunk_tokens
     group = max(1, min(num_sequences, rows if in_waves else rows // (num_drafts + 1)))
@@ -363,6 +399,7 @@ def _fwd(
             drafts,
             (student_hidden, teacher_hidden),
             (student_head, teacher_head),
+            (low_rank, None),
             (buffers[1], buffers[1], buffers[0]) if shares_room else tuple(buffers),
             plan.head_slice_rows,
             decision.uniforms,

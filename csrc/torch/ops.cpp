@@ -246,8 +246,9 @@ STABLE_TORCH_LIBRARY(opd, m) {
   m.def("fused_linear_sorted_l1_bwd(Tensor grad_loss, " OPD_TWO_HIDDEN OPD_RANKS
         ", int workspace_bytes, bool[] with_grads, bool? compact_tokens) -> (" OPD_TWO_GRADS ")");
   m.def("fused_linear_speculative_verify_fwd(Tensor draft_token_ids, Tensor? student_hidden, "
-        "Tensor? student_lm_head_weight, Tensor teacher_hidden, Tensor teacher_lm_head_weight, "
-        OPD_TWO_LAWS OPD_DECISION "int workspace_bytes, str backend) -> " OPD_VERDICT);
+        "Tensor? student_lm_head_weight, Tensor? student_lora_a, Tensor? student_lora_b, "
+        "Tensor teacher_hidden, Tensor teacher_lm_head_weight, " OPD_TWO_LAWS
+        OPD_DECISION "int workspace_bytes, str backend) -> " OPD_VERDICT);
 }
 
 namespace opd::torch_ops {

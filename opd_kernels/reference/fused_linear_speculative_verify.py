@@ -31,6 +31,7 @@ def fused_linear_speculative_verify(
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
+    student_lora: tuple[Tensor, Tensor, float] | None = None,
     vocab_size: int | None = None,
     num_topk: int = 25,
     threshold: float | None = None,
@@ -45,6 +46,7 @@ def fused_linear_speculative_verify(
         student_lm_head_weight: [>= V, Ds], row = token.
         teacher_hidden: [B, G + 1, Dt]. teacher_lm_head_weight: [>= V, Dt].
         student_bias, teacher_bias: [>= V], added to the logits before anything else.
+        student_lora: (A [r, Ds], B [>= V, r], scaling): the student's head is W + scaling B A.
         vocab_size: V. Default: every row of the heads.
         The rest: of speculative_verify.
 
@@ -56,7 +58,12 @@ def fused_linear_speculative_verify(
     student_logits = None
     if student_hidden is not None:
         student_logits = lm_head_logits(
-            student_hidden, student_lm_head_weight, None, vocab_size, bias=student_bias
+            student_hidden,
+            student_lm_head_weight,
+            None,
+            vocab_size,
+            bias=student_bias,
+            lora=student_lora,
         )
     return speculative_verify(
         draft_token_ids,

@@ -10,15 +10,17 @@ import opd_kernels as opk
 from benchmarks.gpu import verification
 from opd_kernels import _dispatch
 from tests.gpu.conftest import DRY_RUN
-from tests.row_kernels.gpu import Gpu
-from tests.row_kernels.speculative_verify import (
+from tests.row_kernels.speculative_verify import rows_of, truth_of
+from tests.verification import same
+from tests.verification_laws import (
+    EXACT_MODES,
     NUM_SAMPLES,
     PAIRS,
-    check_law,
-    rows_of,
-    truth_of,
+    check_calls,
+    check_laws,
+    even_work,
+    of_each,
 )
-from tests.verification import same
 
 pytestmark = pytest.mark.cuda
 
@@ -70,7 +72,13 @@ def test_from_logits_and_from_hidden_states_agree(device, sizes, backend):
     assert (fused.num_accepted != truth.num_accepted).sum() <= 1
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_what_comes_out_has_the_law_of_the_teacher(device, backend, name):
-    gpu = Gpu(backend, _dispatch.row_ops(backend))
-    check_law(gpu, name, 2000 if DRY_RUN else NUM_SAMPLES, 8, 6, device.kind)
+@pytest.mark.parametrize("mode", EXACT_MODES)
+@pytest.mark.parametrize("pair", (*PAIRS, "equal"))
+def test_what_comes_out_has_the_law_of_the_teacher(device, backend, pair, mode):
+    counts = even_work(500) if DRY_RUN else of_each(NUM_SAMPLES)
+    check_laws(backend, pair, mode, counts, device=device.kind)
+
+
+@pytest.mark.parametrize("mode", EXACT_MODES)
+def test_what_comes_out_of_few_sequences_is_what_comes_out_of_many(device, backend, mode):
+    check_calls(backend, "random", mode, {2: 36} if DRY_RUN else of_each(36), device.kind)

@@ -80,6 +80,36 @@ def test_fused_linear_speculative_verify_is_that_of_its_logits(dtype):
         same(got, expected, rtol=2e-5, atol=2e-5, what=mode)
 
 
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=dtype_id)
+def test_fused_linear_speculative_verify_adds_a_low_rank_pair_to_the_student(dtype):
+    tensors, uniforms = models_of(6, 3, 130, dtype)
+    down, up = torch.randn(2, 12, dtype=dtype), torch.randn(130, 2, dtype=dtype)
+    # as one matrix where that rounds nothing
+    head = tensors[2].double() + 0.5 * up.double() @ down.double()
+    tensors = (tensors[0] % 128, *tensors[1:])
+    whole = [tensors[0], *(tensor.double() for tensor in tensors[1:])]
+    whole[2] = head
+    tolerance = 1e-10 if dtype == F64 else 2e-5
+    for mode in MODES:
+        options = options_of(mode, uniforms, vocab_size=128)
+        expected = opk.fused_linear_speculative_verify(*whole, backend="reference", **options)
+        pair = {"student_lora": (leaf(down), leaf(up), 0.5)}
+        # a place at a time, where rows of the student are formed again, and all at once
+        for more in ({"backend": "reference"}, {}, {"workspace_bytes": 30_000}):
+            if "workspace_bytes" in more and mode in ("block", "threshold"):
+                continue
+            got = opk.fused_linear_speculative_verify(*tensors, **options, **pair, **more)
+            same(got, expected, rtol=tolerance, atol=tolerance, what=f"{mode} {more}")
+    with pytest.raises(ValueError, match="student_lora must be A"):
+        opk.fused_linear_speculative_verify(
+            *tensors, uniforms=uniforms, student_lora=(down, up[:-1], 1.0)
+        )
+    with pytest.raises(ValueError, match="student_lora must be None without"):
+        opk.fused_linear_speculative_verify(
+            tensors[0], None, None, *tensors[3:], mode="greedy", student_lora=(down, up, 1.0)
+        )
+
+
 def test_fused_linear_speculative_verify_without_a_student():
     tensors, uniforms = models_of(5, 3, 90)
     for mode in ("topk", "greedy"):
@@ -172,13 +202,14 @@ def test_fused_linear_speculative_verify_opcheck_and_explain():
     tensors, uniforms = models_of(3, 2, 40, F32)
     # equal models keep all, and leave no NaN, which opcheck takes for another one
     tensors = (tensors[0], tensors[3][:, :-1].contiguous(), tensors[4], *tensors[3:])
+    down, up = torch.randn(2, 16), torch.zeros(40, 2)
     law = (None, None, [1.0, 0.0, 1.0] * 2, 40)
     decision = (uniforms, None, None, [0, 0], [1.0, 1.0], "rejection", 25, 1.0, True)
     torch.library.opcheck(
         torch.ops.opd.fused_linear_speculative_verify_fwd,
-        (*tensors, *law, *decision, 1 << 20, "cpu"),
+        (*tensors[:3], down, up, *tensors[3:], *law, *decision, 1 << 20, "cpu"),
     )
-    text = opk.explain("fused_linear_speculative_verify", *tensors)
+    text = opk.explain("fused_linear_speculative_verify", *tensors, student_lora=(down, up, 1.0))
     assert "backend 'cpu'" in text and "of up to 9 of 9 tokens" in text
     text = opk.explain(
         "fused_linear_speculative_verify", tensors[0], None, None, *tensors[3:], mode="topk"
