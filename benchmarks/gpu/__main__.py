@@ -209,7 +209,8 @@ class Run:
             return {"status": "failed", "reason": said}
         if code == 0:
             return {"status": "passed", "reason": ""}
-        return {"status": "failed", "reason": f"exit code {code}: {tail(self.log)}"}
+        reason = "; ".join(filter(None, (said, f"exit code {code}: {tail(self.log)}")))
+        return {"status": "failed", "reason": reason}
 
     def _process(
         self, name: str, seconds: tuple[float, float], rows: list[dict], progress: Progress

@@ -2,7 +2,8 @@
 """Every op alone in a process, first of all: what fails or hangs is known by its name.
 
 Launches wait for their kernels, so that an error is that of its call. Whatever fails runs once more
-without the kernel whose blocks wait for each other; if that helps, later parts do without it.
+as it is, since a machine's first start of torch may take longer than an op, and once more without
+the kernel whose blocks wait for each other; if that alone helps, later parts do without it.
 """
 
 from __future__ import annotations
@@ -71,9 +72,16 @@ def run(context: Context) -> None:
     failed = verdicts(context, commands, {}, "")
     if not failed:
         return
-    again = {name: commands[name] for name in failed}
-    still = verdicts(context, again, {CLUSTER_SWITCH: "0"}, f", without the {CLUSTER}")
-    cured = [name for name in failed if name not in still]
+    repeated = {name: commands[name] for name in failed}
+    with ThreadPoolExecutor(2) as pool:
+        again = pool.submit(verdicts, context, repeated, {}, ", again")
+        without = pool.submit(
+            verdicts, context, repeated, {CLUSTER_SWITCH: "0"}, f", without the {CLUSTER}"
+        )
+    failed = [name for name in failed if name in again.result()]
+    if not failed:
+        return
+    cured = [name for name in failed if name not in without.result()]
     if cured:
         why = f"{', '.join(cured)} pass without it; later parts run so ({CLUSTER_SWITCH}=0)"
         context.row(Check(CLUSTER, "failed", why[:300]))

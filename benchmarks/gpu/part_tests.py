@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.gpu import pytest_group
-from benchmarks.gpu.context import DEVICE_LOST, ROOT, Context, public
+from benchmarks.gpu.context import ROOT, Context, public
 from benchmarks.gpu.results import Check
 
 # a line for each test, as it ends
@@ -30,8 +30,8 @@ _FORMAT = ["-q", "-rN", "-p", "no:cacheprovider", "-p", "tests.gpu.outcomes", "-
 _FORMAT += ["-p", "benchmarks.gpu.pytest_group"]
 BEGUN, MARK = "begun: ", "outcome: "
 TRITON_PROCESSES = 5
-# until a test is taken to hang; some compile a dozen kernels
-SILENT_S = 60.0
+# until a test is taken to hang; some compile a dozen kernels. Before the first, torch is imported
+SILENT_S, FIRST_WORD_S = 60.0, 120.0
 NO_TESTS = 5
 
 
@@ -64,7 +64,13 @@ class Follower:
         self.counts: Counter[str] = Counter()
         self.done: list[str] = []
         self.current = ""
+        self.has_begun = False
         self.heard = time.monotonic()
+
+    @property
+    def patience_s(self) -> float:
+        """How long the group may say nothing."""
+        return SILENT_S if self.has_begun else FIRST_WORD_S
 
     def environment(self) -> dict[str, str]:
         told = {**self.group._asdict(), "done": self.done, "lock": str(self.lock)}
@@ -86,7 +92,7 @@ class Follower:
         print(line, end="", flush=True)
         self.heard = time.monotonic()
         if line.startswith(BEGUN):
-            self.current = line.removeprefix(BEGUN).strip()
+            self.current, self.has_begun = line.removeprefix(BEGUN).strip(), True
         elif line.startswith(MARK):
             outcome, name, detail = line.removeprefix(MARK).rstrip("\n").split("\t")
             self.keep(outcome, name, detail)
@@ -95,6 +101,7 @@ class Follower:
     def process(self) -> tuple[int, bool]:
         """(exit code, whether it was ended because a test said nothing for too long)."""
         self.heard, self.current, is_stuck = time.monotonic(), "", False
+        self.has_begun = False
         with subprocess.Popen(
             command_of(self.context),
             cwd=ROOT,
@@ -109,7 +116,7 @@ class Follower:
             reader.start()
             while process.poll() is None:
                 time.sleep(0.1)
-                if time.monotonic() - self.heard > SILENT_S:
+                if time.monotonic() - self.heard > self.patience_s:
                     is_stuck = True
                     self.context.end_programs([process.pid])
                     break
@@ -120,16 +127,22 @@ class Follower:
 
     def run(self) -> str:
         """The group's words for what was not a test's failure; "" if all is well."""
+        tries = 2
         while True:
             before = len(self.done)
             code, is_stuck = self.process()
             if code in (0, 1, NO_TESTS):
                 return ""
-            why = f"no word for {SILENT_S:.0f} s" if is_stuck else f"exit code {code}"
+            why = f"no word for {self.patience_s:.0f} s" if is_stuck else f"exit code {code}"
             if self.current:
                 self.keep("failed", self.current, f"{why}: it took its process down")
-            elif code != DEVICE_LOST or len(self.done) == before:
-                return f"pytest, {self.group}: {why}"
+            elif len(self.done) == before:
+                # between its tests, or before the first
+                tries -= 1
+                if not tries:
+                    words = f"pytest, {self.group}: {why}"
+                    self.context.left_out(f"the rest of {self.group}", words)
+                    return words
 
 
 def run(context: Context) -> None:
@@ -138,9 +151,12 @@ def run(context: Context) -> None:
         followers = [Follower(context, group, lock) for group in groups(context.dry_run)]
         with ThreadPoolExecutor(len(followers) + 1) as pool:
             waiting = [pool.submit(follower.run) for follower in followers]
+            compiling = None
             if not context.dry_run:
-                pool.submit(compile_for_benchmarks, context)
+                compiling = pool.submit(compile_for_benchmarks, context)
             words = [said for future in waiting if (said := future.result())]
+    if compiling is not None and (error := compiling.exception()) is not None:
+        context.left_out("Triton's kernels of the benchmarks", f"{type(error).__name__}: {error}")
     counts = sum((follower.counts for follower in followers), Counter())
     if words or not counts:
         raise RuntimeError(

@@ -130,6 +130,13 @@ class TrainConfig(OptimConfig):
                     f"at which the completions are sampled{_for_two_temperatures(rollouts)}, "
                     f"got {objective.temperature}"
                 )
+        is_cut = getattr(rollouts, "top_p", 1.0) < 1 or getattr(rollouts, "top_k", 0) > 0
+        if is_cut and getattr(objective, "cliprange", None) is not None:
+            raise ValueError(
+                "objective.cliprange: must be null with rollouts.top_p or top_k: what they cut "
+                f"puts every importance weight below 1, and {objective.cliprange} would drop the "
+                "tokens that did badly and keep those that did well"
+            )
         is_followed = self.evaluation is not None and self.evaluation.eval_steps is not None
         if rollouts.needs_evaluation and not is_followed:
             raise ValueError(

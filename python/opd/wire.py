@@ -54,6 +54,9 @@ _NAMES = {
 }
 _BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
 _LENGTH = struct.Struct("<Q")
+# far beyond any message of ours; a parsed header takes 30 times its bytes
+_MAX_HEADER_BYTES = 1 << 20
+_MAX_DIMENSIONS = 8
 # the tensors begin at a multiple of it, the wider dtypes first: each is aligned
 _ALIGNMENT = 8
 
@@ -182,7 +185,7 @@ def _parse(body: memoryview, checksum: int) -> Message:
             raise ValueError(f"its tensors have {end} bytes of {len(data)}")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         # RecursionError is a RuntimeError
-        raise WireError(f"the message's body is not what opd writes: {error!r}") from None
+        raise WireError(f"the message's body is not what opd writes: {error!r:.200}") from None
     if not isinstance(meta, dict):
         raise WireError(f"the message's metadata must be an object, got {type(meta).__name__}")
     return Message(tensors, meta, checksum)
@@ -194,7 +197,7 @@ def _split(body: memoryview) -> tuple[dict[str, Any], memoryview]:
         raise ValueError(f"it has {len(body)} bytes")
     (length,) = _LENGTH.unpack_from(body)
     begin = _LENGTH.size + length
-    if begin > len(body) or begin % _ALIGNMENT:
+    if length > _MAX_HEADER_BYTES or begin > len(body) or begin % _ALIGNMENT:
         raise ValueError(f"its header cannot have {length} bytes")
     return json.loads(bytes(body[_LENGTH.size : begin])), body[begin:]
 
@@ -202,7 +205,11 @@ def _split(body: memoryview) -> tuple[dict[str, Any], memoryview]:
 def _tensor(entry: dict[str, Any], data: memoryview, begin: int) -> tuple[Tensor, int]:
     """A tensor of the header, which must begin here, and where it ends."""
     dtype, shape = _BY_NAME[entry["dtype"]], entry["shape"]
-    if not all(type(size) is int and size >= 0 for size in shape) or begin % dtype.itemsize:
+    # the product of many sizes is a number of any length
+    is_shape = len(shape) <= _MAX_DIMENSIONS and all(
+        type(size) is int and size >= 0 for size in shape
+    )
+    if not is_shape or begin % dtype.itemsize:
         raise ValueError(f"no tensor of {dtype} has the shape {shape!r:.100} at byte {begin}")
     count = math.prod(shape)
     end = begin + count * dtype.itemsize

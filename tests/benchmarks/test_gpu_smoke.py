@@ -46,7 +46,11 @@ def smoke(names: list[str], monkeypatch) -> tuple[dict[str, dict], str]:
 def test_each_op_has_a_verdict_of_its_own(monkeypatch):
     rows, error = smoke(["passes", "hangs", "fails", "crashes"], monkeypatch)
     found = {name: row["outcome"] for name, row in rows.items()}
-    again = {f"{name}, without the {CLUSTER}" for name in ("hangs", "fails", "crashes")}
+    again = {
+        f"{name}, {how}"
+        for name in ("hangs", "fails", "crashes")
+        for how in ("again", f"without the {CLUSTER}")
+    }
     assert found == {
         "passes": "passed",
         **dict.fromkeys({"hangs", "fails", "crashes", *again}, "failed"),
@@ -75,6 +79,16 @@ def test_what_the_switch_cures_turns_the_kernel_off_for_later_parts(monkeypatch,
     run.save()
     page = report.section(schema.load(run.path), run.path, tmp_path)
     assert "Without the cluster kernel" in page
+
+
+def test_a_slow_start_turns_nothing_off(monkeypatch, tmp_path):
+    first = tmp_path / "first"
+    slow = f"[ -e {first} ] || {{ touch {first}; sleep 30; }}"
+    monkeypatch.setitem(PROGRAMS, "starts late", slow)
+    rows, error = smoke(["passes", "starts late"], monkeypatch)
+    assert not error and CLUSTER not in rows
+    assert rows["starts late"]["outcome"] == "failed"
+    assert rows["starts late, again"]["outcome"] == "passed"
 
 
 def test_all_well_is_no_error(monkeypatch):

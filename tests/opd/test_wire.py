@@ -131,6 +131,9 @@ def test_every_cut_is_seen():
                 {"dtype": "I32", "shape": [1 << 62, 0], "data_offsets": [0, 0]},
                 {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]},
                 {"dtype": [], "shape": [2], "data_offsets": [0, 8]},
+                {"dtype": "I32", "shape": [1] * 9, "data_offsets": [0, 4]},
+                {"dtype": "I32", "shape": [1 << 62] * 50_000, "data_offsets": [0, 8]},
+                {"dtype": "x" * 500_000, "shape": [2], "data_offsets": [0, 8]},
             )
         ),
         # tensors that lie upon each other, leave a gap, are not aligned, and a header that is not
@@ -150,6 +153,16 @@ def test_every_cut_is_seen():
 def test_well_framed_nonsense_is_refused(body):
     with pytest.raises(WireError, match=r"body is not what opd writes|metadata must be"):
         unpack(frame(body))
+
+
+def test_a_header_beyond_its_limit_and_long_words_are_refused_in_few():
+    wide = aligned({**META, "a" * (2 << 20): I32}, b"abcd")
+    with pytest.raises(WireError, match="header cannot have") as told:
+        unpack(frame(wide))
+    assert len(str(told.value)) < 300
+    with pytest.raises(WireError) as told:
+        unpack(frame(aligned({**META, "a": {**I32, "dtype": "x" * 500_000}}, b"abcd")))
+    assert len(str(told.value)) < 300
 
 
 def test_other_versions_and_no_frames_are_told_apart():

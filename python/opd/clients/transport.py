@@ -300,7 +300,8 @@ class HttpRefused(TeacherRefused):
     """A status that says that the request is at fault."""
 
     def __init__(self, url: str, path: str, status: int, message: str) -> None:
-        if status == 404:
+        # a server that knows the path says what it did not find
+        if status == 404 and message.rstrip(".").lower() in ("not found", "no reason given"):
             hint = "; is the URL that of another kind of server, or has it a path too much?"
         else:
             hint = ""

@@ -26,12 +26,14 @@ class Minillm(ObjectiveSection):
     stands, N the trained tokens of the step;
 
     w_t = Q_t(y_t) / mu_t(y_t), mu the law that the token was drawn from, after temperature, top-k
-    and top-p: the importance weight truncated to the token itself, 1 where the student alone wrote;
+    and top-p: the importance weight truncated to the token itself, 1 where the student alone wrote
+    and nothing was cut;
     A_t = sum_{k > t} kl_discount_factor**(k - t) r_k / (n - t), the rewards of the tokens behind,
     r_k = kl_coef (log P_k(y_k) - log Q_k(y_k)), of the student that trains. The second term's
     gradient means something, its value does not. With discount 1, length_normalization false,
     cliprange null and the student's own completions the mean of the gradient is that of
-    KL(Q(y) || P(y)) of whole completions; with discount 0 it is `full_vocab` with `reverse_kl`.
+    KL(Q(y) || P(y)) of whole completions; with discount 0 and w_t = 1 it is `full_vocab` with
+    `reverse_kl`.
 
     Attributes:
         single_step_decomposition: False: no first term, and A_t has r_t too, divided by n - t + 1.
@@ -42,11 +44,11 @@ class Minillm(ObjectiveSection):
         kl_discount_factor: in [0, 1]; the authors' code runs with 0.95, the paper has none.
         kl_coef: scale of the rewards; 1 / reward_scaling of the authors' code, which is 2 there.
         cliprange: PPO's: no second term where w_t > 1 + cliprange and A_t > 0, or w_t < 1 -
-            cliprange and A_t < 0. Null: never.
+            cliprange and A_t < 0. Null: never, and so with top-k or top-p, which lower all w_t.
         cliprange_reward: rewards are clipped to +-this; 100 in the authors' code. Null: not.
         cross_entropy_weight: times the student's mean negative log-likelihood of the completions,
             in the place of the paper's loss on a pretraining corpus. Of `teacher_mixed` rollouts
-            it is, on average, alpha times the forward KL.
+            its gradient is, on average, alpha times that of the forward KL.
         temperature: divides both models' logits, and must be the rollouts'.
 
     Source: MiniLLM, arXiv:2306.08543, section 2.2. The authors' code gives the first term no w_t,

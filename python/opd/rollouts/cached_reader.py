@@ -75,7 +75,8 @@ class CachedReader:
         mask = torch.arange(slots, device=device) >= slots - ends_there
         position = torch.minimum(place, owned_there - 1)
         states = self._model.states(tokens.gather(1, place), mask.long(), position, self._cache)
-        self.num_read = self.num_read + ends - kept
+        read = ends if owned is None else owned
+        self.num_read = self.num_read + (read - kept).clamp_min(0)
         if self._cache is not None:
             self._lengths, self._slots = ends.clone(), slots
         return states[:, width - num_states :].to(self._model.lm_head_weight.dtype)

@@ -251,8 +251,11 @@ class SpeculativeRollouts(PairRollouts):
             **own,
         )
         desk.put(told.next_token, told.num_accepted.cpu())
+        # beyond its drafts a row near the length limit has anything
+        is_draft = torch.arange(length) < draft.num_real.cpu()[:, None]
+        is_broken = (draft.ids.cpu() < 0) & is_draft
         refuse_broken(
-            bool((draft.ids < 0).any() | (told.next_token < 0).any()), self.student, self.teacher
+            bool(is_broken.any() | (told.next_token < 0).any().cpu()), self.student, self.teacher
         )
         return _Told(
             ids=draft.ids.tolist(),

@@ -256,6 +256,7 @@ def test_no_trained_token_is_no_loss(student, teacher, trajectories, decomposed)
         ),
         (["rollouts={kind: mixture}"], "rollouts.kind: must be 'hf', 'teacher_mixed' or"),
         (["objective.temperature=0.5"], "objective.temperature: must equal rollouts.temperature"),
+        (["rollouts={kind: hf, top_p: 0.9}"], "objective.cliprange: must be null with rollouts"),
         (["objective.kl_discount_factor=1.5"], "objective.kl_discount_factor: must be <= 1"),
     ],
 )
