@@ -37,7 +37,7 @@ help:
 	@echo "make peers      what they are compared with: the bench extra (Liger, TRL, orda) into .venv"
 	@echo "make test-full  the tests with the slow ones but test-laws, and the core under sanitizers"
 	@echo "make test-laws  what comes out of verification, 200,000 samples of each law on each backend;"
-	@echo "                a quarter of an hour of two cores; p-values go to build/laws.xml"
+	@echo "                nine minutes of two cores; p-values go to build/laws.xml"
 	@echo "make test-cuda-compile"
 	@echo "                every CUDA kernel for sm_80, sm_90a and sm_100a, and the machine code held to"
 	@echo "                limits; needs nvcc, no GPU"
