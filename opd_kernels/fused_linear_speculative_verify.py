@@ -77,7 +77,8 @@ def fused_linear_speculative_verify(
         teacher_lm_head_weight: [V, Dt] of the same dtype.
         student_bias, teacher_bias: [V] of the heads.
         student_lora: (A [r, Ds], B [V, r], scaling): the student's head is W + scaling * B @ A,
-            which is never formed.
+            which is never formed. On a CPU a B of 16 bits is widened in each call, 4 V r bytes
+            beside the budget.
         vocab_size: the leading rows of the heads that count, where they are padded differently.
         workspace_bytes: budget for logits and other temporaries. The default of 1 GiB stands for
             56 MiB on a CPU, or two sequences where a step takes whole ones, also where it is given.

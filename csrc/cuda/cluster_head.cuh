@@ -50,17 +50,25 @@ __device__ inline int first_beyond(uint64_t own, uint64_t room, uint64_t* above)
   return beyond == 0 ? -1 : lane;
 }
 
-// The same of the bins of all blocks, which are added up, by the warp of each block.
-__device__ inline int find_bin(HeadBins* bins, int cluster, uint64_t room, int lane,
+// The same of the bins of all blocks, which are added up, by the warp of each block. All reads of
+// the others are under way at once, and each block begins with its own.
+__device__ inline int find_bin(HeadBins* bins, int own_rank, int cluster, uint64_t room, int lane,
                                uint64_t* above) {
   const int from_last = kWarp - 1 - lane;
   uint64_t own = 0;
-  for (int rank = 0; rank < cluster; ++rank) own += *in_block(&bins->groups[from_last], rank);
+#pragma unroll
+  for (int i = 0; i < kMaxClusterBlocks; ++i) {
+    const int rank = (own_rank + i) & (cluster - 1);
+    if (i < cluster) own += *in_block(&bins->groups[from_last], rank);
+  }
   const int group = first_beyond(own, room, above);
   if (group < 0) return -1;
   const int first = (kWarp - 1 - group) * kWarp;
   own = 0;
-  for (int rank = 0; rank < cluster; ++rank) {
+#pragma unroll
+  for (int i = 0; i < kMaxClusterBlocks; ++i) {
+    if (i >= cluster) continue;
+    const int rank = (own_rank + i) & (cluster - 1);
     const uint64_t high = *in_block(&bins->high[first + from_last], rank);
     own += high << 32 | *in_block(&bins->low[first + from_last], rank);
   }

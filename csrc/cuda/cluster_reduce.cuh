@@ -133,7 +133,8 @@ class Reducer {
       }
       block_.head_bins(turn ^ 1)->clear(lane_);
       uint64_t above;
-      const int bin = find_bin(block_.head_bins(turn), cluster, search.room(), lane_, &above);
+      const int bin =
+          find_bin(block_.head_bins(turn), rank_, cluster, search.room(), lane_, &above);
       search.narrow(bin, above);
     }
   }
