@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu import machine, results, summary
-from benchmarks.gpu.context import CLUSTER, CLUSTER_SWITCH, DEVICE_LOST, ROOT, public
+from benchmarks.gpu.context import (
+    CLUSTER,
+    CLUSTER_SWITCH,
+    DEVICE_LOST,
+    GRACE_S,
+    ROOT,
+    public,
+    tell_group,
+)
 from benchmarks.gpu.goals import goals_of
 from benchmarks.gpu.progress import Progress
 from benchmarks.gpu.results import Check
@@ -36,8 +44,6 @@ SHARES = {
 # a part stops taking new cases after this share of its time, and is ended after all of it
 SOFT = 0.85
 LEAST_S = 3.0
-# until a part that was told to end is killed
-GRACE_S = 2.0
 # of its share: nothing of ours runs on a card without the build
 MOST_SHARES = {"build": 2.0}
 
@@ -63,9 +69,7 @@ def tail(path: Path, lines: int = 12) -> str:
 def end(process: subprocess.Popen) -> None:
     """A part and its children; the first signal lets it end what it has started elsewhere."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        # what has ended already is not there to be told
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+        tell_group(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=GRACE_S)
     process.wait()

@@ -73,8 +73,8 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, places)))
 
 
-def _tell_group(group: int, number: int) -> None:
-    # what has ended already is not there to be told
+def tell_group(group: int, number: int) -> None:
+    """Sends a signal to a process group; what has ended already is not there to be told."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
 
@@ -214,9 +214,9 @@ class Context:
         return None if self.dry_run else find_tool(name)
 
     def command(
-        self, command: Sequence[str], share: float = 1.0, limit_s: float = math.inf, **options
+        self, command: Sequence[str], limit_s: float = math.inf, **options
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a program from the root for at most a share of the time left; shows and keeps words.
+        """Runs a program from the root for at most the time left; shows and keeps words.
 
         A program that takes longer ends with all that it has started, which would otherwise go on
         and keep its output open. Several threads may run programs.
@@ -224,7 +224,7 @@ class Context:
         Raises:
             subprocess.TimeoutExpired: it took longer; with what it has printed.
         """
-        seconds = max(1.0, min(limit_s, share * self.seconds_left()))
+        seconds = max(1.0, min(limit_s, self.seconds_left()))
         with subprocess.Popen(
             command,
             cwd=ROOT,
@@ -238,14 +238,14 @@ class Context:
             try:
                 output, _ = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
-                _tell_group(process.pid, signal.SIGINT)
+                tell_group(process.pid, signal.SIGINT)
                 try:
                     output, _ = process.communicate(timeout=GRACE_S)
                 except subprocess.TimeoutExpired:
-                    _tell_group(process.pid, signal.SIGKILL)
+                    tell_group(process.pid, signal.SIGKILL)
                     output, _ = process.communicate()
                 # what it has started may have no output to be waited for
-                _tell_group(process.pid, signal.SIGKILL)
+                tell_group(process.pid, signal.SIGKILL)
                 print(output, flush=True)
                 raise subprocess.TimeoutExpired(command, seconds, output) from None
             finally:
@@ -256,7 +256,7 @@ class Context:
     def end_programs(self, groups: Collection[int] | None = None) -> None:
         """These, by default all that run now, and their children."""
         for group in list(self.groups) if groups is None else groups:
-            _tell_group(group, signal.SIGKILL)
+            tell_group(group, signal.SIGKILL)
 
     def python(self, module: str, *arguments: str) -> list[str]:
         """The command line of a module of ours, a dry run again if this is one."""

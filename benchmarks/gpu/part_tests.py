@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu import pytest_group
 from benchmarks.gpu.context import ROOT, Context, public
+from benchmarks.gpu.progress import SILENT_S
 from benchmarks.gpu.results import Check
 
 # a line for each test, as it ends
@@ -30,8 +31,8 @@ _FORMAT = ["-q", "-rN", "-p", "no:cacheprovider", "-p", "tests.gpu.outcomes", "-
 _FORMAT += ["-p", "benchmarks.gpu.pytest_group"]
 BEGUN, MARK = "begun: ", "outcome: "
 TRITON_PROCESSES = 5
-# until a test is taken to hang; some compile a dozen kernels. Before the first, torch is imported
-SILENT_S, FIRST_WORD_S = 60.0, 120.0
+# until a process is taken to hang that has not begun a test: torch is imported
+FIRST_WORD_S = 120.0
 NO_TESTS = 5
 
 

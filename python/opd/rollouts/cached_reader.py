@@ -61,6 +61,7 @@ class CachedReader:
                 read, all at the place of the last of them, so that the row grows like the others
                 and no cache is moved. Its states have no meaning, and the next read forgets it.
         """
+        owned = ends if owned is None else owned
         kept = torch.minimum(self._lengths, (ends - num_states).clamp_min(0))
         # one width for all rows: some read a few tokens again
         width = int((ends - kept).max())
@@ -69,14 +70,13 @@ class CachedReader:
         slots = int(kept.max()) + width
         # one copy to the device: each waits for what runs there
         device = tokens.device
-        both = torch.stack([ends, ends if owned is None else owned]).to(device)
+        both = torch.stack([ends, owned]).to(device)
         ends_there, owned_there = both[..., None]
         place = (torch.arange(width, device=device) + ends_there - width).clamp_min(0)
         mask = torch.arange(slots, device=device) >= slots - ends_there
         position = torch.minimum(place, owned_there - 1)
         states = self._model.states(tokens.gather(1, place), mask.long(), position, self._cache)
-        read = ends if owned is None else owned
-        self.num_read = self.num_read + (read - kept).clamp_min(0)
+        self.num_read = self.num_read + (owned - kept).clamp_min(0)
         if self._cache is not None:
             self._lengths, self._slots = ends.clone(), slots
         return states[:, width - num_states :].to(self._model.lm_head_weight.dtype)

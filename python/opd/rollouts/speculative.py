@@ -252,11 +252,9 @@ class SpeculativeRollouts(PairRollouts):
         )
         desk.put(told.next_token, told.num_accepted.cpu())
         # beyond its drafts a row near the length limit has anything
-        is_draft = torch.arange(length) < draft.num_real.cpu()[:, None]
-        is_broken = (draft.ids.cpu() < 0) & is_draft
-        refuse_broken(
-            bool(is_broken.any() | (told.next_token < 0).any().cpu()), self.student, self.teacher
-        )
+        is_draft = torch.arange(length, device=draft.ids.device) < draft.num_real[:, None]
+        is_broken = ((draft.ids < 0) & is_draft).any() | (told.next_token < 0).any()
+        refuse_broken(bool(is_broken), self.student, self.teacher)
         return _Told(
             ids=draft.ids.tolist(),
             num_real=draft.num_real.tolist(),
